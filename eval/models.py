@@ -1,0 +1,350 @@
+"""What is to be measured: one of our runs, one of its checkpoints, or any Hugging Face causal language model.
+
+`load_model` finds the weights and the tokenizer, refuses what is broken with a sentence (`UserError`, exit 2),
+and works out what each layer may see, so that theory, cliff test and distances adapt to the model.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+import yaml
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from model import hub, windows
+from model.decoder import WindreachForCausalLM
+from model.errors import UserError
+from model.windows import LayerSpec
+
+OUR_TYPES = {"mistral", "ministral", "windreach"}
+
+
+class TextTokenizer(Protocol):
+    """What the evaluations ask of a tokenizer; ours and the wrapped Hugging Face ones offer it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class HubTokenizer:
+    """A Hugging Face tokenizer behind the small protocol of ours: no special tokens are added."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.hf = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.hf)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.hf.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.hf.get_vocab())
+
+
+@dataclass
+class Examined:
+    """A loaded model with everything the evaluations need to know about it."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    specs: tuple[LayerSpec, ...]
+    folder: Path | None
+    run_dir: Path | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    nominal_window: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        return isinstance(self.model, WindreachForCausalLM)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def window(self) -> int | None:
+        """The smallest window of the stack in tokens; for a stack without one, the window its config names."""
+        bounded = [spec.window for spec in self.specs if spec.window and spec.kind != "full"]
+        return min(bounded) if bounded else self.nominal_window
+
+    @property
+    def layers(self) -> int:
+        return len(self.specs)
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens back that the last position can be influenced from; None when unbounded."""
+        return windows.reach(self.specs)
+
+    @property
+    def window_times_layers(self) -> int | None:
+        return None if self.reach is None else windows.window_times_layers(self.specs)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest sequence a learned position table allows; None for rotary models."""
+        config = self.model.config
+        learned = getattr(config, "n_positions", None) or (
+            config.max_position_embeddings if config.model_type in {"opt", "gpt_neo", "gpt_bigcode"} else None
+        )
+        return int(learned) if learned else None
+
+    def out_dir(self, chosen: str | None) -> Path:
+        """Where results go: --out, else the run folder, else the present folder."""
+        out = Path(chosen) if chosen else self.run_dir or Path(".")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {str(out)!r} can't be made ({error.strerror}); name a folder you may write") from error
+        return out
+
+    def header(self) -> dict[str, Any]:
+        """The fields every result file begins with."""
+        return {
+            "model": self.name,
+            "checkpoint_sha256": self.sha256,
+            "settings": self.settings,
+            "versions": versions(),
+            "window": self.window,
+            "layers": self.layers,
+            "reach": self.reach,
+            "window_times_layers": self.window_times_layers,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def load_model(name: str, device: str | None = None, backend: str = "auto") -> Examined:
+    """MODEL of the command lines -> a model ready to be measured, in float32 and eval mode.
+
+    Raises UserError for a missing path, a checkpoint that is cut short, and a tokenizer that does not match.
+    """
+    path = Path(name)
+    run_dir, folder = _locate(path)
+    source = str(folder) if folder else name
+    if folder:
+        check_weights(folder)
+    config = _read_config(source, name)
+    if folder and config.model_type in OUR_TYPES:
+        model: nn.Module = hub.load(str(folder), backend=backend)
+    else:
+        model = _load_from_hub(source, name)
+    tokenizer = _load_tokenizer(source, run_dir, name)
+    _check_tokenizer(tokenizer, model, source)
+    model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = _run_settings(run_dir)
+    specs = tuple(model.config.specs) if isinstance(model, WindreachForCausalLM) else specs_of(model.config)
+    nominal = settings.get("model", {}).get("sliding_window") or getattr(model.config, "sliding_window", None)
+    return Examined(
+        name=_display_name(path, run_dir, name),
+        model=model,
+        tokenizer=tokenizer,
+        specs=specs,
+        folder=folder,
+        run_dir=run_dir,
+        settings=settings,
+        sha256=weights_sha256(folder) if folder else "",
+        nominal_window=nominal,
+    )
+
+
+def _display_name(path: Path, run_dir: Path | None, name: str) -> str:
+    return run_dir.name if run_dir and path.resolve() == run_dir.resolve() else name.rstrip("/")
+
+
+def _locate(path: Path) -> tuple[Path | None, Path | None]:
+    """(run folder, folder with config.json and weights) of a path; (None, None) when it may be a hub name."""
+    if not path.exists():
+        if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
+            raise UserError(f"MODEL {str(path)!r}: no such folder; give a run folder, a checkpoint or a hub name")
+        return None, None
+    if path.is_file():
+        raise UserError(f"MODEL {str(path)!r} is a file; give the folder that holds it")
+    if (path / "config.json").exists():
+        return _run_above(path), path
+    if (path / "hf" / "config.json").exists():
+        return (path if (path / "settings.yaml").exists() else _run_above(path)), path / "hf"
+    newest = _newest_checkpoint(path)
+    if newest is None:
+        raise UserError(
+            f"MODEL {str(path)!r}: holds neither config.json nor hf/ nor a checkpoint under checkpoints/; "
+            "train a model first, or give the folder of a Hugging Face model"
+        )
+    return path, newest
+
+
+def _run_above(path: Path) -> Path | None:
+    return next((parent for parent in path.resolve().parents if (parent / "settings.yaml").exists()), None)
+
+
+def _newest_checkpoint(run_dir: Path) -> Path | None:
+    """hf/ of the newest checkpoint whose weights are whole; a broken newest one is passed over only for an older."""
+    failure: UserError | None = None
+    for folder in sorted((run_dir / "checkpoints").glob("step-*/hf"), reverse=True):
+        try:
+            check_weights(folder)
+            return folder
+        except UserError as error:
+            failure = failure or error
+    if failure:
+        raise failure
+    return None
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a checkpoint folder whose safetensors files are missing or cut short."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(named - {f.name for f in files})
+        if missing:
+            raise UserError(f"{folder}: {missing[0]} is named in {index.name} but missing; copy the checkpoint again")
+    if not files and not list(folder.glob("*.bin")):
+        raise UserError(f"{folder}: no model.safetensors beside config.json; copy the checkpoint again")
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Compare the size that the header promises with the size of the file.
+
+    A safetensors file is 8 bytes (header length, little endian), the JSON header, and the tensors' bytes.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{file} is cut short ({size:,} bytes, less than its header); copy or export it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise UserError(f"{file} is damaged (its header is not JSON); copy or export it again") from error
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    promised = 8 + length + max(ends, default=0)
+    if size != promised:
+        raise UserError(f"{file} is cut short: {size:,} bytes of {promised:,}; copy or export it again")
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over the weight files of a checkpoint, in order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_config(source: str, name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
+
+
+def _load_from_hub(source: str, name: str) -> nn.Module:
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
+
+
+def _load_tokenizer(source: str, run_dir: Path | None, name: str) -> Any:
+    """Our own tokenizer when a sentencepiece model of ours lies there, else the Hugging Face one."""
+    from data.tokenizer import load_tokenizer
+
+    for folder in [Path(source), *([run_dir / "tokenizer"] if run_dir else [])]:
+        if run_dir and (folder / "tokenizer.model").exists():
+            return load_tokenizer(str(folder))
+    try:
+        return HubTokenizer(AutoTokenizer.from_pretrained(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"MODEL {name!r}: no tokenizer beside the weights ({_first_line(error)}); copy the tokenizer files there"
+        ) from error
+
+
+def _check_tokenizer(tokenizer: Any, model: nn.Module, source: str) -> None:
+    rows = int(model.config.vocab_size)
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {rows:,} embeddings; "
+            "they do not belong together"
+        )
+    if isinstance(model, WindreachForCausalLM) and not isinstance(tokenizer, HubTokenizer):
+        if tokenizer.vocab_size != rows:
+            raise UserError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {rows:,} embeddings; "
+                "they do not belong together"
+            )
+
+
+def _run_settings(run_dir: Path | None) -> dict[str, Any]:
+    file = run_dir / "settings.yaml" if run_dir else None
+    return dict(yaml.safe_load(file.read_text()) or {}) if file and file.exists() else {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def specs_of(config: Any) -> tuple[LayerSpec, ...]:
+    """What each layer of a Hugging Face model may see, read from its config.
+
+    W counts the current token in all of them: query i sees key j iff i - W < j <= i.
+    """
+    layers = int(config.num_hidden_layers)
+    local = getattr(config, "attention_layers", None)
+    if local:
+        window = int(config.window_size)
+        return tuple(_spec("sliding_attention" if kind == "local" else "full_attention", window) for kind in local)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if config.model_type == "mistral" or kinds is None:
+        used = bool(window) and getattr(config, "use_sliding_window", True) is not False
+        kinds = ["sliding_attention" if used else "full_attention"] * layers
+    chunk = getattr(config, "attention_chunk_size", None)
+    return tuple(_spec(kind, chunk if kind == "chunked_attention" else window) for kind in kinds)
+
+
+def _spec(kind: str, window: int | None) -> LayerSpec:
+    if kind == "sliding_attention" and window:
+        return LayerSpec(kind="sliding", window=int(window))
+    if kind == "chunked_attention" and window:
+        return LayerSpec(kind="chunked", window=int(window))
+    if kind == "full_attention":
+        return LayerSpec(kind="full", window=None)
+    raise UserError(f"layer type {kind!r} of this model is not known; its reach can't be worked out")
+
+
+@torch.inference_mode()
+def last_logits(examined: Examined, input_ids: Tensor) -> Tensor:
+    """Logits (B, vocabulary) that predict what follows each row of input_ids (B, T): one full forward pass."""
+    output = examined.model(input_ids=input_ids.to(examined.device), use_cache=False, logits_to_keep=1)
+    return output.logits[:, -1].float().cpu()

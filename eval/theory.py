@@ -1,0 +1,56 @@
+"""What others predict for stacked windows: two models of how influence thins out on its way back.
+
+Both follow Guangxuan Xiao, "Why Stacking Sliding Windows Can't See Very Far" (2025): in each of k layers a share
+alpha of the residual stream stays where it is, and a share 1 - alpha comes from the W visible tokens, evenly.
+
+* His bound: W * ln(eps) / ln(1 - alpha), the distance where influence falls below eps. It does not grow with k.
+* The exact mixture that the same recurrence gives when it is iterated: with b ~ Binomial(k, 1 - alpha) hops, each
+  uniform on 0..W-1. Its mean is k(1 - alpha)(W - 1)/2: it does grow with k.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+def xiao_bound(window: int, alpha: float, epsilon: float = 0.01) -> float:
+    """Distance in tokens at which influence is said to fall below epsilon.
+
+    >>> round(xiao_bound(16, 0.95) / 16, 2)
+    1.54
+    """
+    if not 0.0 < alpha < 1.0:
+        return math.inf if alpha <= 0.0 else 0.0
+    return window * math.log(epsilon) / math.log(1.0 - alpha)
+
+
+def hop(window: int | None, alpha: float, length: int) -> FloatArray:
+    """Influence by distance after one layer (length,): alpha stays, the rest is spread over the window."""
+    width = length if window is None else min(window, length)
+    spread = np.zeros(length)
+    spread[:width] = (1.0 - alpha) / (length if window is None else window)
+    spread[0] += alpha
+    return spread
+
+
+def mixture(windows: list[int | None], alphas: list[float], length: int) -> FloatArray:
+    """Influence by distance after all layers (length,); it sums to 1 when `length` exceeds the reach.
+
+    >>> influence = mixture([3, 3], [0.5, 0.5], 5)
+    >>> influence.round(3).tolist()
+    [0.444, 0.222, 0.25, 0.056, 0.028]
+    """
+    influence = np.zeros(length)
+    influence[0] = 1.0
+    for window, alpha in zip(windows, alphas, strict=True):
+        influence = np.convolve(influence, hop(window, alpha, length))[:length]
+    return influence
+
+
+def mixture_horizon(influence: FloatArray, epsilon: float = 0.01) -> int:
+    """Largest distance (tokens) at or beyond which at least epsilon of the influence lies."""
+    beyond = np.cumsum(influence[::-1])[::-1]
+    return int(np.flatnonzero(beyond >= epsilon * influence.sum())[-1])
