@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+
+from training.optimizer import SummedAdamW
+from training.settings import OptimizerSettings
+
+SETTINGS = OptimizerSettings(lr=0.01, weight_decay=0.1, max_grad_norm=1.0)
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def loss(model: nn.Module, scale: float, seed: int) -> torch.Tensor:
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+    return scale * model(x).square().mean()
+
+
+def steps(model: nn.Module, optimizer: SummedAdamW, scales: dict[str, float], first: int, last: int) -> None:
+    for step in range(first, last):
+        for number, (name, scale) in enumerate(scales.items()):
+            loss(model, scale, 100 * step + number).backward()
+            optimizer.take(name, 1.0)
+        optimizer.step(0.01, dict.fromkeys(scales, 1.0))
+
+
+def test_one_objective_is_torch_adamw_with_clipping() -> None:
+    ours, theirs = small_model(), small_model()
+    optimizer = SummedAdamW(ours.named_parameters(), ["text"], SETTINGS)
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    vectors = [p for p in theirs.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98), eps=1e-8)
+    for step in range(5):
+        loss(ours, 50.0, step).backward()
+        optimizer.take("text", 1.0)
+        optimizer.step(0.01, {"text": 1.0})
+        loss(theirs, 50.0, step).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_objective_with_huge_gradients_does_not_shrink_the_update_of_another() -> None:
+    """Adam's direction for `text` is the same whatever the scale of `recall`."""
+    moved = []
+    for scale in (1.0, 1000.0):
+        model = small_model()
+        optimizer = SummedAdamW(model.named_parameters(), ["text", "recall"], SETTINGS)
+        loss(model, 1.0, 0).backward()
+        optimizer.take("text", 1.0)
+        loss(model, scale, 1).backward()
+        optimizer.take("recall", 1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step(0.01, {"text": 1.0, "recall": 0.0})
+        moved.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    for a, b in zip(*moved, strict=True):
+        assert torch.equal(a, b)
+        assert a.abs().max() > 1e-4
+
+
+def test_updates_are_the_weighted_sum_and_decay_does_not_depend_on_the_number_of_objectives() -> None:
+    one, two = small_model(), small_model()
+    single = SummedAdamW(one.named_parameters(), ["text"], SETTINGS)
+    double = SummedAdamW(two.named_parameters(), ["text", "recall"], SETTINGS)
+    loss(one, 1.0, 0).backward()
+    single.take("text", 1.0)
+    single.step(0.01, {"text": 1.0})
+    for name in ("text", "recall"):
+        loss(two, 1.0, 0).backward()
+        double.take(name, 1.0)
+    double.step(0.01, {"text": 0.25, "recall": 0.75})
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # second order in rate * decay
+
+
+def test_take_returns_the_norm_before_clipping_and_clears_the_gradients() -> None:
+    model = small_model()
+    optimizer = SummedAdamW(model.named_parameters(), ["text"], SETTINGS)
+    loss(model, 1000.0, 0).backward()
+    expected = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert optimizer.take("text", 1.0).item() == pytest.approx(expected.item())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_restored_moments_continue_bit_for_bit() -> None:
+    scales = {"text": 1.0, "recall": 30.0}
+    whole, halves = small_model(), small_model()
+    steps(whole, SummedAdamW(whole.named_parameters(), scales, SETTINGS), scales, 0, 6)
+    first = SummedAdamW(halves.named_parameters(), scales, SETTINGS)
+    steps(halves, first, scales, 0, 3)
+    second = SummedAdamW(halves.named_parameters(), scales, SETTINGS)
+    second.load_state_tensors({k: v.clone() for k, v in first.state_tensors().items()})
+    steps(halves, second, scales, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+def test_dropped_gradients_leave_weights_and_moments_alone() -> None:
+    model = small_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = SummedAdamW(model.named_parameters(), ["text"], SETTINGS)
+    loss(model, float("nan"), 0).backward()
+    assert not optimizer.take("text", 1.0).isfinite()
+    optimizer.drop()
+    optimizer.step(0.01, {"text": 1.0})
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert optimizer.state_tensors() == {}

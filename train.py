@@ -1,0 +1,300 @@
+"""Train a model.
+
+    accelerate launch [--config_file configs/accelerate/X.yaml] train.py CONFIG.yaml [key=value ...]
+    python train.py configs/quickstart.yaml training.max_steps=100 --dry-run
+
+Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal after a checkpoint, run again to go on; 1 a fault.
+"""
+
+import argparse
+import gc
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+
+from data.packing import TokenStore, prepare_tokens
+from data.recall_vocabulary import recall_vocabulary
+from data.tokenizer import Tokenizer, prepare_tokenizer
+from model import hub
+from model.decoder import build_model
+from model.errors import cli
+from model.windows import reach
+from training.build import model_config
+from training.checkpoint import load_state, prune, save_checkpoint
+from training.config_file import load_settings
+from training.curriculum import Curriculum, CurriculumState
+from training.export import replace_export, write_hf
+from training.metrics import Metrics
+from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
+from training.optimizer import SummedAdamW
+from training.plan import plan_text
+from training.precision import make_deterministic, set_up_threads
+from training.probe import Probe, horizon
+from training.progress import TrainingProgress
+from training.random_state import get_random_states, seed_everything, set_random_states
+from training.ranks import ask_main, gather_from_ranks, local_processes, sum_over_ranks
+from training.run_folder import check_tokenizer, decide_once, open_run, run_dir
+from training.schedule import interpolate, rate_factor
+from training.settings import Settings
+from training.signals import STOPPED, StopRequest, TrainingFault
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    settings = load_settings(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(plan_text(settings))
+        return 0
+    trainer = Trainer(settings, arguments.resume)
+    try:
+        finished = trainer.run()
+    except TrainingFault as fault:
+        print(f"fault: {fault}", file=sys.stderr)
+        return 1
+    return trainer.close() if finished else STOPPED
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a model; see the head of train.py.")
+    parser.add_argument("config", type=Path, help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.sliding_window=32")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    return parser.parse_intermixed_args()
+
+
+@dataclass
+class State:
+    """What a checkpoint saves besides tensors. `step` counts finished steps, so it is also the index of the next."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    horizon: int = 0
+    validation_bits_per_byte: float | None = None
+    curriculum: CurriculumState = field(default_factory=lambda: CurriculumState(0))
+
+
+class Trainer:
+    """A run: made ready or resumed by `__init__`, trained by `run`, exported by `close`."""
+
+    def __init__(self, settings: Settings, resume: str):
+        self.settings, self.dir = settings, run_dir(settings)
+        self.stop = StopRequest()
+        self.ranks = PartialState()
+        set_up_threads(settings.training.num_threads, local_processes())
+        make_deterministic()
+
+        self.tokenizer, self.train_store, self.heldout_store = self._prepare_data()
+        self.saved_step: int | None = None
+        checkpoint = ask_main(lambda: open_run(settings, resume))
+        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, self.ranks.device))
+
+        seed_everything(settings.seed, self.ranks.process_index)
+        self.config = model_config(settings, self.tokenizer.vocab_size)
+        self.decoder = build_model(self.config, settings.model.init, settings.seed)
+        self.curriculum = Curriculum(
+            settings.recall.curriculum, settings.model.sliding_window, reach(self.config.specs) or settings.data.seq_len
+        )
+        self.state = State(curriculum=self.curriculum.start())
+        recall = settings.recall
+        self.vocabulary = recall_vocabulary(self.tokenizer, recall.values) if recall.enabled else None
+        self.objectives = objectives(
+            settings, self.train_store, self.vocabulary, self.curriculum, self.ranks.num_processes
+        )
+        self.probe = Probe(settings, self.heldout_store, self.vocabulary, self.curriculum)
+
+        self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None)
+        if settings.training.compile:
+            self.decoder.compile_layers()
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if self.facts["precision"] == "bf16" else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=self.scorer.relay_head is not None)],
+        )
+        self.wrapped = self.accelerator.prepare(self.scorer)
+        self.optimizer = SummedAdamW(
+            self.scorer.named_parameters(), [o.name for o in self.objectives], settings.training.optimizer
+        )
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    # -- making ready ------------------------------------------------------------------------------------------------
+
+    def _prepare_data(self) -> tuple[Tokenizer, TokenStore, TokenStore]:
+        """The main process fills the cache, then every process reads it."""
+        ask_main(lambda: self._cached_data() and None)
+        return self._cached_data()
+
+    def _cached_data(self) -> tuple[Tokenizer, TokenStore, TokenStore]:
+        tokenizer = prepare_tokenizer(self.settings)
+        return (tokenizer, *prepare_tokens(self.settings, tokenizer))
+
+    def _resume(self, path: Path) -> None:
+        saved, tensors = load_state(path)
+        check_tokenizer(path, saved["tokenizer_sha256"], self.tokenizer.sha256)
+        self.decoder.load_state_dict(hub.load(path / "hf").state_dict())
+        self.optimizer.load_state_tensors(tensors)
+        if self.scorer.relay_head is not None:
+            self.scorer.relay_head.weight.data.copy_(tensors["relay_head"])
+        self.state = State(**saved["progress"] | {"curriculum": CurriculumState(**saved["progress"]["curriculum"])})
+        if self.ranks.process_index < len(saved["random"]):
+            set_random_states(saved["random"][self.ranks.process_index])
+        self.ranks.print(f"resumed {path} at step {self.state.step}")
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train to the last step: True. Stopped by a signal, after a checkpoint: False."""
+        last = self.settings.training.max_steps
+        main, step = self.ranks.is_main_process, self.state.step
+        self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
+        with self.metrics, TrainingProgress(last, step, show=main) as self.progress:
+            gc.collect()
+            gc.freeze()
+            gc.disable()  # a full collection in mid-step costs more than the loop's few cycles
+            self._start_clock()
+            while self.state.step < last:
+                self._step()
+                if any(sum_over_ranks([float(bool(self.stop))])):
+                    self._save()
+                    self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
+                    return False
+        return True
+
+    def _step(self) -> None:
+        """One update: every objective is differentiated at the same weights, then their updates are summed."""
+        step, settings = self.state.step, self.settings.training
+        weights = {o.name: interpolate(o.points, step, settings.max_steps) for o in self.objectives}
+        rate = settings.optimizer.lr * rate_factor(settings.schedule, step, settings.max_steps)
+        measured = {o.name: self._differentiate(o, step) for o in self.objectives if weights[o.name] > 0}
+        self.state.step += 1
+        if all(m.finite for m in measured.values()):
+            self.optimizer.step(rate, weights)
+            self.state.skipped_in_a_row = 0
+            self._advance_curriculum(measured.get("recall"))
+        else:
+            self._skip(measured)
+        self._after_step(measured, {"lr": rate} | {f"weight_{name}": w for name, w in weights.items()})
+
+    def _differentiate(self, objective: Objective, step: int) -> Measured:
+        """Gradients of one objective, clipped on their own and kept apart until the update."""
+        plan, sums = differentiate(objective, self.accelerator, self.wrapped, step, self.state.curriculum.distance)
+        norm = self.optimizer.take(objective.name, objective.max_grad_norm)
+        scored = sum(count for _, _, count in sums.values())
+        self.state.tokens += plan.tokens
+        self.tokens += plan.tokens
+        self.flops += step_flops(self.config, plan, scored)
+        return Measured(sums, float(norm))
+
+    def _advance_curriculum(self, recall: Measured | None) -> None:
+        if recall is not None:
+            _, correct, asked = recall.sums["answer"]
+            self.state.curriculum = self.curriculum.advance(self.state.curriculum, correct, asked)
+
+    def _skip(self, measured: dict[str, Measured]) -> None:
+        """A loss or gradient that is not finite never reaches the weights."""
+        self.optimizer.drop()
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        culprits = ", ".join(name for name, m in measured.items() if not m.finite)
+        self.progress.say(f"step {self.state.step} skipped: loss or gradient of {culprits} is not finite")
+        self.metrics.write("skipped", self.state.step, objectives=culprits, in_a_row=self.state.skipped_in_a_row)
+        if self.state.skipped_in_a_row >= self.settings.training.max_skipped_steps:
+            raise TrainingFault(
+                f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
+                f"(training.max_skipped_steps), the last one step {self.state.step}\n"
+                "  the checkpoints are from before; lower training.optimizer.lr, or look at the data of these steps"
+            )
+
+    def _after_step(self, measured: dict[str, Measured], schedule: dict[str, float]) -> None:
+        step, t = self.state.step, self.settings.training
+        last = step == t.max_steps
+        if step % t.log_every_steps == 0 or last or self.progress.first_step + 1 == step:
+            self._log(measured, schedule)
+        if step % t.validate_every_steps == 0 or last:
+            self._validate()
+        if step % t.save_every_steps == 0 or last:
+            self._save()
+        self.progress.advance(step)
+
+    # -- what is reported and saved ----------------------------------------------------------------------------------
+
+    def _log(self, measured: dict[str, Measured], schedule: dict[str, float]) -> None:
+        seconds = time.perf_counter() - self.began
+        columns = {k: v for name, m in measured.items() for k, v in m.columns(name).items()}
+        mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
+        distance = self.state.curriculum.distance
+        self.metrics.write(
+            "train", self.state.step, **columns, **schedule, distance=distance, horizon=self.state.horizon,
+            tokens=self.state.tokens, tokens_per_second=self.tokens / seconds, mfu=mfu, skipped=self.state.skipped,
+        )  # fmt: skip
+        losses = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in columns.items() if k.startswith("loss_"))
+        recall = f"  D {distance}  horizon {self.state.horizon}" if self.settings.recall.enabled else ""
+        self.progress.figures(self.state.step, f"{losses}  {self.tokens / seconds:,.0f} tok/s  MFU {mfu:.1%}{recall}")
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
+
+    def _validate(self) -> None:
+        """Held-out text and recall, on the main process; the others wait at their next exchange."""
+        paused = time.perf_counter()
+        if self.ranks.is_main_process:
+            bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
+            self.state.validation_bits_per_byte, self.state.horizon = bits, horizon(recall)
+            self.metrics.write("validation", self.state.step, bits_per_byte=bits)
+            if recall:
+                self.metrics.write("probe", self.state.step, accuracy=recall, horizon=self.state.horizon)
+            by_distance = "".join(f"  {d}:{a:.2f}" for d, a in recall.items())
+            self.progress.say(
+                f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{by_distance or ' off'}"
+            )
+        self.began += time.perf_counter() - paused
+
+    def _save(self) -> None:
+        """A checkpoint; every rank gives its random state, the main process writes."""
+        paused = time.perf_counter()
+        if self.state.step == self.saved_step:
+            return
+        random_states = gather_from_ranks(get_random_states())
+        ask_main(lambda: self._write_checkpoint(random_states))
+        self.saved_step = self.state.step
+        gc.collect()
+        self.began += time.perf_counter() - paused
+
+    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+        state = {
+            "progress": asdict(self.state),
+            "random": random_states,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "settings_sha256": self.facts["settings_sha256"],
+            "wandb_id": self.facts["wandb_id"],
+        }
+        tensors = self.optimizer.state_tensors()
+        if self.scorer.relay_head is not None:
+            tensors["relay_head"] = self.scorer.relay_head.weight
+        save_checkpoint(self.dir, self.state.step, state, tensors, partial(write_hf, self.decoder, self.tokenizer))
+        prune(self.dir, self.settings.training.keep_checkpoints)
+
+    def close(self) -> int:
+        """Export the last checkpoint as runs/NAME/hf and say where everything is."""
+        ask_main(lambda: replace_export(self.decoder, self.tokenizer, self.dir / "hf"))
+        s, R = self.state, self.curriculum.last_distance
+        self.ranks.print(
+            f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"
+            f"held-out text  {s.validation_bits_per_byte or math.nan:.3f} bits per byte\n"
+            + (f"recall horizon {s.horizon} tokens of R = {R}\n" if self.settings.recall.enabled else "")
+            + f"run folder     {self.dir}\nexport         {self.dir / 'hf'}"
+        )
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

@@ -1,0 +1,150 @@
+"""Checkpoints: written aside, synced, renamed; each lists the hash of every file; the newest valid one is resumed.
+
+checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json": {"sha256": ..., "bytes": ...}}}
+                        hf/                  a complete Hugging Face checkpoint with its tokenizer
+                        trainer.safetensors  optimizer moments, relay head
+                        state.json           step, token counts, curriculum, RNG states, settings hash, wandb id
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.errors import UserError
+
+PREFIX = "step-"
+MANIFEST = "manifest.json"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], write_hf: Callable[[Path], None]
+) -> None:
+    """Write a checkpoint that is there completely or not at all. Full disk or no permission: `UserError`."""
+    path = checkpoint_path(run_dir, step)
+    aside = path.with_name(f".writing-{path.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "hf").mkdir(parents=True)
+        write_hf(aside / "hf")
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside / "trainer.safetensors")
+        write_json(aside / "state.json", state)
+        write_json(aside / MANIFEST, {"step": step, "files": _hashes(aside)})
+        _sync_tree(aside)
+        if path.exists():  # one found invalid at the last resume
+            shutil.rmtree(path)
+        aside.rename(path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as problem:  # safetensors reports a full disk as its own error
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(problem, RuntimeError) and "No space" not in str(problem):
+            raise
+        raise UserError(
+            f"{path}: the checkpoint of step {step} could not be written: {problem}\n"
+            "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
+        ) from problem
+
+
+def problem_with(path: Path) -> str | None:
+    """Why the checkpoint can't be trusted, or None: every file is there and has the hash of the manifest."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as problem:
+        return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}: cut short"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} has another sha256 than when it was written"
+    return None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, newest first; none of them verified."""
+    return sorted((run_dir / "checkpoints").glob(f"{PREFIX}*"), key=_step_of, reverse=True)
+
+
+def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint whose files have their hashes; bad ones are named aloud. `UserError` if all are bad."""
+    found = checkpoints(run_dir)
+    problems = []
+    for path in found:
+        problem = problem_with(path)
+        if problem is None:
+            return path
+        problems.append(f"{path}: {problem}")
+        say(f"checkpoint passed over: {problems[-1]}")
+    if found:
+        raise UserError(
+            "no valid checkpoint is left to resume from:\n  "
+            + "\n  ".join(problems)
+            + "\n  restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
+        )
+    return None
+
+
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """state.json and the trainer's tensors of a verified checkpoint."""
+    return json.loads((path / "state.json").read_text()), load_file(path / "trainer.safetensors")
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep`, and what an interrupted write left."""
+    for path in checkpoints(run_dir)[keep:]:
+        doomed = path.with_name(f".deleting-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    for leftover in (run_dir / "checkpoints").glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: the old file or the new one, never half of one."""
+    aside = path.with_name(f".writing-{path.name}")
+    with aside.open("w") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdigit() else -1
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,278 @@
+"""What the model is trained on: an objective makes the batch of a step, and says what is scored where.
+
+Legend: B rows, T positions, E hidden size, N scored positions.
+The loss of a term is summed over its tokens and divided by their number over all micro-batches and ranks, so that
+1 x 8 accumulation, 8 x 1 and two ranks are the same step.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from data.batches import Batch, recall_batch, text_batch
+from data.packing import TokenStore
+from data.recall_vocabulary import RecallVocabulary
+from model.config import WindreachConfig
+from model.flops import flops_per_token
+from training.curriculum import Curriculum
+from training.ranks import sum_over_ranks
+from training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Target:
+    """Scored positions of a batch: `index` (N,) into its B*T positions, `labels` (N,) what each must predict."""
+
+    index: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass needs. `input_ids` and `documents` are (B, T)."""
+
+    input_ids: Tensor
+    documents: Tensor
+    targets: dict[str, Target]
+
+    def arguments(self) -> dict[str, Any]:
+        """As `Scorer.forward` takes it; plain containers, so that data parallel wrappers see through them."""
+        targets = {term: (t.index, t.labels) for term, t in self.targets.items()}
+        return {"input_ids": self.input_ids, "documents": self.documents, "targets": targets}
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        if device.type == "cpu":
+            return self
+        targets = {k: Target(_move(t.index, device), _move(t.labels, device)) for k, t in self.targets.items()}
+        return MicroBatch(_move(self.input_ids, device), _move(self.documents, device), targets)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shape of an objective's share of a step: `rows` of `seq_len` tokens over all ranks, `micro_rows` at a time."""
+
+    rows: int
+    seq_len: int
+    micro_rows: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    def micro_ranges(self, rank: int, ranks: int) -> list[range]:
+        """Row ranges of this rank's micro-batches.
+
+        >>> Plan(rows=8, seq_len=4, micro_rows=2).micro_ranges(rank=1, ranks=2)
+        [range(4, 6), range(6, 8)]
+        """
+        share = self.rows // ranks
+        first, last = rank * share, (rank + 1) * share
+        return [range(i, min(i + self.micro_rows, last)) for i in range(first, last, self.micro_rows)]
+
+
+class Objective(Protocol):
+    """One source of gradients, with its own clipping and its own moments."""
+
+    name: str
+    max_grad_norm: float
+    points: list[tuple[float, float]]
+    term_weights: Mapping[str, float]
+
+    def plan(self, distance: int) -> Plan: ...
+
+    def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch: ...
+
+
+class TextObjective:
+    """Next-token prediction on packed documents."""
+
+    name = "text"
+    term_weights = {"text": 1.0}
+
+    def __init__(self, settings: Settings, store: TokenStore, ranks: int):
+        self.settings, self.store, self.ranks = settings, store, ranks
+        self.max_grad_norm = settings.training.optimizer.max_grad_norm
+        self.points = settings.training.text_weight
+
+    def plan(self, distance: int) -> Plan:
+        t = self.settings.training
+        return _plan(t.tokens_per_step, self.settings.data.seq_len, t.micro_batch_tokens, self.ranks)
+
+    def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch:
+        batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len)
+        return _micro_batch(batch, {"text": batch.labels})
+
+
+class RecallObjective:
+    """Answers at query positions; with `relay_loss_weight` also the value, read from plain filler positions."""
+
+    name = "recall"
+
+    def __init__(
+        self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary, curriculum: Curriculum, ranks: int
+    ):
+        self.settings, self.store, self.vocabulary = settings, store, vocabulary
+        self.curriculum, self.ranks = curriculum, ranks
+        recall = settings.recall
+        self.max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
+        self.points = recall.weight
+        self.term_weights = {"answer": 1.0} | ({"relay": recall.relay_loss_weight} if recall.relay_loss_weight else {})
+
+    def plan(self, distance: int) -> Plan:
+        t, recall = self.settings.training, self.settings.recall
+        full = recall.seq_len or self.curriculum.last_distance + 2 * self.curriculum.window
+        tokens = (recall.tokens_per_step or t.tokens_per_step) * self.curriculum.batch_factor(distance)
+        return _plan(tokens, self.curriculum.row_length(distance, full), t.micro_batch_tokens, self.ranks)
+
+    def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch:
+        batch = recall_batch(
+            self.store,
+            self.vocabulary,
+            self.settings.seed,
+            step,
+            rows,
+            plan.seq_len,
+            max_distance=distance,
+            tasks=self.settings.recall.tasks,
+        )
+        labels = {"answer": batch.recall_labels, "relay": batch.relay_labels}
+        return _micro_batch(batch, {term: labels[term] for term in self.term_weights})
+
+
+def objectives(
+    settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum, ranks: int
+) -> list[Objective]:
+    """Text, and recall where it is enabled."""
+    text = TextObjective(settings, store, ranks)
+    if vocabulary is None:
+        return [text]
+    return [text, RecallObjective(settings, store, vocabulary, curriculum, ranks)]
+
+
+class Scorer(nn.Module):
+    """The decoder and its auxiliary relay head in one module, so that ranks and precision wrap both.
+
+    The relay head reads the value from the hidden state of a filler position; it is discarded at export.
+    """
+
+    def __init__(self, decoder: nn.Module, relay_values: int | None):
+        super().__init__()
+        self.decoder = decoder
+        self.relay_head = nn.Linear(decoder.config.hidden_size, relay_values, bias=False) if relay_values else None
+        if self.relay_head is not None:
+            nn.init.zeros_(self.relay_head.weight)
+
+    def forward(
+        self, input_ids: Tensor, documents: Tensor, targets: dict[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per term: the summed loss in nats, and how many were right. Logits exist only at scored positions."""
+        hidden_bte = self.decoder.model(input_ids, documents=documents).last_hidden_state
+        hidden_ne = hidden_bte.flatten(0, 1)
+        return {
+            term: _score(self._head(term)(hidden_ne.index_select(0, index)), labels)
+            for term, (index, labels) in targets.items()
+        }
+
+    def _head(self, term: str) -> Callable[[Tensor], Tensor]:
+        head = self.relay_head if term == "relay" else self.decoder.lm_head
+        assert isinstance(head, nn.Module)
+        return head
+
+
+@dataclass
+class Measured:
+    """What an objective gave in one step, over all ranks: per term the loss sum, right answers and tokens scored."""
+
+    sums: dict[str, tuple[float, float, float]]
+    grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm) and all(math.isfinite(total) for total, _, _ in self.sums.values())
+
+    def columns(self, objective: str) -> dict[str, float]:
+        """For the log: `loss_text`, `accuracy_answer`, `grad_norm_recall` ..."""
+        columns = {f"grad_norm_{objective}": self.grad_norm}
+        for term in self.sums:
+            columns |= {f"loss_{term}": self.loss(term), f"accuracy_{term}": self.accuracy(term)}
+        return columns
+
+    def loss(self, term: str) -> float:
+        total, _, count = self.sums[term]
+        return total / max(count, 1.0)
+
+    def accuracy(self, term: str) -> float:
+        _, right, count = self.sums[term]
+        return right / max(count, 1.0)
+
+
+def differentiate(
+    objective: Objective, accelerator: Accelerator, wrapped: nn.Module, step: int, distance: int
+) -> tuple[Plan, dict[str, tuple[float, float, float]]]:
+    """Add the objective's gradients of this step to the parameters; returns the sums of `Measured`, over all ranks."""
+    plan = objective.plan(distance)
+    ranks = accelerator.num_processes
+    micro_batches = [
+        objective.micro_batch(step, plan, rows, distance)
+        for rows in plan.micro_ranges(accelerator.process_index, ranks)
+    ]
+    terms = list(objective.term_weights)
+    counts = sum_over_ranks([float(sum(len(m.targets[t].labels) for m in micro_batches)) for t in terms])
+    totals = torch.zeros(2 * len(terms), dtype=torch.float64)
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        with nullcontext() if last else accelerator.no_sync(wrapped):  # ranks exchange gradients once, at the end
+            scores = wrapped(**micro_batch.to(accelerator.device).arguments())
+            loss = weighted_loss(scores, objective.term_weights, dict(zip(terms, counts, strict=True)), ranks)
+            accelerator.backward(loss)
+        totals += torch.stack([x.detach().double() for t in terms for x in scores[t]]).cpu()
+    sums = sum_over_ranks(totals.tolist())
+    return plan, {t: (sums[2 * i], sums[2 * i + 1], counts[i]) for i, t in enumerate(terms)}
+
+
+def step_flops(config: WindreachConfig, plan: Plan, scored: float) -> float:
+    """FLOPs of one forward and backward pass over the plan's rows, of which only `scored` positions reach a head."""
+    head = 6 * config.hidden_size * config.vocab_size
+    return plan.tokens * (flops_per_token(config, plan.seq_len, training=True) - head) + scored * head
+
+
+def weighted_loss(
+    scores: dict[str, tuple[Tensor, Tensor]], weights: Mapping[str, float], counts: Mapping[str, float], ranks: int
+) -> Tensor:
+    """The loss to differentiate. Times `ranks`, because data parallelism averages gradients over ranks."""
+    parts = [ranks * weights[term] / max(counts[term], 1.0) * total for term, (total, _) in scores.items()]
+    return torch.stack(parts).sum()
+
+
+def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    with torch.no_grad():
+        right = (logits.argmax(-1) == labels).sum()
+    return loss, right
+
+
+def _plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:
+    rows = max(1, round(tokens / (seq_len * ranks))) * ranks
+    micro_rows = max(1, micro_batch_tokens // seq_len) if micro_batch_tokens else rows // ranks
+    return Plan(rows, seq_len, min(micro_rows, rows // ranks))
+
+
+def _micro_batch(batch: Batch, labels: dict[str, Tensor]) -> MicroBatch:
+    return MicroBatch(batch.input_ids, batch.documents, {term: _target(x) for term, x in labels.items()})
+
+
+def _target(labels_bt: Tensor) -> Target:
+    flat = labels_bt.flatten()
+    index = (flat != -100).nonzero().squeeze(1)
+    return Target(index, flat[index])
+
+
+def _move(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory().to(device, non_blocking=True)

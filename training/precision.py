@@ -1,0 +1,69 @@
+"""What this machine is good at, measured once: matmul rate in float32 and bfloat16, and the choice between them."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+BF16_GAIN = 1.5  # bf16 autocast costs casts; below this gain of the bare matmul it does not pay
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Matmul rates of one process in FLOP/s."""
+
+    fp32_flops: float
+    bf16_flops: float
+
+    def rate(self, precision: str) -> float:
+        return self.bf16_flops if precision == "bf16" else self.fp32_flops
+
+    def choose(self, wanted: str) -> str:
+        """`auto` is bf16 where its matmul is clearly faster. The answer is saved with the run: a resume never asks."""
+        if wanted != "auto":
+            return wanted
+        return "bf16" if self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """Best FLOP/s over several square matmuls within about `seconds`."""
+    if device.type == "cuda":
+        size *= 8
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds or best == float("inf"):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def measure(device: torch.device) -> Machine:
+    return Machine(matmul_rate(device, torch.float32), matmul_rate(device, torch.bfloat16))
+
+
+def set_up_threads(wanted: int | None, local_processes: int) -> int:
+    """CPU threads of this process. `accelerate launch` leaves one process one thread; we share out all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = wanted or max(1, cores // local_processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def make_deterministic() -> None:
+    """What bit-equal resume needs: deterministic kernels, and code that depends on the shape alone.
+
+    With automatic dynamic shapes the code compiled for a shape depends on which shapes came before it, so a resumed
+    run would compile other kernels than the run it continues.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch._dynamo.config.automatic_dynamic_shapes = False  # type: ignore[attr-defined]
+    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,44 @@
+"""Several processes that must agree: only the main one decides, a user's mistake found there ends all of them."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
+
+from model.errors import UserError
+
+Answer = TypeVar("Answer")
+
+
+def local_processes() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+
+
+def ask_main(call: Callable[[], Answer]) -> Answer:
+    """Run `call` on the main process; every process gets its answer, or its `UserError`."""
+    outcome: list[tuple[Answer | None, str | None]] = [(None, None)]
+    if PartialState().is_main_process:
+        try:
+            outcome = [(call(), None)]
+        except UserError as problem:
+            outcome = [(None, str(problem))]
+    answer, problem_text = broadcast_object_list(outcome)[0]
+    if problem_text is not None:
+        raise UserError(problem_text)
+    return answer
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Elementwise sum of small figures."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return values
+    return reduce(torch.tensor(values, dtype=torch.float64, device=state.device), "sum").tolist()
+
+
+def gather_from_ranks(value: Answer) -> list[Answer]:
+    return gather_object([value])

@@ -1,0 +1,31 @@
+"""How a run ends early. SIGTERM and SIGINT: the first asks to checkpoint and stop, the second leaves at once."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+STOPPED = 75  # exit code: stopped by a signal after a checkpoint, run again to go on
+
+
+class TrainingFault(Exception):
+    """Training can't go on, through no mistake in the user's input; the message says what happened."""
+
+
+class StopRequest:
+    """Truthy once a signal has come."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        print(f"\n{name}: finishing this step, then a checkpoint; again to leave at once", file=sys.stderr, flush=True)
+
+    def __bool__(self) -> bool:
+        return self.received is not None
