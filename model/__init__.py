@@ -1,0 +1,1 @@
+"""The decoder: what each layer may see, attention, rotary positions, ring cache, Hugging Face interop."""

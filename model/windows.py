@@ -1,0 +1,180 @@
+"""What a layer may see: one description per layer, from which masks, caches, FLOPs and reach are derived.
+
+W counts the current token: query i of a sliding layer sees key j iff `i - W < j <= i`.
+(transformers, xFormers and Mistral's runtime count the same way.)
+
+    >>> spec = LayerSpec("sliding", window=3)
+    >>> positions = torch.arange(6)
+    >>> visible(spec, positions[:, None], positions[None, :]).int()
+    tensor([[1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [0, 1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 1, 1, 1]], dtype=torch.int32)
+
+Positions are those inside a document, so that a document packed behind another sees what it would see alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.errors import UserError
+
+KINDS = ("sliding", "full", "chunked", "dilated")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer.
+
+    kind: `sliding` (the last `window` tokens), `full` (all), `chunked` (the tokens of the same block of `window`),
+        `dilated` (`window` tokens, `dilation` apart).
+    window: tokens, the current one included; None for `full`.
+    global_tokens: the first tokens of a document that all its later tokens see.
+    sink: a learned logit per head that takes attention mass and gives nothing.
+    rope: rotary positions on or off; rope_theta: None for the model's.
+
+    Raises UserError for a description that means nothing.
+    """
+
+    kind: str = "sliding"
+    window: int | None = None
+    dilation: int = 1
+    global_tokens: int = 0
+    sink: bool = False
+    rope: bool = True
+    rope_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"layer kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if self.kind == "full" and self.window is not None:
+            raise UserError(f"a full layer has no window, but window is {self.window}; remove it")
+        if self.kind != "full" and (self.window is None or self.window < 1):
+            raise UserError(f"a {self.kind} layer needs window >= 1, but window is {self.window}")
+        if self.dilation < 1 or (self.dilation > 1 and self.kind != "dilated"):
+            raise UserError(f"dilation is {self.dilation} on a {self.kind} layer; only dilated layers take one, >= 1")
+        if self.global_tokens < 0:
+            raise UserError(f"global_tokens is {self.global_tokens}; it must be >= 0")
+
+    @property
+    def ring_slots(self) -> int | None:
+        """Tokens a cache must keep to serve the next query; None when all of them (`full`)."""
+        return None if self.window is None else self.window * self.dilation
+
+
+def visible(spec: LayerSpec, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """Whether the query at `q_pos` sees the key at `k_pos`.
+
+    Shapes: any two that broadcast; positions are counted from the start of the document. Returns bool.
+    """
+    seen = k_pos <= q_pos
+    if spec.kind == "sliding":
+        seen = seen & (k_pos > q_pos - spec.window)
+    elif spec.kind == "chunked":
+        seen = seen & (k_pos // spec.window == q_pos // spec.window)
+    elif spec.kind == "dilated":
+        age = q_pos - k_pos
+        seen = seen & (age < spec.ring_slots) & (age % spec.dilation == 0)
+    if spec.global_tokens:
+        seen = seen | ((k_pos < spec.global_tokens) & (k_pos <= q_pos))
+    return seen
+
+
+def reachable(specs: Sequence[LayerSpec], length: int) -> Tensor:
+    """Which distances can influence the last of `length` tokens, by boolean reachability through the stack.
+
+    Returns bool (length,): element d is true iff the token d back has a path to the last query.
+    Distances that only exist for some positions (chunked layers, global tokens) are those of this query.
+
+        >>> reachable([LayerSpec("sliding", 3)] * 2, 7).int().tolist()
+        [1, 1, 1, 1, 1, 0, 0]
+    """
+    positions = torch.arange(length)
+    reached = torch.zeros(length, dtype=torch.bool)
+    reached[-1] = True
+    for spec in reversed(specs):
+        reached = _one_layer_back(spec, reached, positions)
+    return reached.flip(0)
+
+
+def _one_layer_back(spec: LayerSpec, reached: Tensor, positions: Tensor, rows: int = 1024) -> Tensor:
+    """Positions that the `reached` ones see through one layer; the mask is built for `rows` queries at a time."""
+    sources = reached.clone()
+    for queries in positions[reached].split(rows):
+        sources |= visible(spec, queries[:, None], positions[None, :]).any(0)
+    return sources
+
+
+def reach(specs: Sequence[LayerSpec]) -> int | None:
+    """The farthest token, in tokens back, that can influence a query anywhere in a sequence; None if unbounded.
+
+    A stack of k sliding layers: `k * (W - 1)`. Mistral-7B, of which the headline is W * k = 131,072:
+
+        >>> reach([LayerSpec("sliding", 4096)] * 32)
+        131040
+        >>> reach([LayerSpec("chunked", 4)] * 8)
+        3
+        >>> reach([LayerSpec("sliding", 4), LayerSpec("full")]) is None
+        True
+    """
+    if any(spec.kind == "full" or spec.global_tokens for spec in specs):
+        return None
+    if any(spec.kind == "chunked" for spec in specs):
+        return _reach_with_chunks(specs)
+    return sum(_hop(spec) for spec in specs)
+
+
+def _hop(spec: LayerSpec) -> int:
+    """Farthest distance that one sliding or dilated layer spans."""
+    assert spec.window is not None
+    return (spec.window - 1) * spec.dilation
+
+
+def _reach_with_chunks(specs: Sequence[LayerSpec]) -> int:
+    """Reach of a stack with chunked layers: the largest over all offsets of the query to the block borders.
+
+    The farthest source is found greedily, layer by layer from the top: a query that stands further left
+    never sees further right, so the leftmost position of each layer leads to the leftmost source.
+    """
+    period = math.lcm(*(spec.window or 1 for spec in specs if spec.kind == "chunked"))
+    base = period * (2 + sum(_hop(spec) for spec in specs) // period)
+    return max(offset - _farthest(specs, offset) for offset in range(base, base + period))
+
+
+def _farthest(specs: Sequence[LayerSpec], position: int) -> int:
+    for spec in reversed(specs):
+        assert spec.window is not None
+        if spec.kind == "chunked":
+            position -= position % spec.window
+        else:
+            position -= _hop(spec)
+    return position
+
+
+def window_times_layers(specs: Sequence[LayerSpec]) -> int | None:
+    """The headline figure: the sum of all windows (W * k for equal layers); None with a full layer."""
+    if any(spec.window is None for spec in specs):
+        return None
+    return sum(spec.ring_slots or 0 for spec in specs)
+
+
+def keys_per_query(spec: LayerSpec, length: int) -> float:
+    """Mean number of keys that a query sees in one document of `length` tokens: what attention costs.
+
+    >>> keys_per_query(LayerSpec("sliding", 3), 4)
+    2.25
+    """
+    if spec.kind == "sliding" and spec.window is not None and not spec.global_tokens:
+        w = min(spec.window, length)
+        return (w * (w + 1) / 2 + (length - w) * w) / length
+    if spec.kind == "full":
+        return (length + 1) / 2
+    positions = torch.arange(length)
+    seen = sum(int(visible(spec, q[:, None], positions).sum()) for q in positions.split(1024))
+    return seen / length
