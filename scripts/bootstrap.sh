@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the pinned packages; does nothing when they are there already.
+#
+#   bash scripts/bootstrap.sh          what training and evaluation need
+#   bash scripts/bootstrap.sh --dev    and what tests and linters need
+#
+# PYTHON=/path/to/python3.12 chooses the interpreter. Exit codes: 0 done, 2 something on this machine is missing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  printf 'error: %s\n' "$@" >&2
+  exit 2
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s' "$candidate"
+      return
+    fi
+  done
+  fail "no Python 3.11 or newer found (looked for: ${PYTHON:-python3, python3.13, python3.12, python3.11, python})" \
+    "install one, or name it: PYTHON=/path/to/python3.12 bash scripts/bootstrap.sh"
+}
+
+make_venv() {
+  .venv/bin/python -c 'import pip' 2>/dev/null && return
+  local python
+  python=$(find_python)
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "$python has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"
+  echo "making .venv with $("$python" --version)"
+  "$python" -m venv --clear .venv
+}
+
+install() {
+  local requirements=$1 stamp=.venv/installed-$1.sha256 fingerprint
+  fingerprint=$(cat requirements.txt "$requirements" | .venv/bin/python -c \
+    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest(), sys.version.split()[0])')
+  [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ] && return
+  echo "installing $requirements into .venv (one to a few minutes)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 2 -r "$requirements" ||
+    fail "the packages of $requirements could not be installed; pip's reason is above" \
+      "a package index must be reachable: check the network, or point pip at a mirror with PIP_INDEX_URL or pip.conf"
+  echo "$fingerprint" >"$stamp"
+}
+
+make_venv
+case "${1:-}" in
+  "") install requirements.txt ;;
+  --dev) install requirements-dev.txt ;;
+  *) fail "unknown argument '$1'; the only one is --dev" ;;
+esac
