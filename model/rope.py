@@ -1,0 +1,23 @@
+"""Rotary position embedding, half-split as in `transformers` (element i pairs with element i + D/2).
+
+Legend: B batch, T positions, H heads, D head size.
+Source: Su et al., "RoFormer", arXiv 2104.09864.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (B, T, D) in float32, of positions (B, T)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_bhtd: Tensor, cos_btd: Tensor, sin_btd: Tensor) -> Tensor:
+    """Turn queries or keys (B, H, T, D) by the angles of their positions."""
+    first, second = x_bhtd.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x_bhtd * cos_btd[:, None] + turned * sin_btd[:, None]).to(x_bhtd.dtype)
