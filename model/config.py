@@ -42,7 +42,7 @@ class WindreachConfig(MistralConfig):
         return tuple(LayerSpec(**layer) for layer in self.layers)
 
     @property
-    def rope_theta(self) -> float:
+    def rope_base(self) -> float:
         """Base of the rotary frequencies."""
         assert isinstance(self.rope_parameters, dict)
         return float(self.rope_parameters["rope_theta"])

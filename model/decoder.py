@@ -1,0 +1,251 @@
+"""The decoder: RMSNorm, grouped-query attention under a window, SwiGLU. Parameter names are Mistral's.
+
+Legend: B batch, T positions, H heads, G kv heads, D head size, E hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from model.attention import Places, attend, attend_between, choose_backend
+from model.cache import RingCache, RingLayer
+from model.config import WindreachConfig
+from model.rope import rotary_tables, rotate
+from model.windows import LayerSpec
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: WindreachConfig, spec: LayerSpec, backend: str) -> None:
+        super().__init__()
+        e, d, h, g = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.spec, self.backend, self.head_dim, self.sizes = spec, backend, d, (h * d, g * d, g * d)
+        self.q_proj = nn.Linear(e, h * d, bias=False)
+        self.k_proj = nn.Linear(e, g * d, bias=False)
+        self.v_proj = nn.Linear(e, g * d, bias=False)
+        self.o_proj = nn.Linear(h * d, e, bias=False)
+        self.sink_logits = nn.Parameter(torch.zeros(h)) if spec.sink else None
+
+    def forward(self, x_bte: Tensor, rotary: Rotary | None, places: Places, cache: RingLayer | None) -> Tensor:
+        b, t, _ = x_bte.shape
+        q, k, v = (x.view(b, t, -1, self.head_dim).transpose(1, 2) for x in self._project(x_bte))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is None:
+            out = attend(q, k, v, self.spec, places, self.backend, self.sink_logits)
+        else:
+            seen_k, seen_v, seen_places = cache.view(k, v, places)
+            out = attend_between(q, seen_k, seen_v, self.spec, places, seen_places, self.sink_logits)
+            cache.write(k, v, places)
+        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
+
+    def _project(self, x_bte: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values; one fused product in training, where the weights' concatenation is cheap."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if self.training:
+            fused = torch.cat([p.weight for p in projections])
+            return F.linear(x_bte, fused).split(self.sizes, dim=-1)
+        return tuple(p(x_bte) for p in projections)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: WindreachConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_bte: Tensor) -> Tensor:
+        if self.training:
+            gate, up = F.linear(x_bte, torch.cat((self.gate_proj.weight, self.up_proj.weight))).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x_bte), self.up_proj(x_bte)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: WindreachConfig, spec: LayerSpec, backend: str) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, spec, backend)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x_bte: Tensor, rotary: Rotary | None, places: Places, cache: RingLayer | None = None) -> Tensor:
+        x_bte = x_bte + self.self_attn(self.input_layernorm(x_bte), rotary, places, cache)
+        return x_bte + self.mlp(self.post_attention_layernorm(x_bte))
+
+
+class WindreachModel(nn.Module):
+    """Embedding, layers and final norm: token ids (B, T) to hidden states (B, T, E)."""
+
+    def __init__(self, config: WindreachConfig) -> None:
+        super().__init__()
+        self.config = config
+        backend = choose_backend(config.attention_backend, config.specs)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, spec, backend) for spec in config.specs)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RingCache | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """`documents` (B, T): ids of packed documents, -1 for padding; else `attention_mask` (B, S), 0 for padding."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        places = _places(x, documents, attention_mask, position_ids, past_key_values)
+        rotary = self._rotary(places.positions)
+        for i, layer in enumerate(self.layers):
+            cache = None if past_key_values is None else past_key_values.layers[i]
+            x = layer(x, rotary[layer.self_attn.spec], places, cache)
+        if past_key_values is not None:
+            past_key_values.next_positions = places.positions[:, -1] + 1
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
+        """Rotary tables of each layer kind; kinds of the same theta share one."""
+        tables: dict[float, Rotary] = {}
+        chosen: dict[LayerSpec, Rotary | None] = {}
+        for spec in dict.fromkeys(self.config.specs):
+            theta = spec.rope_theta or self.config.rope_base
+            if spec.rope and theta not in tables:
+                tables[theta] = rotary_tables(positions, self.config.head_dim, theta)
+            chosen[spec] = tables[theta] if spec.rope else None
+        return chosen
+
+
+def _places(
+    x: Tensor,
+    documents: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: RingCache | None,
+) -> Places:
+    """Positions inside each row's document, and document ids where there are several or padding, or a cache."""
+    b, t, _ = x.shape
+    if documents is None and attention_mask is not None and not bool(attention_mask.all()):
+        documents = attention_mask[:, -t:].long() - 1
+    if documents is None and cache is not None:
+        documents = torch.zeros(b, t, dtype=torch.long, device=x.device)
+    if position_ids is not None:
+        positions = position_ids.expand(b, t) if cache is not None else position_ids
+    else:
+        positions = _count(documents, b, t, x.device, cache)
+    return Places(positions, documents)
+
+
+def _count(documents: Tensor | None, b: int, t: int, device: torch.device, cache: RingCache | None) -> Tensor:
+    """Positions from the start of each document, continued from the cache."""
+    index = torch.arange(t, device=device)[None]
+    if documents is None:
+        return index
+    first = torch.ones(b, 1, dtype=torch.bool, device=device)
+    starts = torch.cat((first, documents[:, 1:] != documents[:, :-1]), dim=1)
+    positions = index - torch.where(starts, index, 0).cummax(1).values
+    if cache is not None and cache.next_positions is not None:
+        offset = torch.where(starts.cumsum(1) == 1, cache.next_positions[:, None], 0)
+        positions = positions + offset
+    return positions
+
+
+class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
+    """The language model. A stack of equal sliding layers is saved as, and is, a Mistral checkpoint (`model.hub`)."""
+
+    config_class = WindreachConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["DecoderLayer"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _is_stateful = True
+
+    def __init__(self, config: WindreachConfig) -> None:
+        super().__init__(config)
+        self.model = WindreachModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RingCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T or logits_to_keep, V). `labels` (B, T) as in transformers: not shifted, -100 is ignored."""
+        if use_cache and past_key_values is None:
+            past_key_values = RingCache(self.config)
+        hidden = self.model(
+            input_ids, documents, attention_mask, position_ids, past_key_values, inputs_embeds
+        ).last_hidden_state
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def compile_layers(self) -> None:
+        """Compile layer by layer: layers of one kind share one compilation."""
+        for layer in self.model.layers:
+            layer.compile()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        """`generate` gets a ring unless it brings a cache or wants none."""
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RingCache(self.config)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Positions are the cache's business: those that `generate` counts are dropped."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """How weights start: normal, std 1/sqrt(fan-in) unless given; residual outputs divided by sqrt(2 * layers)."""
+
+    std: float | None = None
+    embedding_std: float = 1.0
+    scale_residual_by_depth: bool = True
+    copy_first_layer: bool = False
+
+
+def build_model(config: WindreachConfig, init: InitOptions | None = None, seed: int = 0) -> WindreachForCausalLM:
+    """A new model with weights drawn from `seed`, whatever the global random state is."""
+    model = WindreachForCausalLM(config)
+    _initialise(model, init or InitOptions(), torch.Generator().manual_seed(seed))
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: WindreachForCausalLM, init: InitOptions, generator: torch.Generator) -> None:
+    residual = 1 / math.sqrt(2 * len(model.model.layers)) if init.scale_residual_by_depth else 1.0
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2:
+            continue
+        std = init.embedding_std if "embed_tokens" in name else init.std or 1 / math.sqrt(weight.shape[1])
+        scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        weight.normal_(0.0, std * scale, generator=generator)
+    if init.copy_first_layer:
+        first = model.model.layers[0].state_dict()
+        for layer in model.model.layers[1:]:
+            layer.load_state_dict(first)

@@ -1,0 +1,95 @@
+"""Checkpoints in Hugging Face's formats: a stack that Mistral can express is saved as Mistral, and only that one."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig
+
+from model.config import WindreachConfig
+from model.decoder import WindreachForCausalLM
+from model.errors import UserError
+from model.flops import count_parameters as count_parameters
+from model.windows import LayerSpec
+
+_WEIGHTS = "model.safetensors"
+
+
+def is_mistral(config: WindreachConfig) -> bool:
+    """Whether every layer is the same plain sliding (or full) layer, which is all that a Mistral config can say."""
+    return set(config.specs) in ({LayerSpec("sliding", config.sliding_window)}, {LayerSpec("full")})
+
+
+def save_hf(model: WindreachForCausalLM, path: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` (tied output matrix left out, as transformers does)."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config = _exported(model.config)
+    config.architectures = ["MistralForCausalLM" if config.model_type == "mistral" else "WindreachForCausalLM"]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(path)
+    weights = {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight")
+    save_file(weights, path / _WEIGHTS, metadata={"format": "pt"})
+
+
+def _exported(config: WindreachConfig) -> MistralConfig:
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
+    if not is_mistral(config):
+        return WindreachConfig(**fields)
+    fields.pop("layers")
+    fields.pop("attention_backend")
+    if config.specs[0].kind == "full":
+        fields["sliding_window"] = None
+    return MistralConfig(**fields)
+
+
+def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
+    """Read `config.json` of a mistral, ministral or windreach checkpoint. Raises UserError for any other."""
+    file = Path(path) / "config.json"
+    try:
+        fields = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; give the folder of a checkpoint") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); the checkpoint was cut short, take an older one") from error
+    kind = fields.pop("model_type", None)
+    if kind == "ministral":
+        window = fields["sliding_window"]
+        fields["layers"] = [_spec_of(name, window) for name in fields.pop("layer_types")]
+    elif kind not in ("mistral", "windreach"):
+        raise UserError(f"{file}: model_type is {kind!r}; this loader knows mistral, ministral and windreach")
+    for name in ("architectures", "transformers_version", "layer_types"):
+        fields.pop(name, None)
+    return WindreachConfig(**{**fields, "attention_backend": backend})
+
+
+def _spec_of(layer_type: str, window: int) -> dict[str, object]:
+    return {"kind": "sliding", "window": window} if layer_type == "sliding_attention" else {"kind": "full"}
+
+
+def load(path: str | Path, backend: str = "auto", dtype: torch.dtype = torch.float32) -> WindreachForCausalLM:
+    """Load a checkpoint folder, in evaluation mode. Raises UserError when a file is missing, cut short or another's."""
+    path = Path(path)
+    config = load_config(path, backend)
+    weights: dict[str, torch.Tensor] = {}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path} holds no .safetensors file; give the folder of a checkpoint")
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file} can't be read ({error}); it was cut short, take an older checkpoint") from error
+    if config.tie_word_embeddings:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model = WindreachForCausalLM(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: weights and config.json don't belong together: {error}") from error
+    model.tie_weights()
+    return model.to(dtype).eval()
