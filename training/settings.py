@@ -6,20 +6,21 @@ The classes below are the schema; every field carries its unit in its name or it
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
+PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Points = Annotated[
-    list[tuple[Fraction, NonNegative]],
-    Field(min_length=1, strict=False, description="[share of all steps, value] points, linear in between"),
+    list[Annotated[tuple[Fraction, NonNegative], Field(strict=False)]],  # YAML has lists only
+    Field(min_length=1, description="[share of all steps, value] points, linear in between"),
 ]
 
 
 class Strict(BaseModel):
     """Frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class LayerSettings(Strict):
@@ -63,6 +64,11 @@ class ModelSettings(Strict):
     tie_word_embeddings: bool = False
     attention_backend: Literal["auto", "reference", "blocked", "flex", "flash", "xformers"] = "auto"
     init: InitSettings = InitSettings()
+
+    @property
+    def head_size(self) -> int:
+        """Numbers per head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 class TokenizerSettings(Strict):
@@ -109,9 +115,8 @@ class CurriculumSettings(Strict):
         default_factory=list,
         description="tokens per recall row while D is small: the shortest that holds D + 2W; each is compiled once",
     )
-    larger_batches: list[tuple[PositiveInt, PositiveInt]] = Field(
+    larger_batches: list[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]] = Field(
         default_factory=list,
-        strict=False,
         description="[distance, factor]: from that D on, recall tokens per step x factor",
     )
 
