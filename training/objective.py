@@ -123,7 +123,8 @@ class RecallObjective:
         recall = settings.recall
         self.max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
         self.points = recall.weight
-        self.term_weights = {"answer": 1.0} | ({"relay": recall.relay_loss_weight} if recall.relay_loss_weight else {})
+        optional = {"relay": recall.relay_loss_weight, "text": recall.text_loss_weight}
+        self.term_weights = {"answer": 1.0} | {term: weight for term, weight in optional.items() if weight > 0}
 
     def plan(self, distance: int) -> Plan:
         t, recall = self.settings.training, self.settings.recall
@@ -142,7 +143,7 @@ class RecallObjective:
             max_distance=distance,
             tasks=self.settings.recall.tasks,
         )
-        labels = {"answer": batch.recall_labels, "relay": batch.relay_labels}
+        labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
         return _micro_batch(batch, {term: labels[term] for term in self.term_weights})
 
 
@@ -201,7 +202,8 @@ class Measured:
         """For the log: `loss_text`, `accuracy_answer`, `grad_norm_recall` ..."""
         columns = {f"grad_norm_{objective}": self.grad_norm}
         for term in self.sums:
-            columns |= {f"loss_{term}": self.loss(term), f"accuracy_{term}": self.accuracy(term)}
+            name = term if term != "text" or objective == "text" else f"text_of_{objective}"
+            columns |= {f"loss_{name}": self.loss(term), f"accuracy_{name}": self.accuracy(term)}
         return columns
 
     def loss(self, term: str) -> float:

@@ -49,7 +49,7 @@ class ModelSettings(Strict):
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt = 32
+    num_hidden_layers: int = Field(32, ge=1, le=1024)
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt | None = Field(None, description="default hidden_size / num_attention_heads")
@@ -62,7 +62,7 @@ class ModelSettings(Strict):
     rope_theta: PositiveFloat = 10000.0
     rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = False
-    attention_backend: Literal["auto", "reference", "blocked", "flex", "flash", "xformers"] = "auto"
+    attention_backend: Literal["auto", "reference", "blocked"] = "auto"
     init: InitSettings = InitSettings()
 
     @property
@@ -192,7 +192,7 @@ class TrackingSettings(Strict):
 class Settings(Strict):
     """Everything a run needs."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and its folder")
     run_dir: str | None = Field(None, description="default runs/NAME")
     seed: int = Field(0, ge=0)
     model: ModelSettings

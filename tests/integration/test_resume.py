@@ -1,0 +1,107 @@
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.tiny_run import losses, metrics, run, start, write_config
+
+
+def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signals) -> int:
+    """Start a run, send it `number` once `step` is logged; returns its exit code."""
+    process = start(config)
+    log = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("whole")
+    output = run(write_config(folder, max_steps=40))
+    return {"folder": folder, "output": output, "losses": losses(folder)}
+
+
+def test_killed_twice_and_resumed_every_later_step_is_bit_equal(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    config = write_config(tmp_path, max_steps=40)
+    for step in (8, 20):
+        assert kill_after_step(tmp_path, config, step, signal.SIGKILL) == -signal.SIGKILL
+    assert "resumed" in run(config)
+    assert losses(tmp_path) == uninterrupted["losses"]
+    weights = [load_file(f / "run/hf/model.safetensors") for f in (tmp_path, uninterrupted["folder"])]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_the_comparison_can_fail(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    run(write_config(tmp_path, max_steps=40), "seed=1")
+    assert losses(tmp_path) != uninterrupted["losses"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_exits_75_and_the_next_start_goes_on(
+    tmp_path: Path, uninterrupted: dict[str, Any], number: signal.Signals
+) -> None:
+    config = write_config(tmp_path, max_steps=40)
+    assert kill_after_step(tmp_path, config, 4, number) == 75
+    stopped_at = max(metrics(tmp_path))
+    assert (tmp_path / f"run/checkpoints/step-{stopped_at:06d}/manifest.json").is_file()
+    assert f"at step {stopped_at}" in run(config)
+    assert losses(tmp_path) == uninterrupted["losses"]
+
+
+def test_flipped_bit_in_the_newest_checkpoint_is_said_aloud_and_the_older_used(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, max_steps=40)
+    kill_after_step(tmp_path, config, 8, signal.SIGTERM)
+    newest = max((tmp_path / "run/checkpoints").iterdir())
+    data = bytearray((newest / "trainer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "trainer.safetensors").write_bytes(data)
+    output = run(config)
+    assert f"passed over: {newest}" in output
+    assert "resumed" in output
+    assert losses(tmp_path) == uninterrupted["losses"]
+
+
+def test_finished_run_started_again_trains_nothing(uninterrupted: dict[str, Any]) -> None:
+    before = (uninterrupted["folder"] / "run/metrics.jsonl").read_bytes()
+    assert "done: 40 steps" in run(uninterrupted["folder"] / "tiny.yaml")
+    assert (uninterrupted["folder"] / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_refused_and_named(uninterrupted: dict[str, Any]) -> None:
+    output = run(uninterrupted["folder"] / "tiny.yaml", "training.optimizer.lr=0.5", expect=2)
+    assert "training.optimizer.lr: 0.003 there, 0.5 now" in output
+    assert "--resume never" in output
+    assert "Traceback" not in output
+
+
+def test_resume_never_sets_the_folder_aside(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=2)
+    run(config)
+    output = run(config, "--resume", "never", "training.optimizer.lr=0.001")
+    assert "run.old-1" in output
+    assert (tmp_path / "run.old-1/hf/model.safetensors").is_file()
+    assert (tmp_path / "run/hf/model.safetensors").is_file()
+
+
+def test_resume_from_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    output = run(write_config(tmp_path), "--resume", str(tmp_path / "nowhere"), expect=2)
+    assert "nowhere: no such folder" in output
+
+
+def test_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = run(write_config(tmp_path), f"run_dir={tmp_path}/file/run", expect=2)
+    assert "can't be written" in output
+    assert "run_dir=PATH" in output

@@ -1,0 +1,96 @@
+"""A run so small that it trains in seconds, started as a user would: `train.py` in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = """the sea was calm and a ship came slowly over the long grey water while birds cried above
+its masts""".split()
+
+
+def write_text(folder: Path) -> None:
+    """Sentences of a few words: enough for a tokenizer, never the same twice."""
+    for split, offset, count in (("train", 0, 3000), ("heldout", 7, 600)):
+        words = [WORDS[(i * i * 31 + i * (7 + offset) + i // 17) % len(WORDS)] for i in range(count * 8)]
+        lines = [" ".join(words[i : i + 8]).capitalize() + "." for i in range(0, len(words), 8)]
+        (folder / f"{split}.txt").write_text("\n".join(lines))
+
+
+def settings(folder: Path, **training: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "run_dir": str(folder / "run"),
+        "model": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "sliding_window": 8, "init": {"copy_first_layer": True},
+        },
+        "data": {
+            "source": "files", "cache_dir": str(folder / "cache"), "seq_len": 64, "tokenizer": {"vocab_size": 400},
+            "train_files": [str(folder / "train.txt")], "heldout_files": [str(folder / "heldout.txt")],
+        },
+        "recall": {
+            "relay_loss_weight": 0.5, "seq_len": 64, "values": 8,
+            "curriculum": {"accuracy": 0.2, "smoothing": 0.0},
+        },
+        "training": {
+            "max_steps": 12, "tokens_per_step": 512, "compile": False, "precision": "fp32", "num_threads": 1,
+            "log_every_steps": 1, "validate_every_steps": 6, "validation_tokens": 512, "probe_items": 4,
+            "save_every_steps": 3, "optimizer": {"lr": 0.003}, "schedule": {"warmup_steps": 2},
+        } | training,
+        "tracking": {"wandb_mode": "disabled"},
+    }  # fmt: skip
+
+
+def write_config(folder: Path, **training: Any) -> Path:
+    if not (folder / "train.txt").exists():
+        write_text(folder)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, **training)))
+    return path
+
+
+def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
+    program = [str(ROOT / "train.py"), str(config), *arguments]
+    if processes == 1:
+        return [sys.executable, *program]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    return [sys.executable, "-m", *launch, "--mixed_precision", "no", "--dynamo_backend", "no", *program]
+
+
+def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(*arguments, **options),
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(*arguments: Any, expect: int = 0, **options: Any) -> str:
+    """Both streams of a finished run; its exit code is checked."""
+    process = start(*arguments, **options)
+    out, errors = process.communicate(timeout=180)
+    assert process.returncode == expect, f"exit code {process.returncode}, not {expect}\n{out}\n{errors}"
+    return out + errors
+
+
+def metrics(folder: Path, kind: str = "train") -> dict[int, dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if row["kind"] == kind}
+
+
+CLOCK = ("tokens_per_second", "mfu")
+
+
+def losses(folder: Path) -> dict[int, dict[str, Any]]:
+    """All logged figures of each step but those that depend on the clock."""
+    return {step: {k: v for k, v in row.items() if k not in CLOCK} for step, row in metrics(folder).items()}
