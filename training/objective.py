@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,10 @@ class Target:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass needs. `input_ids` and `documents` are (B, T)."""
+    """What one forward pass needs. `input_ids` and `documents` are (B, T); None: every row is one document."""
 
     input_ids: Tensor
-    documents: Tensor
+    documents: Tensor | None
     targets: dict[str, Target]
 
     def arguments(self) -> dict[str, Any]:
@@ -51,7 +51,8 @@ class MicroBatch:
         if device.type == "cpu":
             return self
         targets = {k: Target(_move(t.index, device), _move(t.labels, device)) for k, t in self.targets.items()}
-        return MicroBatch(_move(self.input_ids, device), _move(self.documents, device), targets)
+        documents = None if self.documents is None else _move(self.documents, device)
+        return MicroBatch(_move(self.input_ids, device), documents, targets)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TextObjective:
     """Next-token prediction on packed documents."""
 
     name = "text"
-    term_weights = {"text": 1.0}
+    term_weights: ClassVar[Mapping[str, float]] = {"text": 1.0}
 
     def __init__(self, settings: Settings, store: TokenStore, ranks: int):
         self.settings, self.store, self.ranks = settings, store, ranks
@@ -106,8 +107,8 @@ class TextObjective:
         return _plan(t.tokens_per_step, self.settings.data.seq_len, t.micro_batch_tokens, self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch:
-        batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len)
-        return _micro_batch(batch, {"text": batch.labels})
+        batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
+        return _micro_batch(batch, batch.documents, {"text": batch.labels})
 
 
 class RecallObjective:
@@ -144,7 +145,7 @@ class RecallObjective:
             tasks=self.settings.recall.tasks,
         )
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
-        return _micro_batch(batch, {term: labels[term] for term in self.term_weights})
+        return _micro_batch(batch, None, {term: labels[term] for term in self.term_weights})  # one document a row
 
 
 def objectives(
@@ -171,7 +172,7 @@ class Scorer(nn.Module):
             nn.init.zeros_(self.relay_head.weight)
 
     def forward(
-        self, input_ids: Tensor, documents: Tensor, targets: dict[str, tuple[Tensor, Tensor]]
+        self, input_ids: Tensor, documents: Tensor | None, targets: dict[str, tuple[Tensor, Tensor]]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Per term: the summed loss in nats, and how many were right. Logits exist only at scored positions."""
         hidden_bte = self.decoder.model(input_ids, documents=documents).last_hidden_state
@@ -266,8 +267,8 @@ def _plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int)
     return Plan(rows, seq_len, min(micro_rows, rows // ranks))
 
 
-def _micro_batch(batch: Batch, labels: dict[str, Tensor]) -> MicroBatch:
-    return MicroBatch(batch.input_ids, batch.documents, {term: _target(x) for term, x in labels.items()})
+def _micro_batch(batch: Batch, documents: Tensor | None, labels: dict[str, Tensor]) -> MicroBatch:
+    return MicroBatch(batch.input_ids, documents, {term: _target(x) for term, x in labels.items()})
 
 
 def _target(labels_bt: Tensor) -> Target:

@@ -4,14 +4,15 @@ Layers run uncompiled here: other shapes and no gradients would compile them aga
 """
 
 import math
-import random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.batches import text_batch
 from data.packing import TokenStore
-from data.recall import RecallItem, item
+from data.recall import UNSCORED, RecallItem, item
 from data.recall_vocabulary import RecallVocabulary
 from training.curriculum import Curriculum
 from training.settings import Settings
@@ -43,7 +44,7 @@ class Probe:
     def _questions(self, vocabulary: RecallVocabulary, distance: int) -> list[RecallItem]:
         task, seed = next(iter(self.settings.recall.tasks)), self.settings.seed
         return [
-            item(task, random.Random(f"{seed}/{distance}/{i}"), self.store, vocabulary, self.total_length, distance)
+            item(task, np.random.default_rng([seed, distance, i]), self.store, vocabulary, self.total_length, distance)
             for i in range(self.settings.training.probe_items)
         ]
 
@@ -51,16 +52,16 @@ class Probe:
     def text(self, decoder: nn.Module) -> float:
         """Bits per byte over the first `training.validation_tokens` tokens, in rows of `data.seq_len`."""
         seq_len = self.settings.data.seq_len
-        rows = max(1, min(self.settings.training.validation_tokens, len(self.store.tokens)) // seq_len)
+        rows = max(1, min(self.settings.training.validation_tokens, len(self.store.tokens) - 1) // seq_len)
         nats, n_bytes = 0.0, 0
         with _evaluating(decoder):
             for first in range(0, rows, ROWS):
-                last = min(first + ROWS, rows)
-                ids = torch.from_numpy(self.store.tokens[first * seq_len : last * seq_len].astype("int64"))
-                ids = ids.view(-1, seq_len).to(_device(decoder))
-                logits = decoder(ids).logits[:, :-1].float()
-                nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-                n_bytes += sum(self.store.n_bytes(r * seq_len + 1, (r + 1) * seq_len) for r in range(first, last))
+                chosen = range(first, min(first + ROWS, rows))
+                batch = text_batch(self.store, 0, 0, chosen, seq_len, rows_per_step=rows)
+                logits = decoder(batch.input_ids.to(_device(decoder)), batch.documents.to(_device(decoder))).logits
+                labels = batch.labels.flatten()
+                nats += F.cross_entropy(logits.flatten(0, 1).float(), labels.to(logits.device), reduction="sum").item()
+                n_bytes += int(self.store.token_bytes[labels[labels != UNSCORED].numpy()].sum())
         return nats / math.log(2) / max(1, n_bytes)
 
     @torch.no_grad()

@@ -131,7 +131,7 @@ class RecallSettings(Strict):
     values: PositiveInt = Field(32, description="number of one-token values; chance is 1/values")
     seq_len: PositiveInt | None = Field(None, description="tokens per recall row at full D; default R + 2W")
     relay_loss_weight: NonNegative = Field(0.0, description="auxiliary head that reads the value at filler positions")
-    text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, inside the recall objective")
+    text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, part of their objective")
     weight: Points = Field(default_factory=lambda: [(0.0, 1.0)], description="weight of the recall update over the run")
     tokens_per_step: PositiveInt | None = Field(None, description="recall tokens; default training.tokens_per_step")
     max_grad_norm: PositiveFloat | None = Field(None, description="of recall; default training.optimizer.max_grad_norm")

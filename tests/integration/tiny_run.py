@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = """the sea was calm and a ship came slowly over the long grey water while birds cried above
-its masts""".split()
+SENTENCE = "the sea was calm and a ship came slowly over the long grey water while birds cried above its masts"
+WORDS = SENTENCE.split()
 
 
 def write_text(folder: Path) -> None:
@@ -64,7 +64,7 @@ def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
 
 
 def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command(*arguments, **options),
         cwd=ROOT,

@@ -57,7 +57,7 @@ def test_missing_file_is_found(tmp_path: Path) -> None:
 
 def test_no_valid_checkpoint_left_is_a_user_error_with_a_remedy(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "state.json").write_text("")
-    with pytest.raises(UserError, match="no valid checkpoint is left(.|\n)*--resume never"):
+    with pytest.raises(UserError, match=r"no valid checkpoint is left(.|\n)*--resume never"):
         newest_valid(tmp_path, lambda _: None)
 
 
@@ -81,7 +81,7 @@ def test_failed_write_keeps_the_old_ones_and_says_what_to_do(tmp_path: Path) -> 
     def full_disk(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="step 2 could not be written(.|\n)*make room"):
+    with pytest.raises(UserError, match=r"step 2 could not be written(.|\n)*make room"):
         save_checkpoint(tmp_path, 2, {}, {}, full_disk)
     assert newest_valid(tmp_path) == kept
 
