@@ -34,7 +34,7 @@ class RingForks:
         self._restart()
 
     def _restart(self) -> None:
-        self.cache = RingCache(self.examined.model.config, self.rows)
+        self.cache = RingCache(self.examined.model.config)
         self.fed = torch.empty(self.rows, 0, dtype=torch.long)
 
     def pair(self, first: Tensor, second: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -54,9 +54,7 @@ class RingForks:
     def _feed(self, cache: RingCache, ids: Tensor) -> Tensor:
         with torch.inference_mode():
             for piece in ids.to(self.examined.device).split(PIECE, dim=1):
-                output = self.examined.model(
-                    input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
+                output = self.examined.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float().cpu()
 
 

@@ -53,16 +53,6 @@ class Haystack:
         start = at - int(rooms[:chosen].sum())
         return fitting[chosen][start : start + length]
 
-    def head(self, max_tokens: int) -> "Haystack":
-        """The leading documents, whole, until `max_tokens` are reached: bytes stay exact. At least one document."""
-        kept, left = [], max_tokens
-        for document in self.documents:
-            if kept and len(document.tokens) > left:
-                break
-            kept.append(document)
-            left -= len(document.tokens)
-        return Haystack(self.name, kept)
-
     def rows(self, n: int, length: int, seed: int) -> Tensor:
         """(n, length) int64: n stretches of held-out text."""
         return torch.from_numpy(np.stack([self.filler(i, length, seed) for i in range(n)]))

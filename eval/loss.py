@@ -114,9 +114,7 @@ def first_token_bytes(examined: Examined, document: HeldOutDocument) -> int:
 def by_position(examined: Examined, haystack: Haystack, length: int, rows: int, seed: int) -> list[dict[str, Any]]:
     """Loss in bits a token over buckets of the position in a row, each bucket half as long again as the last."""
     sample = haystack.rows(rows, length, seed)
-    nats = np.concatenate(
-        [token_nats(examined, part) for part in sample.split(max(1, BATCH_TOKENS // length))], axis=0
-    )
+    nats = np.concatenate([token_nats(examined, part) for part in sample.split(max(1, BATCH_TOKENS // length))], axis=0)
     bits = nats / math.log(2)
     edges = sorted({1, *(round(1.5**i) for i in range(64) if 1.5**i < length), length})
     table = []
@@ -207,7 +205,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or Hugging Face causal LM")
     parser.add_argument("--out", metavar="DIR", help="where loss.json goes; default: the run folder, or here")
     parser.add_argument("--context", type=int, help="tokens before each scored token; default: R, up to 1,024")
-    parser.add_argument("--max-tokens", type=int, default=200_000, help="held-out tokens to score; default: %(default)s")
+    parser.add_argument(
+        "--max-tokens", type=int, default=200_000, help="held-out tokens to score; default: %(default)s"
+    )
     parser.add_argument("--rows", type=int, default=64, help="rows for the curves by position and context")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", metavar="CONFIG.yaml", help="take the held-out text of this config")
@@ -224,8 +224,8 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
     console = Console()
     examined = load_model(args.model, args.device)
-    text = open_haystack(examined, args.text, args.data)
-    result = measure(examined, text.head(args.max_tokens), args.context, args.rows, args.seed)
+    text = open_haystack(examined, args.text, args.data, args.max_tokens)
+    result = measure(examined, text, args.context, args.rows, args.seed)
     out = examined.out_dir(args.out)
     (out / "loss.json").write_text(json.dumps(result, indent=1))
     plots.save(plots.loss_figure([result]), out / "loss.png")

@@ -113,7 +113,9 @@ class Examined:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {str(out)!r} can't be made ({error.strerror}); name a folder you may write") from error
+            raise UserError(
+                f"--out {str(out)!r} can't be made ({error.strerror}); name a folder you may write"
+            ) from error
         return out
 
     def header(self) -> dict[str, Any]:

@@ -119,9 +119,7 @@ def _draw_recall(ax: Axes, results: list[dict[str, Any]], task: str, reach: dict
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06), fontsize=8.5)
 
 
-def _draw_curve(
-    ax: Axes, result: dict[str, Any], task: str, color: str, label: str, zorder: int, series: int
-) -> None:
+def _draw_curve(ax: Axes, result: dict[str, Any], task: str, color: str, label: str, zorder: int, series: int) -> None:
     rows = result["tasks"][task]["rows"]
     x = np.array([row["distance"] for row in rows]) / _scale(result)
     y = np.array([row["accuracy"] for row in rows])

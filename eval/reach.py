@@ -34,7 +34,7 @@ from eval.haystack import Haystack, open_haystack
 from eval.models import Examined, last_logits, load_model
 from model import hub, windows
 from model.cache import RingCache
-from model.decoder import build_model
+from model.decoder import InitOptions, WindreachForCausalLM, build_model
 from model.errors import UserError, cli
 
 FloatArray = NDArray[np.float64]
@@ -49,7 +49,7 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 def prefill_in_chunks(examined: Examined, input_ids: Tensor, size: int) -> Tensor:
     """Logits (B, V) at the last position when the row is fed through the ring `size` tokens at a time."""
-    cache = RingCache(examined.model.config, input_ids.shape[0])
+    cache = RingCache(examined.model.config)
     with torch.inference_mode():
         for chunk in input_ids.to(examined.device).split(size, dim=1):
             output = examined.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -214,11 +214,12 @@ def gradient_energy(model: nn.Module, texts: Tensor, directions: int = 4, seed: 
     position with respect to every input embedding; squared, summed over E, averaged over texts and directions.
     """
     device = next(model.parameters()).device
+    options = {} if isinstance(model, WindreachForCausalLM) else {"use_cache": False}
     generator = torch.Generator().manual_seed(seed)
     total = np.zeros(texts.shape[1])
     for row in texts.split(8):
         with embeddings_caught(model) as caught:
-            hidden = model.base_model(input_ids=row.to(device), use_cache=False).last_hidden_state[:, -1]
+            hidden = model.base_model(input_ids=row.to(device), **options).last_hidden_state[:, -1]
         for _ in range(directions):
             direction = torch.randn(hidden.shape, generator=generator).to(device)
             (gradient,) = torch.autograd.grad((hidden * direction).sum(), caught[0], retain_graph=True)
@@ -277,10 +278,9 @@ def untrained(examined: Examined) -> nn.Module:
         return AutoModelForCausalLM.from_config(examined.model.config).eval().to(examined.device)
     init, seed = None, int(examined.settings.get("seed", 0))
     if examined.settings:
-        from training.build import init_options
         from training.settings import Settings
 
-        init = init_options(Settings.model_validate(examined.settings))
+        init = InitOptions(**Settings.model_validate(examined.settings).model.init.model_dump())
     return build_model(examined.model.config, init, seed).eval().to(examined.device)
 
 

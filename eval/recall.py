@@ -28,12 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from numpy.typing import NDArray
 from torch import Tensor
 
-from data.recall import RecallItem, item
+from data.recall import RecallItem, clean_filler, item
 from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
 from eval import plots, stats
 from eval.forks import Forks, make_forks
@@ -42,6 +44,7 @@ from eval.models import Examined, last_logits, load_model
 from model.errors import UserError, cli
 
 TASKS = ("needle", "needle-noise")
+IntArray = NDArray[np.int64]
 SCREENING = 200
 ROW_TOKENS = 40_000
 
@@ -133,18 +136,16 @@ class Bench:
             made.append(item(self.task, rng, filler, self.vocabulary, self.total_length, distance))
         return made
 
-    def filler(self, i: int) -> np.ndarray:
+    def filler(self, i: int) -> IntArray:
+        """(T,) haystack of item `i`, without the tokens that needles and queries are made of."""
         if self.task == "needle-noise":
-            rng = np.random.default_rng([self.seed, 11, i])
-            special = {*self.vocabulary.needle, *self.vocabulary.query, *self.vocabulary.values}
-            plain = np.setdiff1d(np.arange(self.examined.tokenizer.vocab_size), np.array(sorted(special)))
-            return rng.choice(plain, self.total_length)
-        return self.haystack.filler(i, self.total_length, self.seed)
+            return np.random.default_rng([self.seed, 11, i]).choice(self.vocabulary.plain, self.total_length)
+        return clean_filler(self.haystack.filler(i, self.total_length, self.seed), self.vocabulary)
 
     def blind(self, indices: Sequence[int]) -> Tensor:
         """(n, T): the same haystacks and the query, but no needle."""
         query = torch.tensor(self.vocabulary.query)
-        rows = torch.from_numpy(np.stack([self.filler(i) for i in indices]).astype(np.int64))
+        rows = torch.from_numpy(np.stack([self.filler(i) for i in indices]))
         return torch.cat([rows[:, : self.total_length - len(query)], query.expand(len(rows), -1)], dim=1)
 
 
@@ -327,13 +328,16 @@ def n_values_of(examined: Examined) -> int:
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     for task, entry in result["tasks"].items():
-        console.print(recall_table(task, entry, result))
+        console.print(recall_table(task, entry, result, console))
         console.print(headline(task, entry, result))
 
 
-def recall_table(task: str, entry: dict[str, Any], result: dict[str, Any]) -> Table:
-    table = Table(title=f"Recall by distance: {task} ({result['model']})", title_justify="left")
-    for name in ("tokens", "in W", "n", "recall", "", "95 % interval", "pair", "same bits", "bits gained", "no needle"):
+def recall_table(task: str, entry: dict[str, Any], result: dict[str, Any], console: Console) -> Table:
+    """Right answers by distance; pair: both of a pair right; equal: pairs of equal bits; bits: gained by the needle;
+    blind: right answers without a needle."""
+    table = Table(title=f"Recall by distance: {task} ({result['model']})", title_justify="left", box=box.SIMPLE_HEAD)
+    bars = console.width >= 100
+    for name in ("tokens", "W", "n", "recall", *([""] if bars else []), "95 %", "pair", "equal", "bits", "blind"):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for row in entry["rows"]:
         windows = row["distance_in_windows"]
@@ -342,7 +346,7 @@ def recall_table(task: str, entry: dict[str, Any], result: dict[str, Any]) -> Ta
             "" if windows is None else f"{windows:.1f}",
             str(row["n"]),
             f"{row['accuracy']:.3f}",
-            "█" * round(12 * row["accuracy"]),
+            *(["█" * round(12 * row["accuracy"])] if bars else []),
             f"{row['low']:.2f}–{row['high']:.2f}",
             f"{row['pair_accuracy']:.2f}",
             f"{row['identical_pairs']:.0%}",
