@@ -3,21 +3,15 @@
 from typing import Any
 
 from model.config import WindreachConfig
-from model.errors import UserError
 from training.settings import LayerSettings, ModelSettings, Settings
 
 
 def model_config(settings: Settings, vocab_size: int) -> WindreachConfig:
     """The decoder that `settings.model` describes, for a tokenizer of `vocab_size` pieces.
 
-    Raises UserError when `model.vocab_size` is smaller than the tokenizer's.
+    A larger `model.vocab_size` leaves rows unused; a smaller one was refused when the data was prepared.
     """
     m = settings.model
-    if m.vocab_size is not None and m.vocab_size < vocab_size:
-        raise UserError(
-            f"model.vocab_size = {m.vocab_size}, but the tokenizer has {vocab_size} pieces\n"
-            f"  set it to {vocab_size} or more, or remove it to take the tokenizer's"
-        )
     return WindreachConfig(
         vocab_size=m.vocab_size or vocab_size,
         hidden_size=m.hidden_size,

@@ -95,7 +95,9 @@ class DataSettings(Strict):
 
     source: Literal["novels", "files", "hub"] = "novels"
     train_files: list[str] = Field(default_factory=list, description="text, jsonl or parquet files (globs allowed)")
-    heldout_files: list[str] = Field(default_factory=list, description="files training never sees")
+    heldout_files: list[str] = Field(
+        default_factory=list, description="files training never sees; default: a share of the documents of train_files"
+    )
     text_column: str = "text"
     hub: HubSettings | None = None
     tokenizer: TokenizerSettings = TokenizerSettings()

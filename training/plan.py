@@ -1,0 +1,235 @@
+"""What a run would be, said before it starts: `python train.py CONFIG.yaml --dry-run`.
+
+Nothing is allocated, read from the network or written. The only thing measured is the matmul rate of this machine.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from model.attention import choose_backend
+from model.config import WindreachConfig
+from model.flops import cache_bytes, flops_per_token
+from model.windows import LayerSpec, reach, window_times_layers
+from training.build import model_config
+from training.consistency import last_distance, recall_seq_len
+from training.curriculum import Curriculum
+from training.precision import Machine, measure, set_up_threads
+from training.schedule import interpolate
+from training.settings import Settings
+
+CACHE_DTYPE_BYTES = 2  # bfloat16
+GIB, MIB = 2**30, 2**20
+
+
+def plan_text(settings: Settings) -> str:
+    """The plan, one fact a line.
+
+    Raises UserError where the model can't be built: an attention backend that can't do what a layer asks, say.
+    """
+    config = model_config(settings, vocab_size(settings))
+    machine = _measure(settings)
+    lines = [
+        *_layer_lines(config, settings.data.seq_len),
+        *_reach_lines(config),
+        *_size_lines(config),
+        *_token_lines(settings, config),
+        *_memory_lines(settings, config, machine.choose(settings.training.precision)),
+        *_time_lines(settings, config, machine),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([f"plan of {settings.name}; nothing was trained", *(f"  {n:<{width}}  {t}" for n, t in lines)])
+
+
+def vocab_size(settings: Settings) -> int:
+    """Rows of the embedding: as given, or of the tokenizer that is given or would be trained."""
+    if settings.model.vocab_size is not None:
+        return settings.model.vocab_size
+    tokenizer = settings.data.tokenizer
+    if tokenizer.model_file is None:
+        return tokenizer.vocab_size
+    from data.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer.model_file).vocab_size
+
+
+def parameters(config: WindreachConfig) -> dict[str, int]:
+    """Parameters by part.
+
+    >>> sum(parameters(WindreachConfig()).values())
+    7241732096
+    """
+    e, d, k = config.hidden_size, config.head_dim, config.num_hidden_layers
+    h, g = config.num_attention_heads, config.num_key_value_heads
+    embedding = config.vocab_size * e
+    return {
+        "embedding": embedding,
+        "attention": k * 2 * e * d * (h + g) + h * sum(spec.sink for spec in config.specs),
+        "feed-forward": k * 3 * e * config.intermediate_size,
+        "norms": (2 * k + 1) * e,
+        "output": 0 if config.tie_word_embeddings else embedding,
+    }
+
+
+def _measure(settings: Settings) -> Machine:
+    """Matmul rates with as many threads as a run of one process would use."""
+    set_up_threads(settings.training.num_threads, local_processes=1)
+    return measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+
+Lines = Iterator[tuple[str, str]]
+
+
+def _layer_lines(config: WindreachConfig, seq_len: int) -> Lines:
+    backend = choose_backend(config.attention_backend, config.specs)
+    for spec in dict.fromkeys(config.specs):
+        count = config.specs.count(spec)
+        kind = copy.copy(config)
+        kind.layers, kind.num_hidden_layers = [vars(spec)] * count, count
+        size = _size(cache_bytes(kind, CACHE_DTYPE_BYTES, length=seq_len))
+        held = f"{size} of cache" if spec.window else f"{size} of cache at {seq_len:,} tokens, growing"
+        yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; backend {backend}; {held} (bf16, one sequence)"
+
+
+def _traits(spec: LayerSpec) -> str:
+    traits = [f"window {spec.window:,}" if spec.window else "no window"]
+    traits += [f"dilation {spec.dilation}"] if spec.dilation > 1 else []
+    traits += [f"{spec.global_tokens} global tokens"] if spec.global_tokens else []
+    traits += ["sink"] if spec.sink else []
+    traits += [] if spec.rope else ["no rope"]
+    traits += [f"rope theta {spec.rope_theta:,g}"] if spec.rope_theta else []
+    return ", ".join(traits)
+
+
+def _reach_lines(config: WindreachConfig) -> Lines:
+    farthest, headline = reach(config.specs), window_times_layers(config.specs)
+    if farthest is None:
+        yield "reach", "unbounded"
+        return
+    yield "reach", f"R = {farthest:,} tokens back, exactly"
+    if headline is not None:
+        yield "W x layers", f"{headline:,}, the headline figure"
+
+
+def _size_lines(config: WindreachConfig) -> Lines:
+    parts = parameters(config)
+    yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
+
+
+# -- work -------------------------------------------------------------------------------------------------------------
+
+
+def _token_lines(settings: Settings, config: WindreachConfig) -> Lines:
+    t, seq_len = settings.training, settings.data.seq_len
+    flops = flops_per_token(config, seq_len)
+    yield "FLOPs", f"{flops:,.0f} per token of a step in rows of {seq_len:,}, visible keys only"
+    text = round(_active(t.text_weight) * t.max_steps) * t.tokens_per_step
+    yield "text", f"{t.tokens_per_step:,} tokens per step x {t.max_steps:,} steps = {text:,} tokens"
+    if settings.recall.enabled:
+        (n0, row0), (n1, row1) = _recall_share(settings)
+        steps = round(_active(settings.recall.weight) * t.max_steps)
+        yield "recall", (
+            f"{n0:,} tokens per step in rows of {row0:,} at first, {n1:,} in rows of {row1:,} "
+            f"at D = {last_distance(settings):,}; {n0 * steps:,} to {n1 * steps:,} tokens"
+        )
+
+
+def _active(points: Sequence[tuple[float, float]]) -> float:
+    """Share of a run in which a weight is above zero."""
+    return sum(interpolate(points, i, 1000) > 0 for i in range(1000)) / 1000
+
+
+def _recall_share(settings: Settings) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Recall tokens per step and per row, at the first and at the last distance."""
+    recall, last = settings.recall, last_distance(settings)
+    curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, last)
+    shares = []
+    for distance in (curriculum.start().distance, last):
+        row = curriculum.row_length(distance, recall_seq_len(settings))
+        tokens = (recall.tokens_per_step or settings.training.tokens_per_step) * curriculum.batch_factor(distance)
+        shares.append((max(1, round(tokens / row)) * row, row))
+    return shares[0], shares[1]
+
+
+def _memory_lines(settings: Settings, config: WindreachConfig, precision: str) -> Lines:
+    """Weights, gradients and moments are exact for one process; activations are an estimate."""
+    n, objectives = sum(parameters(config).values()), 1 + settings.recall.enabled
+    tokens = settings.training.micro_batch_tokens or settings.training.tokens_per_step
+    parts = {
+        "weights": 4 * n,
+        "gradients": 4 * n * objectives,
+        "Adam's moments": 8 * n * objectives,
+        "activations, roughly": tokens * activation_bytes_per_token(config, 2 if precision == "bf16" else 4),
+    }
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    yield "memory", f"{_size(sum(parts.values()))} for one process that holds everything ({listed})"
+
+
+def activation_bytes_per_token(config: WindreachConfig, dtype_bytes: int) -> int:
+    """What the backward pass of a token needs: inputs of matrices and norms, queries, keys, values, logits.
+
+    Attention scores come on top where a backend keeps them: two windows of float32 a head.
+    """
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    per_layer = dtype_bytes * (4 * config.hidden_size + heads * config.head_dim + 3 * config.intermediate_size)
+    scores = [4 * config.num_attention_heads * 2 * (spec.ring_slots or 0) for spec in config.specs]
+    return config.num_hidden_layers * per_layer + sum(scores) + 2 * 4 * config.vocab_size
+
+
+def _time_lines(settings: Settings, config: WindreachConfig, machine: Machine) -> Lines:
+    precision = machine.choose(settings.training.precision)
+    rates = f"matmul here fp32 {machine.fp32_flops / 1e9:,.0f}, bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s"
+    yield "precision", f"{precision} (training.precision is {settings.training.precision}; {rates})"
+    measured = _rate_of_earlier_run(settings)
+    if measured is not None:
+        seconds = _tokens(settings) / measured
+        yield "time", f"{_duration(seconds)} at {measured:,.0f} tokens/s, the last rate in {_metrics(settings)}"
+        return
+    seconds = _tokens(settings) * flops_per_token(config, settings.data.seq_len) / machine.rate(precision)
+    yield "time", f"at least {_duration(seconds)} on this machine: all FLOPs at its bare {precision} matmul rate"
+
+
+def _tokens(settings: Settings) -> float:
+    """Tokens of the whole run, recall rows at the mean of their first and last size."""
+    t, recall = settings.training, settings.recall
+    total = _active(t.text_weight) * t.max_steps * t.tokens_per_step
+    if recall.enabled:
+        (first, _), (last, _) = _recall_share(settings)
+        total += _active(recall.weight) * t.max_steps * (first + last) / 2
+    return total
+
+
+def _metrics(settings: Settings) -> Path:
+    return Path(settings.run_dir or f"runs/{settings.name}") / "metrics.jsonl"
+
+
+def _rate_of_earlier_run(settings: Settings) -> float | None:
+    """Tokens/s that a run of this name logged last."""
+    path = _metrics(settings)
+    if not path.is_file():
+        return None
+    rows = [json.loads(line) for line in path.read_text().splitlines() if '"tokens_per_second"' in line]
+    return rows[-1]["tokens_per_second"] if rows else None
+
+
+def _size(n_bytes: int) -> str:
+    """
+    >>> _size(536870912), _size(3 * GIB)
+    ('512 MiB', '3.0 GiB')
+    """
+    return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:,.3g} MiB"
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(90), _duration(7200), _duration(1e9)
+    ('2 minutes', '2.0 hours', '11,574 days')
+    """
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} days"
