@@ -1,7 +1,7 @@
 """What scripts/quickstart.sh asks of a run.
 
-    python scripts/run_facts.py folder CONFIG.yaml    the folder that this config's run lives in
-    python scripts/run_facts.py headline RUN          the three figures that matter, and where the report is
+python scripts/run_facts.py folder CONFIG.yaml    the folder that this config's run lives in
+python scripts/run_facts.py headline RUN          the three figures that matter, and where the report is
 """
 
 import argparse

@@ -1,0 +1,493 @@
+"""Side-by-side timings: ours against the peers installed, alternating in one process, medians.
+
+    python scripts/bench.py train                                  a training step of configs/quickstart.yaml
+    python scripts/bench.py train --config configs/small.yaml
+    python scripts/bench.py attention --plot attention.png         against length and window, with fitted exponents
+    python scripts/bench.py decode                                 token-by-token generation
+    python scripts/bench.py all --json bench.json
+
+`ratio` is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run says why. Bytes are the most
+that was alive at once on top of the inputs (attention), or the keys and values held (decode).
+Legend: B batch, T tokens, H heads, G kv heads, D head size, V vocabulary.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, MistralForCausalLM, StaticCache
+from transformers.models.mistral.modeling_mistral import eager_attention_forward
+
+from model import hub
+from model.attention import Places, attend
+from model.cache import RingCache
+from model.config import WindreachConfig
+from model.decoder import WindreachForCausalLM, build_model
+from model.errors import UserError, cli
+from model.windows import LayerSpec, visible
+from training.build import model_config
+from training.config_file import load_settings
+from training.precision import measure, set_up_threads
+from training.settings import Settings
+
+OURS = "ours"
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of bench.json. Seconds are medians; `ratio` = peer_s / ours_s; `limit` is the least ratio asked for."""
+
+    bench: str
+    case: str
+    peer: str
+    ours_s: float
+    peer_s: float | None
+    ratio: float | None
+    limit: float | None
+    ours_bytes: int | None
+    peer_bytes: int | None
+    dtype: str
+    threads: int
+    note: str = ""
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+
+def alternate(works: Mapping[str, Work], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Median seconds of each work, run in turns so that a busy machine hits all alike; and why one could not run."""
+    refused = {name: reason for name, work in works.items() if (reason := _why_not(work))}
+    if OURS in refused:
+        raise RuntimeError(f"our own side of the benchmark failed: {refused[OURS]}")
+    seconds: dict[str, list[float]] = {name: [] for name in works if name not in refused}
+    gc.collect()
+    for _ in range(rounds):
+        for name, past in seconds.items():
+            _synchronize()
+            began = time.perf_counter()
+            works[name]()
+            _synchronize()
+            past.append(time.perf_counter() - began)
+    return {name: statistics.median(past) for name, past in seconds.items()}, refused
+
+
+def _why_not(work: Work) -> str:
+    """Run once to warm up: empty, or the reason it can't run here (a peer may lack a kernel, memory or a compiler)."""
+    try:
+        work()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return ""
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of new storages alive at once while it is on; kernels' own scratch memory is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in known:
+                self._watch(leaf.untyped_storage())
+        return out
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self.alive:
+            self.alive[id(storage)] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, id(storage), None)
+            self.peak = max(self.peak, sum(self.alive.values()))
+
+
+def peak_bytes(work: Work) -> int:
+    with PeakBytes() as watched:
+        work()
+    return watched.peak
+
+
+def rows_of(
+    bench: str,
+    case: str,
+    works: Mapping[str, Work],
+    rounds: int,
+    dtype: str,
+    limits: Mapping[str, float] | None = None,
+    held: Mapping[str, int | None] | None = None,
+) -> list[Row]:
+    """Time all works of a case and put each peer beside ours."""
+    seconds, refused = alternate(works, rounds)
+    held, limits, ours = held or {}, limits or {}, seconds[OURS]
+    return [
+        Row(
+            bench=bench,
+            case=case,
+            peer=peer,
+            ours_s=ours,
+            peer_s=seconds.get(peer),
+            ratio=seconds[peer] / ours if peer in seconds else None,
+            limit=limits.get(peer),
+            ours_bytes=held.get(OURS),
+            peer_bytes=held.get(peer),
+            dtype=dtype,
+            threads=torch.get_num_threads(),
+            note=refused.get(peer, ""),
+        )
+        for peer in works
+        if peer != OURS
+    ]
+
+
+# -- train -------------------------------------------------------------------------------------------------------------
+
+
+def bench_train(settings: Settings, precision: str, rounds: int, rows: int | None = None) -> list[Row]:
+    """Forward, backward and AdamW on one text batch of the config: same weights, batch, loss and optimizer for all."""
+    config = _plain_config(settings)
+    tokens, seq_len = settings.training.tokens_per_step, settings.data.seq_len
+    rows = rows or max(1, tokens // seq_len)
+    batch = torch.randint(config.vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
+    ours = build_model(config, seed=settings.seed)
+    models: dict[str, nn.Module] = {OURS: ours}
+    for name, attention, compiled in PEERS_OF_TRAINING:
+        models[name] = _mistral_twin(ours, attention)
+        if compiled:
+            for layer in models[name].model.layers:
+                layer.compile()
+    ours.compile_layers()
+    works = {name: _training_step(model.train(), batch, precision) for name, model in models.items()}
+    case = (
+        f"{settings.name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, W {config.sliding_window}, "
+    )
+    case += f"{rows} x {seq_len} tokens a step"
+    return rows_of("train", case, works, rounds, precision, limits={"transformers sdpa": 2.0})
+
+
+PEERS_OF_TRAINING = (
+    ("transformers sdpa", "sdpa", False),
+    ("transformers sdpa, layers compiled", "sdpa", True),
+    ("transformers eager", "eager", False),
+)
+
+
+def _plain_config(settings: Settings) -> WindreachConfig:
+    """The decoder of the config; refused when the peer can't be built with the same function."""
+    config = model_config(settings, settings.model.vocab_size or settings.data.tokenizer.vocab_size)
+    if not hub.is_mistral(config):
+        raise UserError(f"{settings.name}: its layers are not all one sliding window, so Mistral is no peer for it")
+    return config
+
+
+def _mistral_twin(ours: WindreachForCausalLM, attention: str) -> MistralForCausalLM:
+    """`MistralForCausalLM` with our weights, by way of a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        hub.save_hf(ours, folder)
+        return MistralForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
+
+
+def _training_step(model: nn.Module, batch: Tensor, precision: str) -> Work:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].flatten()
+
+    def step() -> None:
+        with _autocast(precision):
+            logits = model(input_ids=inputs, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _autocast(precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+HEADS, KV_HEADS, HEAD_DIM = 8, 4, 32
+LENGTHS, WINDOW = (512, 1024, 2048, 4096), 64
+WINDOWS, LENGTH = (16, 32, 64, 128, 256, 512), 2048
+SCORES_LIMIT = 2 << 30  # bytes of a dense score matrix beyond which a peer is left out
+
+
+def bench_attention(precision: str, rounds: int, lengths: tuple[int, ...], windows: tuple[int, ...]) -> list[Row]:
+    """One layer's attention, forward and forward + backward: lengths at one window, windows at one length."""
+    middle = LENGTH if LENGTH in lengths else lengths[-1]
+    cases = [(n, WINDOW) for n in lengths] + [(middle, w) for w in windows if w != WINDOW and w < middle]
+    rows: list[Row] = []
+    for n, window in cases:
+        for backward in (False, True):
+            works = _attention_works(n, window, backward, precision)
+            case = f"{'forward+backward' if backward else 'forward'} n={n} W={window}"
+            held = {name: peak_bytes(work) for name, work in works.items() if _why_not(work) == ""}
+            rows += rows_of("attention", case, works, rounds, precision, held=held)
+    return rows
+
+
+def _attention_works(n: int, window: int, backward: bool, precision: str) -> dict[str, Work]:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(n + window)
+    q = torch.randn(1, HEADS, n, HEAD_DIM, generator=generator).to(dtype).requires_grad_(backward)
+    k, v = (
+        torch.randn(1, KV_HEADS, n, HEAD_DIM, generator=generator).to(dtype).requires_grad_(backward) for _ in range(2)
+    )
+    spec, positions = LayerSpec("sliding", window), torch.arange(n)
+    mask = visible(spec, positions[:, None], positions[None, :])
+    bias = torch.zeros(n, n, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    module = nn.Module()
+    module.num_key_value_groups = HEADS // KV_HEADS  # type: ignore[assignment]
+    module.eval()
+
+    def eager() -> Tensor:
+        _check_scores(n)
+        return eager_attention_forward(module, q, k, v, bias[None, None], HEAD_DIM**-0.5)[0]
+
+    forwards: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: attend(q, k, v, spec, Places(positions[None]), "blocked", None),
+        "sdpa, dense window mask": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
+        "sdpa, causal, no window": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        "transformers eager": eager,
+    }
+    return {name: _with_backward(f, (q, k, v)) if backward else f for name, f in forwards.items()}
+
+
+def _check_scores(n: int) -> None:
+    needed = HEADS * n * n * 4
+    if needed > SCORES_LIMIT:
+        raise MemoryError(f"its dense scores need {needed / 2**30:.1f} GiB, more than this benchmark allows")
+
+
+def _with_backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Work:
+    def work() -> None:
+        torch.autograd.grad(forward().float().square().sum(), leaves)
+
+    return work
+
+
+def exponents(rows: list[Row]) -> dict[str, float]:
+    """Slopes of log seconds against log n (W fixed) and log W (n fixed): 1 is linear, 2 quadratic, 0 constant."""
+    fits: dict[str, float] = {}
+    for direction in ("forward", "forward+backward"):
+        for axis, other in (("n", "W"), ("W", "n")):
+            for name, points in _curves(rows, direction, axis, other).items():
+                if len(points) >= 3:
+                    x, y = np.log(np.array(points)).T
+                    fits[f"{name}, {direction}: time ~ {axis}^"] = float(np.polyfit(x, y, 1)[0])
+    return fits
+
+
+def _curves(rows: list[Row], direction: str, axis: str, other: str) -> dict[str, list[tuple[float, float]]]:
+    """Name to [(n or W, seconds)], with the other of the two at the value that most cases share."""
+    parsed = [(dict(p.split("=") for p in row.case.split()[1:]), row) for row in rows]
+    parsed = [(at, row) for at, row in parsed if row.case.split()[0] == direction]
+    fixed = statistics.mode(at[other] for at, _ in parsed)
+    curves: dict[str, dict[float, float]] = {}
+    for at, row in parsed:
+        if at[other] == fixed:
+            curves.setdefault(OURS, {})[float(at[axis])] = row.ours_s
+            if row.peer_s is not None:
+                curves.setdefault(row.peer, {})[float(at[axis])] = row.peer_s
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def plot_attention(rows: list[Row], file: Path) -> None:
+    """Seconds of forward + backward against n and against W, logarithmic on both axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (axis, other) in zip(figure.subplots(1, 2), (("n", "W"), ("W", "n")), strict=True):
+        for name, points in _curves(rows, "forward+backward", axis, other).items():
+            axes.loglog(*zip(*points, strict=True), "o-", label=name, linewidth=2.5 if name == OURS else 1.2)
+        axes.set(xlabel=f"{axis}, tokens", ylabel="seconds, forward + backward")
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise UserError(f"--plot {file}: {error.strerror}; name a file that can be written") from error
+
+
+# -- decode ------------------------------------------------------------------------------------------------------------
+
+
+def bench_decode(settings: Settings, rounds: int, prompt_tokens: int, new_tokens: int) -> list[Row]:
+    """`generate` of the same weights, greedy, in float32: our ring against the caches of transformers."""
+    config = _plain_config(settings)
+    ours = build_model(config, seed=settings.seed).eval()
+    peer = _mistral_twin(ours, "sdpa").eval()
+    prompt = torch.randint(3, config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    total = prompt_tokens + new_tokens
+    makers: dict[str, tuple[Any, Callable[[], Any]]] = {
+        OURS: (ours, lambda: RingCache(config)),
+        "transformers, dynamic cache": (peer, lambda: DynamicCache(config=peer.config)),
+        "transformers, static cache": (peer, lambda: StaticCache(config=peer.config, max_cache_len=total)),
+    }
+    last: dict[str, Any] = {}
+
+    def work(name: str) -> Work:
+        model, make = makers[name]
+
+        def run() -> None:
+            last[name] = make()
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), past_key_values=last[name], do_sample=False,
+                min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0,
+            )  # fmt: skip
+
+        return run
+
+    works = {name: work(name) for name in makers}
+    held = {name: _held(last[name]) for name in makers if not _why_not(works[name])}
+    case = f"{settings.name}: {prompt_tokens} prompt tokens, then {new_tokens}, W {config.sliding_window}"
+    return rows_of("decode", case, works, rounds, "fp32", held=held)
+
+
+def _held(cache: Any) -> int:
+    """Bytes of keys and values in a cache."""
+    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor))
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def table_of(rows: list[Row]) -> Table:
+    table = Table(
+        "case", "peer", "ours", "peer's", "ratio", "ours", "peer's", title=rows[0].bench, title_justify="left"
+    )
+    for row in rows:
+        ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x"
+        if row.limit is not None and row.ratio is not None:
+            ratio += f" (asked: {row.limit:g})"
+        table.add_row(
+            row.case, row.peer, f"{row.ours_s * 1e3:,.2f} ms", row.note or f"{(row.peer_s or 0) * 1e3:,.2f} ms", ratio,
+            _size(row.ours_bytes), _size(row.peer_bytes),
+        )  # fmt: skip
+    return table
+
+
+def _size(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.2f} MiB"
+
+
+def tokens_per_second(rows: list[Row]) -> str:
+    """The training rows in the unit people ask for."""
+    rows_, seq_len = rows[0].case.split(", ")[-1].split(" tokens")[0].split(" x ")
+    tokens = int(rows_) * int(seq_len)
+    lines = [f"  {OURS}: {tokens / rows[0].ours_s:,.0f} tokens/s"]
+    lines += [f"  {row.peer}: {tokens / row.peer_s:,.0f} tokens/s" for row in rows if row.peer_s]
+    return "\n".join(lines)
+
+
+@contextmanager
+def threads(wanted: int | None) -> Iterator[None]:
+    """As many threads as training takes, or as many as asked for."""
+    before = torch.get_num_threads()
+    set_up_threads(wanted, 1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
+    rows: list[Row] = []
+    machine = measure(torch.device("cpu"))
+    settings = load_settings(arguments.config, arguments.overrides)
+    precision = machine.choose(arguments.precision or settings.training.precision)
+    console.print(
+        f"{torch.get_num_threads()} threads; matmul fp32 {machine.fp32_flops / 1e9:,.0f}, "
+        f"bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s -> {precision}; torch {torch.__version__}"
+    )
+    if arguments.bench in ("train", "all"):
+        found = bench_train(settings, precision, arguments.rounds, arguments.rows)
+        console.print(table_of(found), tokens_per_second(found), sep="\n")
+        rows += found
+    if arguments.bench in ("attention", "all"):
+        found = bench_attention(precision, arguments.rounds, tuple(arguments.lengths), tuple(arguments.windows))
+        console.print(table_of(found))
+        for name, slope in exponents(found).items():
+            console.print(f"  {name}{slope:.2f}")
+        if arguments.plot:
+            plot_attention(found, Path(arguments.plot))
+        rows += found
+    if arguments.bench in ("decode", "all"):
+        found = bench_decode(settings, min(arguments.rounds, 3), arguments.prompt_tokens, arguments.new_tokens)
+        console.print(table_of(found))
+        rows += found
+    return rows
+
+
+def _numbers(text: str) -> list[int]:
+    return sorted({int(part) for part in text.split(",")})
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=["attention", "train", "decode", "all"])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py: model.hidden_size=128")
+    parser.add_argument(
+        "--config", default="configs/quickstart.yaml", help="for train and decode; default: %(default)s"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--plot", metavar="FILE", help="of attention: time against n and W")
+    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each; default: %(default)s")
+    parser.add_argument("--threads", type=int, help="default: all cores of this process")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: as the config says")
+    parser.add_argument("--rows", type=int, help="of train: rows a step; default: the config's tokens_per_step")
+    parser.add_argument("--lengths", type=_numbers, default=LENGTHS, metavar="N,N", help="of attention")
+    parser.add_argument("--windows", type=_numbers, default=WINDOWS, metavar="W,W", help="of attention")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of decode; default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of decode; default: %(default)s")
+    arguments = parser.parse_args(argv)
+    for name in ("rounds", "threads", "rows", "prompt_tokens", "new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    return arguments
+
+
+def write_json(rows: list[Row], file: Path) -> None:
+    try:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {file}: {error.strerror}; name a file that can be written") from error
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    with threads(arguments.threads):
+        rows = run(arguments, Console(width=160))
+    if arguments.json:
+        write_json(rows, Path(arguments.json))
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))
