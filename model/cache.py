@@ -11,7 +11,7 @@ need keys that its late ones overwrite. Full layers grow by doubling; global tok
 Legend: B batch, G kv heads, S slots, T new tokens, D head size.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,17 +133,31 @@ class RingLayer(CacheLayerMixin):
         return sum(x.numel() * x.element_size() for x in self._kv()) if self.is_initialized else 0
 
 
+class Tail(NamedTuple):
+    """Where each row's count stands, all (B,): its next position, its latest document's id, and that one's number."""
+
+    positions: Tensor
+    documents: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def none(cls, documents: Tensor) -> "Tail":
+        """Before the first token of rows like `documents` (B, T)."""
+        zeros = torch.zeros_like(documents[:, 0])
+        return cls(zeros, torch.full_like(zeros, EMPTY), zeros)
+
+
 class RingCache(Cache):
-    """One `RingLayer` per layer; pass it as `past_key_values`. `next_positions` (B,) continue each row's count."""
+    """One `RingLayer` per layer; pass it as `past_key_values`. `tail` continues each row's count."""
 
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__(layers=[RingLayer(spec) for spec in config.specs])
-        self.next_positions: Tensor | None = None
+        self.tail: Tail | None = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.next_positions is not None:
-            self.next_positions = self.next_positions.index_select(0, beam_idx)
+        if self.tail is not None:
+            self.tail = Tail(*(x.index_select(0, beam_idx) for x in self.tail))
 
     def crop(self, tokens_to_remove: int) -> None:
         """A ring has overwritten what a shorter sequence would need: refused."""
@@ -151,7 +165,7 @@ class RingCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.next_positions = None
+        self.tail = None
 
     @property
     def bytes(self) -> int:

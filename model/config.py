@@ -33,16 +33,41 @@ class WindreachConfig(MistralConfig):
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; rotary positions need an even number")
         if len(self.layers) != self.num_hidden_layers:
-            raise UserError(f"{len(self.layers)} layers are described, but num_hidden_layers is {self.num_hidden_layers}")
+            raise UserError(
+                f"model.layers describes {len(self.layers)} layers, but model.num_hidden_layers is "
+                f"{self.num_hidden_layers}; change one of them"
+            )
+        self._refuse_what_the_decoder_lacks()
+        for i, layer in enumerate(self.layers):
+            _spec(i, layer)
+
+    def _refuse_what_the_decoder_lacks(self) -> None:
+        """Settings of other Mistral-like models that would else be ignored in silence."""
+        assert isinstance(self.rope_parameters, dict)
+        only = {
+            "hidden_act": (self.hidden_act, "silu"),
+            "attention_dropout": (self.attention_dropout, 0.0),
+            "rope_parameters.rope_type": (self.rope_parameters.get("rope_type", "default"), "default"),
+        }
+        for name, (value, known) in only.items():
+            if value != known:
+                raise UserError(f"model.{name} is {value!r}; the decoder knows only {known!r}")
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
         """What each layer may see, bottom first."""
         assert self.layers is not None
-        return tuple(LayerSpec(**layer) for layer in self.layers)
+        return tuple(_spec(i, layer) for i, layer in enumerate(self.layers))
 
     @property
     def rope_base(self) -> float:
         """Base of the rotary frequencies."""
         assert isinstance(self.rope_parameters, dict)
         return float(self.rope_parameters["rope_theta"])
+
+
+def _spec(i: int, layer: dict[str, Any]) -> LayerSpec:
+    try:
+        return LayerSpec(**layer)
+    except (UserError, TypeError) as error:
+        raise UserError(f"model.layers[{i}]: {error}") from error

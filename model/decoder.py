@@ -5,7 +5,7 @@ Legend: B batch, T positions, H heads, G kv heads, D head size, E hidden size.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from model.attention import Places, attend, attend_between, choose_backend
-from model.cache import RingCache, RingLayer
+from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
 from model.rope import rotary_tables, rotate
 from model.windows import LayerSpec
@@ -110,8 +110,6 @@ class WindreachModel(nn.Module):
         for i, layer in enumerate(self.layers):
             cache = None if past_key_values is None else past_key_values.layers[i]
             x = layer(x, rotary[layer.self_attn.spec], places, cache)
-        if past_key_values is not None:
-            past_key_values.next_positions = places.positions[:, -1] + 1
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
@@ -139,25 +137,42 @@ def _places(
         documents = attention_mask[:, -t:].long() - 1
     if documents is None and cache is not None:
         documents = torch.zeros(b, t, dtype=torch.long, device=x.device)
-    if position_ids is not None:
-        positions = position_ids.expand(b, t) if cache is not None else position_ids
-    else:
-        positions = _count(documents, b, t, x.device, cache)
-    return Places(positions, documents)
-
-
-def _count(documents: Tensor | None, b: int, t: int, device: torch.device, cache: RingCache | None) -> Tensor:
-    """Positions from the start of each document, continued from the cache."""
-    index = torch.arange(t, device=device)[None]
+    if documents is None and position_ids is not None:
+        documents = _restarts(position_ids)
     if documents is None:
-        return index
-    first = torch.ones(b, 1, dtype=torch.bool, device=device)
-    starts = torch.cat((first, documents[:, 1:] != documents[:, :-1]), dim=1)
-    positions = index - torch.where(starts, index, 0).cummax(1).values
-    if cache is not None and cache.next_positions is not None:
-        offset = torch.where(starts.cumsum(1) == 1, cache.next_positions[:, None], 0)
-        positions = positions + offset
-    return positions
+        index = torch.arange(t, device=x.device)[None]
+        return Places(index if position_ids is None else position_ids)
+    places = _count(documents, cache)
+    return places if position_ids is None else Places(position_ids.expand(b, t), places.documents)
+
+
+def _restarts(position_ids: Tensor) -> Tensor | None:
+    """Ids of the documents that positions (B or 1, T) tell apart by not going on by one; None if they all go on."""
+    jumps = position_ids.diff(dim=1) != 1
+    return F.pad(jumps.cumsum(1), (1, 0)) if bool(jumps.any()) else None
+
+
+def _count(documents: Tensor, cache: RingCache | None) -> Places:
+    """Positions from the start of each document, continued from the cache, and an id for each that never returns.
+
+    Padding inside a document does not start it anew; an id that comes back after another document does:
+
+        >>> places = _count(torch.tensor([[-1, 0, 0, -1, 0, 1, 0]]), None)
+        >>> places.positions.tolist(), places.documents.tolist()
+        ([[0, 0, 1, 2, 3, 0, 0]], [[-1, 1, 1, -1, 1, 2, 3]])
+    """
+    tail = cache.tail if cache is not None and cache.tail is not None else Tail.none(documents)
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    real = documents >= 0
+    latest = torch.where(real, index, -1).cummax(1).values
+    latest_id = torch.where(latest >= 0, documents.gather(1, latest.clamp_min(0)), tail.documents[:, None])
+    starts = real & (documents != torch.cat((tail.documents[:, None], latest_id[:, :-1]), 1))
+    begin = torch.where(starts, index, -1).cummax(1).values
+    positions = torch.where(begin >= 0, index - begin, tail.positions[:, None] + index)
+    number = tail.numbers[:, None] + starts.cumsum(1)
+    if cache is not None:
+        cache.tail = Tail(positions[:, -1] + 1, latest_id[:, -1], number[:, -1])
+    return Places(positions, torch.where(real, number, -1))
 
 
 class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
@@ -166,8 +181,8 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = WindreachConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["DecoderLayer"]
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _is_stateful = True
 
     def __init__(self, config: WindreachConfig) -> None:

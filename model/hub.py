@@ -19,7 +19,9 @@ _WEIGHTS = "model.safetensors"
 
 def is_mistral(config: WindreachConfig) -> bool:
     """Whether every layer is the same plain sliding (or full) layer, which is all that a Mistral config can say."""
-    return set(config.specs) in ({LayerSpec("sliding", config.sliding_window)}, {LayerSpec("full")})
+    first = config.specs[0]
+    plain = first == LayerSpec("full") or (first.kind == "sliding" and first == LayerSpec("sliding", first.window))
+    return plain and set(config.specs) == {first}
 
 
 def save_hf(model: WindreachForCausalLM, path: str | Path) -> None:
@@ -42,8 +44,7 @@ def _exported(config: WindreachConfig) -> MistralConfig:
         return WindreachConfig(**fields)
     fields.pop("layers")
     fields.pop("attention_backend")
-    if config.specs[0].kind == "full":
-        fields["sliding_window"] = None
+    fields["sliding_window"] = config.specs[0].window
     return MistralConfig(**fields)
 
 
@@ -76,15 +77,15 @@ def load(path: str | Path, backend: str = "auto", dtype: torch.dtype = torch.flo
     path = Path(path)
     config = load_config(path, backend)
     weights: dict[str, torch.Tensor] = {}
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("model*.safetensors"))  # Mistral's own consolidated.safetensors lies beside them at times
     if not files:
-        raise UserError(f"{path} holds no .safetensors file; give the folder of a checkpoint")
+        raise UserError(f"{path} holds no model*.safetensors file; give the folder of a checkpoint")
     for file in files:
         try:
             weights |= load_file(file)
         except SafetensorError as error:
             raise UserError(f"{file} can't be read ({error}); it was cut short, take an older checkpoint") from error
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model = WindreachForCausalLM(config)
     try:
