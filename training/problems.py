@@ -76,6 +76,7 @@ _EXPECTED = {
     "dict_type": "a section",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "one of {expected}",
     "too_short": "at least {min_length} of them",

@@ -1,7 +1,8 @@
 """Settings of a run: one frozen, validated object read from YAML.
 
-The classes below are the schema; every field carries its unit in its name or its description.
-`training/config_file.py` reads files (`extends`, dotted overrides) and reports problems.
+The classes below are the schema; every field has a description with its unit, and its default or an example.
+`training/config_file.py` reads files (`extends`, dotted overrides) and reports problems, `training/consistency.py`
+holds what fields ask of each other. After a change here: `python -m training.schema`.
 """
 
 from typing import Annotated, Literal
@@ -26,44 +27,49 @@ class Strict(BaseModel):
 class LayerSettings(Strict):
     """One layer kind of the stack; see `model.windows.LayerSpec` for what each may see."""
 
-    kind: Literal["sliding", "full", "chunked", "dilated"] = "sliding"
-    window: PositiveInt | None = Field(None, description="tokens, current one included; default model.sliding_window")
-    dilation: PositiveInt = Field(1, description="step between visible keys of a dilated layer")
-    global_tokens: int = Field(0, ge=0, description="first tokens of a document that all its later tokens see")
+    kind: Literal["sliding", "full", "chunked", "dilated"] = Field(
+        "sliding",
+        description="the last `window` tokens; all; those of the same block of `window`; `window` tokens, `dilation` apart",
+    )
+    window: PositiveInt | None = Field(None, description="tokens, the current one included; default: model.sliding_window; none for a full layer")
+    dilation: PositiveInt = Field(1, description="tokens from one visible key of a dilated layer to the next")
+    global_tokens: int = Field(0, ge=0, le=2**20, description="first tokens of a document that all its later tokens see")
     sink: bool = Field(False, description="a learned sink logit per head")
     rope: bool = Field(True, description="rotary position embedding on this kind")
-    rope_theta: PositiveFloat | None = Field(None, description="default model.rope_theta")
+    rope_theta: PositiveFloat | None = Field(None, description="base of the rotary frequencies; default: model.rope_theta")
 
 
 class InitSettings(Strict):
     """Initialisation of the weights."""
 
-    std: PositiveFloat | None = Field(None, description="standard deviation; default 1/sqrt(fan-in) of each matrix")
-    embedding_std: PositiveFloat = 1.0
-    scale_residual_by_depth: bool = Field(True, description="o_proj and down_proj are divided by sqrt(2 * layers)")
+    std: PositiveFloat | None = Field(None, description="standard deviation of the matrices; default: 1/sqrt(fan-in) of each")
+    embedding_std: PositiveFloat = Field(1.0, description="standard deviation of the embedding")
+    scale_residual_by_depth: bool = Field(True, description="o_proj and down_proj divided by sqrt(2 * layers)")
     copy_first_layer: bool = Field(False, description="all layers start as copies of the first")
 
 
 class ModelSettings(Strict):
     """The decoder. Names are those of `transformers.MistralConfig`."""
 
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: int = Field(32, ge=1, le=1024)
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt | None = Field(None, description="default hidden_size / num_attention_heads")
-    vocab_size: PositiveInt | None = Field(None, description="default: the tokenizer's")
-    sliding_window: PositiveInt = Field(4096, description="W in tokens, current one included")
+    hidden_size: PositiveInt = Field(description="width of the residual stream", examples=[256])
+    intermediate_size: PositiveInt = Field(description="width inside the feed-forward part", examples=[688])
+    num_hidden_layers: int = Field(32, ge=1, le=1024, description="depth")
+    num_attention_heads: PositiveInt = Field(description="query heads", examples=[4])
+    num_key_value_heads: PositiveInt = Field(description="key and value heads; divides the query heads", examples=[2])
+    head_dim: PositiveInt | None = Field(None, description="numbers a head, even; default: hidden_size / heads")
+    vocab_size: PositiveInt | None = Field(None, description="rows of the embedding; default: the tokenizer's pieces")
+    sliding_window: PositiveInt = Field(description="W in tokens, the current one included", examples=[64])
     layers: list[LayerSettings] = Field(
-        default_factory=lambda: [LayerSettings()], description="pattern repeated over depth"
+        default_factory=lambda: [LayerSettings()], min_length=1, description="pattern, repeated over the depth"
     )
-    max_position_embeddings: PositiveInt = 131072
-    rope_theta: PositiveFloat = 10000.0
-    rms_norm_eps: PositiveFloat = 1e-5
-    tie_word_embeddings: bool = False
-    attention_backend: Literal["auto", "reference", "blocked"] = "auto"
-    init: InitSettings = InitSettings()
+    max_position_embeddings: PositiveInt = Field(131072, description="longest row in tokens, written into exports")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    rms_norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square")
+    tie_word_embeddings: bool = Field(False, description="the output matrix is the embedding")
+    attention_backend: Literal["auto", "reference", "blocked"] = Field(
+        "auto", description="blocked costs what the window costs; reference is dense; auto: blocked where it can"
+    )
+    init: InitSettings = Field(InitSettings(), description="initial weights")
 
     @property
     def head_size(self) -> int:
@@ -74,43 +80,45 @@ class ModelSettings(Strict):
 class TokenizerSettings(Strict):
     """A sentencepiece model: trained on the training text, or given."""
 
-    model_file: str | None = Field(None, description="path of a given .model; default: train one")
+    model_file: str | None = Field(None, description="path of a sentencepiece .model; default: train one")
     vocab_size: PositiveInt = Field(2048, description="pieces of a trained tokenizer, recall tokens included")
 
 
 class HubSettings(Strict):
     """A hub data set, read with `datasets.load_dataset`."""
 
-    name: str
-    config: str | None = None
-    train_split: str = "train"
-    heldout_split: str = "validation"
-    text_column: str = "text"
-    streaming: bool = False
-    max_documents: PositiveInt | None = None
+    name: str = Field(description="as load_dataset takes it: a hub name or a local folder", examples=["wikitext"])
+    config: str | None = Field(None, description="configuration of the data set; default: its only one")
+    train_split: str = Field("train", description="split to train on")
+    heldout_split: str = Field("validation", description="split that training never sees")
+    text_column: str = Field("text", description="column that holds the text")
+    streaming: bool = Field(False, description="read while downloading, keep no copy")
+    max_documents: PositiveInt | None = Field(None, description="documents per split; default: all")
 
 
 class DataSettings(Strict):
     """Where the text comes from."""
 
-    source: Literal["novels", "files", "hub"] = "novels"
+    source: Literal["novels", "files", "hub"] = Field(
+        "novels", description="pinned public-domain novels; local files; a hub data set"
+    )
     train_files: list[str] = Field(default_factory=list, description="text, jsonl or parquet files (globs allowed)")
     heldout_files: list[str] = Field(
         default_factory=list, description="files training never sees; default: a share of the documents of train_files"
     )
-    text_column: str = "text"
-    hub: HubSettings | None = None
-    tokenizer: TokenizerSettings = TokenizerSettings()
-    cache_dir: str = ".cache/data"
+    text_column: str = Field("text", description="column of jsonl and parquet files")
+    hub: HubSettings | None = Field(None, description="for source: hub")
+    tokenizer: TokenizerSettings = Field(TokenizerSettings(), description="sentencepiece")
+    cache_dir: str = Field(".cache/data", description="folder of the tokenizer and the packed tokens")
     seq_len: PositiveInt = Field(512, description="tokens per packed text row")
 
 
 class CurriculumSettings(Strict):
     """Distances are drawn from [1, D]; D grows while accuracy holds."""
 
-    start_distance: PositiveInt | None = Field(None, description="first D in tokens; default W")
-    max_distance: PositiveInt | None = Field(None, description="last D in tokens; default R")
-    growth: Annotated[float, Field(gt=1.0)] = 1.2
+    start_distance: PositiveInt | None = Field(None, description="first D in tokens; default: W")
+    max_distance: PositiveInt | None = Field(None, description="last D in tokens; default: R, or data.seq_len where R is unbounded")
+    growth: float = Field(1.2, gt=1.0, description="factor by which D grows")
     accuracy: Fraction = Field(0.95, description="running accuracy at which D grows")
     smoothing: Fraction = Field(0.9, description="weight of the past in the running accuracy")
     row_lengths: list[PositiveInt] = Field(
@@ -126,79 +134,81 @@ class CurriculumSettings(Strict):
 class RecallSettings(Strict):
     """Recall documents in the training data; `enabled: false` trains on text alone."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="off: text alone")
     tasks: dict[Literal["needle", "needle-noise"], PositiveFloat] = Field(
         default_factory=lambda: {"needle": 1.0}, description="task: share of the recall rows"
     )
     values: PositiveInt = Field(32, description="number of one-token values; chance is 1/values")
-    seq_len: PositiveInt | None = Field(None, description="tokens per recall row at full D; default R + 2W")
+    seq_len: PositiveInt | None = Field(None, description="tokens per recall row at the last D; default: last D + 2W")
     relay_loss_weight: NonNegative = Field(0.0, description="auxiliary head that reads the value at filler positions")
     text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, part of their objective")
     weight: Points = Field(default_factory=lambda: [(0.0, 1.0)], description="weight of the recall update over the run")
-    tokens_per_step: PositiveInt | None = Field(None, description="recall tokens; default training.tokens_per_step")
-    max_grad_norm: PositiveFloat | None = Field(None, description="of recall; default training.optimizer.max_grad_norm")
-    curriculum: CurriculumSettings = CurriculumSettings()
+    tokens_per_step: PositiveInt | None = Field(None, description="recall tokens; default: training.tokens_per_step")
+    max_grad_norm: PositiveFloat | None = Field(None, description="of recall; default: training.optimizer.max_grad_norm")
+    curriculum: CurriculumSettings = Field(CurriculumSettings(), description="how distances grow")
 
 
 class OptimizerSettings(Strict):
     """AdamW."""
 
-    lr: PositiveFloat = 1e-3
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.98
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = Field(1e-3, description="peak learning rate")
+    beta1: Fraction = Field(0.9, lt=1.0, description="decay of the mean of gradients, a step")
+    beta2: Fraction = Field(0.98, lt=1.0, description="decay of the mean of squared gradients, a step")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(0.1, description="on matrices; norms and embeddings are not decayed")
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients of text are scaled down to this norm")
 
 
 class ScheduleSettings(Strict):
     """Learning rate as a pure function of the step."""
 
-    kind: Literal["wsd", "cosine", "constant"] = "wsd"
-    warmup_steps: int = Field(100, ge=0)
+    kind: Literal["wsd", "cosine", "constant"] = Field("wsd", description="wsd: warm up, hold, decay linearly")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     decay_fraction: Fraction = Field(0.3, description="share of all steps over which wsd decays")
-    min_lr_ratio: Fraction = 0.05
+    min_lr_ratio: Fraction = Field(0.05, description="last learning rate as a share of the peak")
 
 
 class TrainingSettings(Strict):
     """The loop."""
 
-    max_steps: PositiveInt
+    max_steps: PositiveInt = Field(description="steps of the whole run", examples=[1000])
     tokens_per_step: PositiveInt = Field(8192, description="text, global, over all ranks and micro-batches")
     text_weight: Points = Field(
         default_factory=lambda: [(0.0, 1.0)], description="weight of the text update over the run"
     )
-    micro_batch_tokens: PositiveInt | None = Field(None, description="per rank; default: no accumulation")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = True
-    num_threads: PositiveInt | None = Field(None, description="CPU threads of a process; default cores / processes")
+    micro_batch_tokens: PositiveInt | None = Field(None, description="tokens a rank; default: no accumulation")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where its matmul is much faster")
+    compile: bool = Field(True, description="compile the layers with torch.compile")
+    num_threads: PositiveInt | None = Field(None, description="CPU threads of a process; default: cores / processes")
     max_skipped_steps: PositiveInt = Field(10, description="steps in a row with a loss that is not finite, then stop")
-    optimizer: OptimizerSettings = OptimizerSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
-    log_every_steps: PositiveInt = 10
-    validate_every_steps: PositiveInt = 200
-    validation_tokens: PositiveInt = 32768
-    probe_distances: list[PositiveInt] = Field(default_factory=list, description="default: W, 2W, 4W … R")
-    probe_items: PositiveInt = 64
-    save_every_steps: PositiveInt = 200
-    keep_checkpoints: PositiveInt = 2
+    optimizer: OptimizerSettings = Field(OptimizerSettings(), description="AdamW, moments of its own per objective")
+    schedule: ScheduleSettings = Field(ScheduleSettings(), description="learning rate over the run")
+    log_every_steps: PositiveInt = Field(10, description="steps from one log line to the next")
+    validate_every_steps: PositiveInt = Field(200, description="steps from one validation and probe to the next")
+    validation_tokens: PositiveInt = Field(32768, description="held-out tokens a validation reads")
+    probe_distances: list[PositiveInt] = Field(
+        default_factory=list, description="tokens from value to query; default: W, 2W, 4W ... last D"
+    )
+    probe_items: PositiveInt = Field(64, description="questions a distance")
+    save_every_steps: PositiveInt = Field(200, description="steps from one checkpoint to the next")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
 
 
 class TrackingSettings(Strict):
     """`metrics.jsonl` is always written; wandb gets the same columns."""
 
-    wandb_mode: Literal["offline", "online", "disabled"] = "offline"
-    wandb_project: str = "windreach"
+    wandb_mode: Literal["offline", "online", "disabled"] = Field("offline", description="offline: into the run folder")
+    wandb_project: str = Field("windreach", description="project name at wandb")
 
 
 class Settings(Strict):
     """Everything a run needs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and its folder")
-    run_dir: str | None = Field(None, description="default runs/NAME")
-    seed: int = Field(0, ge=0)
-    model: ModelSettings
-    data: DataSettings = DataSettings()
-    recall: RecallSettings = RecallSettings()
-    training: TrainingSettings
-    tracking: TrackingSettings = TrackingSettings()
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and its folder", examples=["my-run"])
+    run_dir: str | None = Field(None, description="run folder; default: runs/NAME")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of weights, order of text and recall rows")
+    model: ModelSettings = Field(description="the decoder")
+    data: DataSettings = Field(DataSettings(), description="the text")
+    recall: RecallSettings = Field(RecallSettings(), description="recall documents in the training data")
+    training: TrainingSettings = Field(description="the loop")
+    tracking: TrackingSettings = Field(TrackingSettings(), description="metrics")
