@@ -77,7 +77,7 @@ def _held_out_texts(config: str | None) -> list[tuple[str, str]]:
     from training.config_file import load_settings
     from training.settings import DataSettings
 
-    data = load_settings(config, []).data if config else DataSettings()
+    data = load_settings(config, []).data if config else DataSettings.model_validate({})
     return [(document.name, document.text) for document in documents(data, "heldout")]
 
 

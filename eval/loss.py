@@ -13,6 +13,7 @@ Legend: B batch, T positions, V vocabulary.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -118,7 +119,7 @@ def by_position(examined: Examined, haystack: Haystack, length: int, rows: int, 
     bits = nats / math.log(2)
     edges = sorted({1, *(round(1.5**i) for i in range(64) if 1.5**i < length), length})
     table = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         bucket = bits[:, low - 1 : high - 1].mean(axis=1)
         label = str(low) if high == low + 1 else f"{low}–{high - 1}"
         table.append(_row(bucket, bits.shape[0] * (high - low), label) | {"middle": math.sqrt(low * (high - 1))})
@@ -176,7 +177,7 @@ def measure(
 
 
 def row_shape(examined: Examined, context: int | None) -> tuple[int, int]:
-    """(context, length of a row) in tokens: context R, up to 1,024, and rows of twice that, if the model reads so far."""
+    """(context, length of a row) in tokens: context R, up to 1,024, and rows of twice that where the model allows."""
     longest = examined.max_tokens or 1 << 40
     context = context or min(examined.reach or 1024, 1024)
     if context + 2 > longest:
@@ -205,9 +206,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or Hugging Face causal LM")
     parser.add_argument("--out", metavar="DIR", help="where loss.json goes; default: the run folder, or here")
     parser.add_argument("--context", type=int, help="tokens before each scored token; default: R, up to 1,024")
-    parser.add_argument(
-        "--max-tokens", type=int, default=200_000, help="held-out tokens to score; default: %(default)s"
-    )
+    parser.add_argument("--max-tokens", type=int, default=200_000, help="held-out tokens to score; default %(default)s")
     parser.add_argument("--rows", type=int, default=64, help="rows for the curves by position and context")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", metavar="CONFIG.yaml", help="take the held-out text of this config")

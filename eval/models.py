@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from model import hub, windows
@@ -62,7 +62,7 @@ class Examined:
     """A loaded model with everything the evaluations need to know about it."""
 
     name: str
-    model: nn.Module
+    model: Any  # WindreachForCausalLM or any causal LM of transformers
     tokenizer: Any
     specs: tuple[LayerSpec, ...]
     folder: Path | None
@@ -153,11 +153,11 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
         check_weights(folder)
     config = _read_config(source, name)
     if folder and config.model_type in OUR_TYPES:
-        model: nn.Module = hub.load(str(folder), backend=backend)
+        model: Any = hub.load(str(folder), backend=backend)
     else:
         model = _load_from_hub(source, name)
     tokenizer = _load_tokenizer(source, run_dir, name)
-    _check_tokenizer(tokenizer, model, source)
+    _check_tokenizer(tokenizer, model, source, run_dir)
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = _run_settings(run_dir)
     specs = tuple(model.config.specs) if isinstance(model, WindreachForCausalLM) else specs_of(model.config)
@@ -270,7 +270,7 @@ def _read_config(source: str, name: str) -> Any:
         raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
 
 
-def _load_from_hub(source: str, name: str) -> nn.Module:
+def _load_from_hub(source: str, name: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
@@ -292,19 +292,21 @@ def _load_tokenizer(source: str, run_dir: Path | None, name: str) -> Any:
         ) from error
 
 
-def _check_tokenizer(tokenizer: Any, model: nn.Module, source: str) -> None:
+def _check_tokenizer(tokenizer: Any, model: Any, source: str, run_dir: Path | None) -> None:
     rows = int(model.config.vocab_size)
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"{source}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {rows:,} embeddings; "
             "they do not belong together"
         )
-    if isinstance(model, WindreachForCausalLM) and not isinstance(tokenizer, HubTokenizer):
-        if tokenizer.vocab_size != rows:
-            raise UserError(
-                f"{source}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {rows:,} embeddings; "
-                "they do not belong together"
-            )
+    facts = run_dir / "run.json" if run_dir else None
+    trained_with = json.loads(facts.read_text()).get("tokenizer_sha256") if facts and facts.exists() else None
+    found: str = getattr(tokenizer, "sha256", trained_with) or ""
+    if trained_with and found != trained_with:
+        raise UserError(
+            f"{source}: its tokenizer has the sha256 {found[:12]}…, but the run was trained with {trained_with[:12]}…; "
+            "put back the run's own tokenizer/tokenizer.model"
+        )
 
 
 def _run_settings(run_dir: Path | None) -> dict[str, Any]:
@@ -326,13 +328,13 @@ def specs_of(config: Any) -> tuple[LayerSpec, ...]:
     if local:
         window = int(config.window_size)
         return tuple(_spec("sliding_attention" if kind == "local" else "full_attention", window) for kind in local)
-    window = getattr(config, "sliding_window", None)
+    span: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if config.model_type == "mistral" or kinds is None:
-        used = bool(window) and getattr(config, "use_sliding_window", True) is not False
+        used = bool(span) and getattr(config, "use_sliding_window", True) is not False
         kinds = ["sliding_attention" if used else "full_attention"] * layers
     chunk = getattr(config, "attention_chunk_size", None)
-    return tuple(_spec(kind, chunk if kind == "chunked_attention" else window) for kind in kinds)
+    return tuple(_spec(kind, chunk if kind == "chunked_attention" else span) for kind in kinds)
 
 
 def _spec(kind: str, window: int | None) -> LayerSpec:

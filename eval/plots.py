@@ -1,10 +1,11 @@
 """The pictures: one drawing of each, used for the PNG beside the numbers and for the SVG inside the report.
 
-A marker that carries numbers belongs to a collection with an id; `svg` returns the texts to show on hover.
+A marker that carries numbers belongs to a collection with an id; `svg` writes its texts, to be shown on hover.
 """
 
 import io
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ matplotlib.use("Agg")
 INK, MUTED, GRID = "#1b1f24", "#6b7280", "#e5e7eb"
 COLORS = ("#0f6fc6", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285")
 GREY = "#9ca3af"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.edgecolor": MUTED,
@@ -35,7 +36,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "windreach",
     "legend.frameon": False,
 }
-Tips = dict[str, list[str]]
 WIDE, NARROW = (9.0, 4.8), (4.4, 4.6)
 
 
@@ -43,17 +43,32 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=160, facecolor="white")
 
 
-def svg(figure: Figure) -> tuple[str, Tips]:
-    """The figure as an inline <svg> that scales with its container, and its hover texts by collection id."""
+def svg(figure: Figure, prefix: str) -> str:
+    """The figure as an inline <svg> that scales with its container; `data-tip` on a marker is its hover text.
+
+    Ids get the prefix, so that several pictures can share a page; namespaces are left out, as HTML needs none.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    return text, getattr(figure, "tips", {})
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, body = text.split(">", 1)
+    head = re.sub(r' (width|height|xmlns|xmlns:xlink)="[^"]*"', "", head)
+    text = f"{head}>{body}".replace("xlink:href", "href")
+    for name, tips in getattr(figure, "tips", {}).items():
+        text = _with_tips(text, name, tips)
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+
+
+def _with_tips(text: str, name: str, tips: list[str]) -> str:
+    """Put each hover text on its marker: the n-th <use> of the group `name`."""
+    start = text.index(f'<g id="{name}"')
+    end = text.find("<g id=", start + 1)
+    group, waiting = text[start:end], iter(tips)
+    group = re.sub(r"<use ", lambda _: f'<use data-tip="{escape(next(waiting))}" ', group)
+    return text[:start] + group + text[end:]
 
 
 def _figure(narrow: bool, height: float = 1.0) -> Figure:
@@ -149,11 +164,12 @@ def _draw_landmarks(ax: Axes, result: dict[str, Any], reach: dict[str, Any] | No
     for x, label, side, line in marks:
         ax.axvline(x, color=INK if line == "-" else MUTED, lw=1.0, ls=line, zorder=1)
         shift = -3 if side == "right" else 3
+        height = 14 if label == "mixture" else 2  # a second row: it may stand anywhere
         ax.annotate(
             label,
             (x, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(shift, 2),
+            xytext=(shift, height),
             textcoords="offset points",
             ha=side,
             va="bottom",
@@ -168,11 +184,12 @@ def _draw_landmarks(ax: Axes, result: dict[str, Any], reach: dict[str, Any] | No
 
 def _draw_field(ax: Axes, reach: dict[str, Any], window: int | None) -> None:
     """Share of the gradient's energy at each distance, on a logarithmic axis, before and after training."""
-    scale = float(window or 1)
+    scale, floor = float(window or 1), 1.0
     for i, (moment, color) in enumerate((("before", GREY), ("after", COLORS[0]))):
         energy = np.array(reach["gradient"][moment]["energy"])
         shown = energy > 1e-12
         x = np.arange(len(energy)) / scale
+        floor = min(floor, float(energy[shown].min()) / 3)
         ax.plot(x[shown], energy[shown], color=color, lw=1.5, label=f"{moment} training", zorder=2 + i)
         for row in reach["gradient"][moment]["quantiles"]:
             if row["share"] == 0.99:
@@ -182,7 +199,7 @@ def _draw_field(ax: Axes, reach: dict[str, Any], window: int | None) -> None:
     if reach["reach"] is not None:
         ax.axvline(reach["reach"] / scale, color=INK, lw=1.0, zorder=1)
     ax.set_yscale("log")
-    ax.set_ylim(bottom=1e-12)
+    ax.set_ylim(bottom=max(1e-12, floor))
     ax.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
     ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.set_ylabel("gradient energy")
@@ -254,40 +271,56 @@ def _draw_loss(ax: Axes, loss: dict[str, Any], key: str, color: str, series: int
 # ---------------------------------------------------------------------------------------------------- training
 
 
+PANELS = (  # title, kind of row in metrics.jsonl, its columns and what they are
+    ("Training loss, nats", "train", {"loss_text": "text", "loss_answer": "answers", "loss_relay": "relays"}),
+    ("Held-out text, bits per byte", "validation", {"bits_per_byte": "held-out"}),
+    ("Recall horizon, tokens", "probe", {"horizon": "recalled in 90 %"}),
+    ("Longest distance asked, tokens", "train", {"distance": "curriculum"}),
+)
+Series = tuple[str, list[float], list[float]]
+
+
 def training_figure(runs: list[tuple[str, list[dict[str, Any]]]], narrow: bool = False) -> Figure | None:
-    """The curves of metrics.jsonl that every run has: training loss, validation, horizon; None when there are none."""
-    panels = [
-        ("train", ("loss", "text_loss", "lm_loss"), "Training loss, nats a token"),
-        ("validation", ("bits_per_byte", "loss"), "Held-out text, bits per byte"),
-        ("probe", ("horizon", "h90", "max_distance"), "Recall horizon, tokens"),
-    ]
-    drawn = [
-        (title, [(name, *series) for name, rows in runs if (series := _series(rows, kind, keys))])
-        for kind, keys, title in panels
-    ]
-    drawn = [(title, series) for title, series in drawn if series]
-    if not drawn:
+    """The curves of metrics.jsonl; None when there are none. With several runs, the first column of each panel."""
+    panels = [(title, _panel(runs, kind, columns)) for title, kind, columns in PANELS]
+    panels = [(title, series) for title, series in panels if series]
+    if not panels:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = _figure(narrow, 0.62 * len(drawn) if narrow else 0.6)
-        axes = np.atleast_1d(figure.subplots(len(drawn), 1) if narrow else figure.subplots(1, len(drawn)))
-        for p, (ax, (title, series)) in enumerate(zip(axes, drawn, strict=True)):
-            for i, (name, x, y) in enumerate(series):
-                ax.plot(x, y, color=COLORS[i % len(COLORS)], lw=1.4, label=name)
-                tips = [f"{name}: step {a:,}, {b:.3g}" for a, b in zip(x, y, strict=True)]
-                keep = max(1, len(x) // 60)
-                _marks(ax, f"train-{p}-{i}", x[::keep], y[::keep], tips[::keep], COLORS[i % len(COLORS)], size=9)
+        figure = _figure(narrow, 0.6 * len(panels) if narrow else 0.5 * ((len(panels) + 1) // 2))
+        grid = figure.subplots(len(panels), 1) if narrow else figure.subplots((len(panels) + 1) // 2, 2)
+        axes = np.atleast_1d(grid).ravel()
+        for p, (ax, (title, series)) in enumerate(zip(axes, panels, strict=False)):
+            for i, one in enumerate(series):
+                _draw_series(ax, one, COLORS[i % len(COLORS)], f"train-{p}-{i}")
             ax.set_title(title, fontsize=9.5)
             ax.set_xlabel("step")
+            ax.set_ylim(bottom=0)
             ax.grid(axis="y", color=GRID, lw=0.8)
-        if len(runs) > 1:
-            axes[0].legend(fontsize=8)
+            if len(series) > 1:
+                ax.legend(fontsize=8)
+        for ax in axes[len(panels) :]:
+            ax.remove()
         return figure
 
 
-def _series(rows: list[dict[str, Any]], kind: str, keys: tuple[str, ...]) -> tuple[list[float], list[float]] | None:
-    for key in keys:
-        points = [(r["step"], r[key]) for r in rows if r.get("kind") == kind and isinstance(r.get(key), int | float)]
-        if points:
-            return [p[0] for p in points], [p[1] for p in points]
-    return None
+def _panel(runs: list[tuple[str, list[dict[str, Any]]]], kind: str, columns: dict[str, str]) -> list[Series]:
+    if len(runs) > 1:
+        column = next(iter(columns))
+        found = [(name, *_points(rows, kind, column)) for name, rows in runs]
+    else:
+        found = [(label, *_points(runs[0][1], kind, column)) for column, label in columns.items()]
+    return [series for series in found if series[1]]
+
+
+def _points(rows: list[dict[str, Any]], kind: str, column: str) -> tuple[list[float], list[float]]:
+    points = [(r["step"], r[column]) for r in rows if r.get("kind") == kind and isinstance(r.get(column), int | float)]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _draw_series(ax: Axes, series: Series, color: str, name: str) -> None:
+    label, x, y = series
+    ax.plot(x, y, color=color, lw=1.4, label=label)
+    every = max(1, len(x) // 40)
+    tips = [f"{label}: step {a:,}, {b:.3g}" for a, b in zip(x, y, strict=True)]
+    _marks(ax, name, x[::every], y[::every], tips[::every], color, size=9)

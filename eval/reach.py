@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,8 @@ def cliff_paths(examined: Examined) -> Iterator[tuple[str, LastLogits | str]]:
     if not examined.ours:
         yield "full forward", lambda ids: last_logits(examined, ids)
         return
-    assert examined.folder is not None and examined.window is not None
+    assert examined.folder is not None
+    assert examined.window is not None
     for backend in BACKENDS:
         try:
             model = hub.load(str(examined.folder), backend=backend).eval().to(examined.device)
@@ -191,7 +191,7 @@ def cliff_holds(rows: list[dict[str, Any]]) -> bool:
 
 
 @contextmanager
-def embeddings_caught(model: nn.Module) -> Iterator[list[Tensor]]:
+def embeddings_caught(model: Any) -> Iterator[list[Tensor]]:
     """Inside, each forward pass leaves its input embeddings (B, T, E), as a leaf that collects gradient."""
     caught: list[Tensor] = []
 
@@ -207,7 +207,7 @@ def embeddings_caught(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def gradient_energy(model: nn.Module, texts: Tensor, directions: int = 4, seed: int = 0) -> FloatArray:
+def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 0) -> FloatArray:
     """Energy of the input gradient by distance (T,), summing to 1: index d is d tokens back from the query.
 
     texts (B, T). For each random unit direction u of the final hidden state h, the gradient of u.h at the last
@@ -313,7 +313,7 @@ def _attention_of(layer: nn.Module) -> nn.Module | None:
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The stack of decoder layers: the longest ModuleList whose members have an attention block."""
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention_of(m[0])]
-    return list(max(stacks, key=len)) if stacks else []
+    return max((list(stack) for stack in stacks), key=len, default=[])
 
 
 def residual_shares(examined: Examined, texts: Tensor) -> list[float]:

@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data.recall import RecallItem, clean_filler, item
@@ -156,7 +156,8 @@ def judge(bench: Bench, items: list[RecallItem], first: Tensor, second: Tensor, 
     chosen, counter, unseen = (values[x[:, values].argmax(-1)] for x in (first, second, blind))
     bits, blind_bits = (-torch.log_softmax(x, -1) / math.log(2) for x in (first, blind))
     for r, made in enumerate(items):
-        assert made.value in index and made.counterfactual_value in index
+        assert made.value in index
+        assert made.counterfactual_value in index
         right = int(chosen[r]) == made.value
         tally.value.append(made.value)
         tally.correct.append(right)
@@ -198,7 +199,7 @@ def run_items(
 
 
 def near_transition(rows: list[dict[str, Any]], chance: float, window: int | None) -> set[int]:
-    """Distances that deserve the full n: neither at the floor nor at the ceiling, at W, and around the 90 % crossing."""
+    """Distances that deserve the full n: between floor and ceiling, at W, and around the 90 % crossing."""
     chosen = {d for d in (row["distance"] for row in rows) if window and abs(d - window) <= 1}
     for before, row, after in zip([rows[0], *rows[:-1]], rows, [*rows[1:], rows[-1]], strict=True):
         middling = row["high"] > chance + 0.1 and row["low"] < 0.95
@@ -233,9 +234,9 @@ def measure_task(
 
 def horizons(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any]:
     """H90, H50 in tokens and U90, U50 as shares of R, with 95 % intervals."""
-    columns = [[row[key] for row in rows] for key in ("distance", "correct", "n")]
+    distances, correct, n = ([row[key] for row in rows] for key in ("distance", "correct", "n"))
     out: dict[str, Any] = {}
-    for name, horizon in (("90", stats.h90(*columns)), ("50", stats.h50(*columns))):
+    for name, horizon in (("90", stats.h90(distances, correct, n)), ("50", stats.h50(distances, correct, n))):
         share = horizon.over(reach)
         out |= {
             f"h{name}": horizon.value,
@@ -258,7 +259,9 @@ def beyond_reach(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any
 
 def check_paths(bench: Bench, distances: list[int], rows: int = 4) -> dict[str, Any]:
     """The same items by one full forward pass (teacher-forced) and generated through the cache: do they agree?"""
-    forced, ringed, written = [], [], []
+    forced: list[int] = []
+    ringed: list[int] = []
+    written: list[int] = []
     difference = 0.0
     spread = distances[:: max(1, len(distances) // 12)]
     for distance in spread:
@@ -286,8 +289,7 @@ def check_paths(bench: Bench, distances: list[int], rows: int = 4) -> dict[str, 
 def generate_one(examined: Examined, input_ids: Tensor) -> list[int]:
     """The first greedily generated token of each row, through the model's own cache."""
     ids = input_ids.to(examined.device)
-    model: Any = examined.model
-    output = model.generate(
+    output = examined.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
     )
     return [int(token) for token in output[:, ids.shape[1]]]
