@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, MistralForCausalLM, StaticCache
 from transformers.models.mistral.modeling_mistral import eager_attention_forward
+from transformers.utils import logging as transformers_logging
 
 from model import hub
 from model.attention import Places, attend
@@ -483,6 +484,7 @@ def write_json(rows: list[Row], file: Path) -> None:
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
+    transformers_logging.disable_progress_bar()
     with threads(arguments.threads):
         rows = run(arguments, Console(width=160))
     if arguments.json:

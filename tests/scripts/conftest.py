@@ -1,0 +1,43 @@
+"""A decoder of a few thousand weights and a tokenizer of bytes: all that the scripts need to be tried."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+
+from eval.models import Examined
+from model.config import WindreachConfig
+from model.decoder import build_model
+
+
+class ByteTokenizer:
+    """Token i is byte i; 0 begins a text, 255 (no byte of UTF-8) ends it."""
+
+    vocab_size, bos_id, eos_id = 256, 0, 255
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture
+def tiny_config() -> WindreachConfig:
+    return WindreachConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=5, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def examined(tiny_config: WindreachConfig) -> Examined:
+    model = build_model(tiny_config, seed=3).eval()
+    return Examined(
+        name="tiny", model=model, tokenizer=ByteTokenizer(), specs=tiny_config.specs, folder=None, run_dir=None
+    )
+
+
+@pytest.fixture
+def arguments() -> SimpleNamespace:
+    return SimpleNamespace(max_tokens=20, temperature=0.8, top_p=0.95, greedy=False, seed=0, stop=[])
