@@ -35,21 +35,28 @@ make_venv() {
   "$python" -m venv --clear .venv
 }
 
+# Hash of a requirements file and of the interpreter: when it stands in the stamp, there is nothing to install.
+fingerprint() {
+  .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version)' "$1"
+}
+
+is_installed() { [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$(fingerprint "$1")" ]; }
+
+# install FILE...: the last one includes the others.
 install() {
-  local requirements=$1 stamp=.venv/installed-$1.sha256 fingerprint
-  fingerprint=$(cat requirements.txt "$requirements" | .venv/bin/python -c \
-    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest(), sys.version.split()[0])')
-  [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ] && return
-  echo "installing $requirements into .venv (one to a few minutes)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 2 -r "$requirements" ||
-    fail "the packages of $requirements could not be installed; pip's reason is above" \
+  local file outdated=
+  for file in "$@"; do is_installed "$file" || outdated=yes; done
+  [ -z "$outdated" ] && return
+  echo "installing $file into .venv (one to a few minutes)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 2 -r "$file" ||
+    fail "the packages of $file could not be installed; pip's reason is above" \
       "a package index must be reachable: check the network, or point pip at a mirror with PIP_INDEX_URL or pip.conf"
-  echo "$fingerprint" >"$stamp"
+  for file in "$@"; do fingerprint "$file" >".venv/installed-$file"; done
 }
 
 make_venv
 case "${1:-}" in
   "") install requirements.txt ;;
-  --dev) install requirements-dev.txt ;;
+  --dev) install requirements.txt requirements-dev.txt ;;
   *) fail "unknown argument '$1'; the only one is --dev" ;;
 esac
