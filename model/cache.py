@@ -54,8 +54,6 @@ class RingLayer(CacheLayerMixin):
         """[ring | chunk]: keys and values (B, G, S + T, D) and their places, before anything is written."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        if keys.shape[0] != self.keys.shape[0]:
-            raise UserError(f"the cache holds {self.keys.shape[0]} rows, but the input has {keys.shape[0]}")
         if keys.shape[1] != self.keys.shape[1] or keys.shape[3] != self.keys.shape[3]:
             raise UserError("the cache was filled by another model (its heads have other shapes); use a new one")
         used = self.keys.shape[2] if self.is_sliding else self.seen
@@ -73,10 +71,10 @@ class RingLayer(CacheLayerMixin):
         """Put the chunk into its slots; of a chunk longer than the ring only the newest tokens stay."""
         t = keys.shape[2]
         index = torch.arange(self.seen, self.seen + t, device=keys.device)
-        if self.is_sliding:
-            keep = slice(max(0, t - (self.spec.ring_slots or 0)), t)
-            slots = index[keep] % self.spec.ring_slots
-            self._put(slots, keys[:, :, keep], values[:, :, keep], places, keep)
+        ring = self.spec.ring_slots
+        if ring is not None:
+            keep = slice(max(0, t - ring), t)
+            self._put(index[keep] % ring, keys[:, :, keep], values[:, :, keep], places, keep)
             self._put_globals(keys, values, places)
         else:
             self._grow(self.seen + t)
@@ -153,6 +151,13 @@ class RingCache(Cache):
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__(layers=[RingLayer(spec) for spec in config.specs])
         self.tail: Tail | None = None
+
+    def tail_for(self, documents: Tensor) -> Tail:
+        """Where the rows of `documents` (B, T) go on."""
+        tail = self.tail or Tail.none(documents)
+        if len(tail.positions) != len(documents):
+            raise UserError(f"the cache holds {len(tail.positions)} rows, but the input has {len(documents)}")
+        return tail
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from model.attention import Places, attend, attend_between, choose_backend
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
+from model.errors import UserError
 from model.rope import rotary_tables, rotate
 from model.windows import LayerSpec
 
@@ -100,16 +101,19 @@ class WindreachModel(nn.Module):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RingCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """`documents` (B, T): ids of packed documents, -1 for padding; else `attention_mask` (B, S), 0 for padding."""
+        if not isinstance(past_key_values, RingCache | None):
+            kind = type(past_key_values).__name__
+            raise UserError(f"past_key_values is a {kind}; pass a model.cache.RingCache or none")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         places = _places(x, documents, attention_mask, position_ids, past_key_values)
         rotary = self._rotary(places.positions)
-        for i, layer in enumerate(self.layers):
+        for i, (layer, spec) in enumerate(zip(self.layers, self.config.specs)):
             cache = None if past_key_values is None else past_key_values.layers[i]
-            x = layer(x, rotary[layer.self_attn.spec], places, cache)
+            x = layer(x, rotary[spec], places, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
@@ -161,7 +165,7 @@ def _count(documents: Tensor, cache: RingCache | None) -> Places:
         >>> places.positions.tolist(), places.documents.tolist()
         ([[0, 0, 1, 2, 3, 0, 0]], [[-1, 1, 1, -1, 1, 2, 3]])
     """
-    tail = cache.tail if cache is not None and cache.tail is not None else Tail.none(documents)
+    tail = Tail.none(documents) if cache is None else cache.tail_for(documents)
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     real = documents >= 0
     latest = torch.where(real, index, -1).cummax(1).values
@@ -197,7 +201,7 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RingCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,

@@ -74,16 +74,18 @@ def visible(spec: LayerSpec, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     Shapes: any two that broadcast; positions are counted from the start of the document. Returns bool.
     """
     seen = k_pos <= q_pos
-    if spec.kind == "sliding":
-        seen = seen & (k_pos > q_pos - spec.window)
-    elif spec.kind == "chunked":
-        seen = seen & (k_pos // spec.window == q_pos // spec.window)
-    elif spec.kind == "dilated":
-        age = q_pos - k_pos
-        seen = seen & (age < spec.ring_slots) & (age % spec.dilation == 0)
+    if spec.window is not None:
+        seen = seen & _inside_window(spec, spec.window, q_pos, k_pos)
     if spec.global_tokens:
         seen = seen | ((k_pos < spec.global_tokens) & (k_pos <= q_pos))
     return seen
+
+
+def _inside_window(spec: LayerSpec, window: int, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    if spec.kind == "chunked":
+        return k_pos // window == q_pos // window
+    age = q_pos - k_pos
+    return (age < window * spec.dilation) & (age % spec.dilation == 0) if spec.dilation > 1 else age < window
 
 
 def reachable(specs: Sequence[LayerSpec], length: int) -> Tensor:

@@ -49,7 +49,7 @@ def draw_qkv(batch: int, groups: int, total: int, seed: int) -> list[Tensor]:
     return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.data(), bounded_layers(), st.integers(1, 130), st.sampled_from([1, 2, 4]), st.integers(1, 2))
 def test_blocked_equals_reference_forward_and_backward(
     data: st.DataObject, spec: LayerSpec, total: int, groups: int, batch: int
@@ -62,7 +62,9 @@ def test_blocked_equals_reference_forward_and_backward(
     actual = blocked(q, k, v, spec, where, chosen)
     upstream = torch.randn_like(expected)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)):
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -160,7 +162,9 @@ def test_auto_is_blocked_unless_a_layer_needs_the_oracle() -> None:
 
 def test_backend_that_is_unknown_or_cannot_do_a_layer_is_refused() -> None:
     plain, anchored = LayerSpec("sliding", 4), LayerSpec("sliding", 4, global_tokens=2)
-    with pytest.raises(UserError, match=r"^model\.attention_backend is 'flash'; choose one of auto, reference, blocked$"):
+    with pytest.raises(
+        UserError, match=r"^model\.attention_backend is 'flash'; choose one of auto, reference, blocked$"
+    ):
         choose_backend("flash", (plain,))
     with pytest.raises(UserError, match=r"^attention backend 'blocked' can't do global tokens; set .* to reference$"):
         choose_backend("blocked", (plain, anchored))
