@@ -100,7 +100,7 @@ def hero_figure(
             top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
         else:
             top = figure.subplots()
-        _draw_recall(top, results, task, reach)
+        _draw_recall(top, results, task, reach, narrow)
         if field:
             _draw_field(bottom, field, results[0]["window"])
         axis = bottom if field else top
@@ -112,7 +112,9 @@ def _scale(result: dict[str, Any]) -> float:
     return float(result["window"] or 1)
 
 
-def _draw_recall(ax: Axes, results: list[dict[str, Any]], task: str, reach: dict[str, Any] | None) -> None:
+def _draw_recall(
+    ax: Axes, results: list[dict[str, Any]], task: str, reach: dict[str, Any] | None, narrow: bool
+) -> None:
     main = results[0]
     shown = [(main, t) for t in main["tasks"]] + [(r, task) for r in results[1:] if task in r["tasks"]]
     several = len(results) > 1
@@ -121,7 +123,7 @@ def _draw_recall(ax: Axes, results: list[dict[str, Any]], task: str, reach: dict
         color = COLORS[i] if not twin or len(results) > 2 else GREY
         label = name if not several else f"{result['model']}" + (f", {name}" if name != task else "")
         _draw_curve(ax, result, name, color, label, zorder=2 if twin else 3, series=i)
-    _draw_landmarks(ax, main, reach)
+    _draw_landmarks(ax, main, reach, narrow)
     chance = main["tasks"][task]["chance"]
     ax.axhline(chance, color=MUTED, lw=0.9, ls=(0, (1, 2)))
     ax.annotate("chance", (0.005, chance), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED, va="bottom")
@@ -131,7 +133,7 @@ def _draw_recall(ax: Axes, results: list[dict[str, Any]], task: str, reach: dict
     ax.set_ylabel("recall")
     ax.grid(axis="y", color=GRID, lw=0.8)
     if len(shown) > 1:
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06), fontsize=8.5)
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.17), fontsize=8.5)
 
 
 def _draw_curve(ax: Axes, result: dict[str, Any], task: str, color: str, label: str, zorder: int, series: int) -> None:
@@ -149,7 +151,7 @@ def _draw_curve(ax: Axes, result: dict[str, Any], task: str, color: str, label: 
     _marks(ax, f"recall-{series}", x, y, tips, color)
 
 
-def _draw_landmarks(ax: Axes, result: dict[str, Any], reach: dict[str, Any] | None) -> None:
+def _draw_landmarks(ax: Axes, result: dict[str, Any], reach: dict[str, Any] | None, narrow: bool) -> None:
     """Lines at W, 1.5 W, the mixture horizon, R and W k; R and W k nearly touch, so their labels part."""
     window = result["window"]
     if not window:
@@ -159,7 +161,7 @@ def _draw_landmarks(ax: Axes, result: dict[str, Any], reach: dict[str, Any] | No
     if horizon:
         marks.append((horizon / window, "mixture", "left", ":"))
     if result["reach"] is not None:
-        marks.append((result["reach"] / window, "R = k(W−1)", "right", "-"))
+        marks.append((result["reach"] / window, "R" if narrow else "R = k(W−1)", "right", "-"))
         marks.append((result["window_times_layers"] / window, "W·k", "left", "--"))
     for x, label, side, line in marks:
         ax.axvline(x, color=INK if line == "-" else MUTED, lw=1.0, ls=line, zorder=1)

@@ -92,12 +92,14 @@ def read_run(name: str) -> Run:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"RUN {name!r}: no such folder; give the folder of a run, such as runs/quickstart")
-    found = {kind: read_result(folder / f"{kind}.json") for kind in RESULTS if (folder / f"{kind}.json").exists()}
-    if not found:
+    recall, reach, loss = (
+        read_result(file) if (file := folder / f"{kind}.json").exists() else None for kind in RESULTS
+    )
+    if recall is reach is loss is None:
         raise UserError(f"RUN {name!r}: nothing measured yet; run `python -m eval.recall {name}` first")
     settings = folder / "settings.yaml"
     text = settings.read_text() if settings.exists() else ""
-    return Run(folder, **found, metrics=read_metrics(folder / "metrics.jsonl"), settings=text)
+    return Run(folder, recall, reach, loss, read_metrics(folder / "metrics.jsonl"), text)
 
 
 def read_metrics(file: Path) -> list[Result]:
@@ -113,6 +115,16 @@ def read_metrics(file: Path) -> list[Result]:
     return rows
 
 
+def tell_apart(runs: list[Run]) -> list[Run]:
+    """Runs whose model has the name of another's are called by their folder."""
+    names = [run.name for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        for result in (run.recall, run.reach, run.loss):
+            if names.count(name) > 1 and result is not None:
+                result["model"] = str(run.folder)
+    return runs
+
+
 # ------------------------------------------------------------------------------------------------------- sentences
 
 
@@ -120,7 +132,7 @@ def tokens(count: float | None, window: int | None = None) -> str:
     if count is None:
         return "unbounded"
     share = f" ({count / window:.1f} W)" if window else ""
-    return f"{count:,.0f} tokens{share}"
+    return f"{count:,.0f} {'token' if count == 1 else 'tokens'}{share}"
 
 
 def shape(run: Run) -> str:
@@ -299,7 +311,7 @@ def comparison_sheet(runs: list[Run]) -> Sheet:
     columns = ["run", "task", "layers", "W", "R", "H90", "H90 in W", "U90", "H50", "bits per byte"]
     rows = []
     for run in runs:
-        r, bits = run.any, run.loss and run.loss["bits_per_byte"]
+        r, bits = run.any, run.loss["bits_per_byte"] if run.loss else None
         start = [_number(r["layers"], ",d"), _number(r["window"], ",d"), _number(r["reach"], ",d")]
         for task, entry in (run.recall or {"tasks": {"": {}}})["tasks"].items():
             h90 = entry.get("h90")
@@ -307,7 +319,7 @@ def comparison_sheet(runs: list[Run]) -> Sheet:
             middle = [_number(h90, ",.0f"), _number(in_windows, ".1f"), _number(entry.get("u90"), ".2f")]
             end = [_number(entry.get("h50"), ",.0f"), _number(bits, ".3f")]
             rows.append([Cell(run.name), Cell(task), *start, *middle, *end])
-    return Sheet("The runs side by side.", columns, rows)
+    return Sheet("A heading sorts its column.", columns, rows)
 
 
 def controls(run: Run) -> list[str]:
@@ -441,7 +453,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    runs = [read_run(name) for name in args.runs]
+    runs = tell_apart([read_run(name) for name in args.runs])
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("comparison.html")
     out = Path(args.out) if args.out else default
     try:

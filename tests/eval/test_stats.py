@@ -11,7 +11,8 @@ from eval import stats, theory
 def test_wilson_interval_holds_the_rate_and_stays_in_the_unit_interval(n, data):
     correct = data.draw(st.integers(0, n))
     low, high = stats.wilson(correct, n)
-    assert -1e-12 <= low <= correct / n + 1e-12 and correct / n - 1e-12 <= high <= 1 + 1e-12
+    assert -1e-12 <= low <= correct / n + 1e-12
+    assert correct / n - 1e-12 <= high <= 1 + 1e-12
 
 
 def test_one_dip_ends_h90_however_well_later_distances_do():
@@ -24,7 +25,10 @@ def test_ninety_percent_observed_is_not_enough_for_h90():
 
 def test_h50_lies_between_the_distances_that_bracket_the_fall():
     horizon = stats.h50([16, 32, 64], [400, 400, 12], [400] * 3)
-    assert 32 < horizon.value < 64 and horizon.low == 32 and horizon.high == 64 and not horizon.censored
+    assert 32 < horizon.value < 64
+    assert horizon.low == 32
+    assert horizon.high == 64
+    assert not horizon.censored
 
 
 def test_h50_is_censored_when_the_curve_never_falls():
@@ -39,4 +43,5 @@ def test_the_fit_never_rises(rates):
 
 def test_mixture_mean_is_k_times_share_times_half_the_window():
     influence = theory.mixture([16] * 32, [0.9] * 32, 481)
-    assert abs(influence.sum() - 1) < 1e-9 and abs(np.arange(481) @ influence - 32 * 0.1 * 7.5) < 1e-6
+    assert abs(influence.sum() - 1) < 1e-9
+    assert abs(np.arange(481) @ influence - 32 * 0.1 * 7.5) < 1e-6

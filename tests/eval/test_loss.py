@@ -1,0 +1,70 @@
+"""Claims about bits per byte: every token once, every byte once."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval import loss
+from eval.haystack import HeldOutDocument, encode_documents, open_haystack
+from eval.models import load_model
+
+
+@pytest.fixture(scope="module")
+def examined(untrained_run):
+    return load_model(str(untrained_run), "cpu")
+
+
+@given(st.integers(2, 400), st.integers(1, 40), st.integers(2, 60))
+def test_stretches_score_each_token_once_and_with_its_context(n_tokens, context, more):
+    made = list(loss.stretches(n_tokens, context + more, context))
+    scored = [t for s in made for t in range(s.scored, s.end)]
+    assert scored == list(range(1, n_tokens))
+    assert all(s.scored - s.start == min(context, s.scored) for s in made)
+    assert all(s.end - s.start <= context + more for s in made)
+
+
+def test_bytes_of_the_held_out_text_are_exact(examined, untrained_run):
+    written = (untrained_run.parent / "heldout.txt").read_bytes()
+    haystack = open_haystack(examined)
+    assert sum(document.n_bytes for document in haystack.documents) == len(written)
+
+
+@pytest.mark.parametrize("max_tokens", [2, 57, 1000])
+def test_bytes_of_a_text_cut_short_are_those_of_its_tokens(examined, max_tokens):
+    (document,) = open_haystack(examined, max_tokens=max_tokens).documents
+    assert len(document.tokens) == max_tokens
+    text = examined.tokenizer.decode([int(t) for t in document.tokens if t != examined.tokenizer.bos_id])
+    assert document.n_bytes == len(text.encode())
+
+
+def test_a_text_is_cut_between_characters(examined):
+    (document,) = encode_documents(examined.tokenizer, [("umlauts", "äöü" * 10)], max_bytes=7)
+    assert document.n_bytes == 6
+    assert examined.tokenizer.decode(document.tokens.tolist()) == "äöü"
+
+
+def test_overlapping_stretches_give_the_loss_of_one_long_pass(examined):
+    tokens = open_haystack(examined).documents[0].tokens[:150]
+    whole = loss.token_nats(examined, torch.from_numpy(tokens)[None]).sum()
+    document = HeldOutDocument("part", tokens, 1)
+    assert loss.document_nats(examined, document, length=50, context=21) == pytest.approx(whole, rel=1e-5)
+    assert loss.document_nats(examined, document, length=50, context=4) != pytest.approx(whole, rel=1e-5)
+
+
+def test_bits_per_byte_is_nats_over_ln_2_over_bytes(examined):
+    result = loss.measure(examined, open_haystack(examined, max_tokens=2000), rows=4)
+    nats = result["nats_per_token"] * result["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"])
+    assert result["tokens"] == 1999
+    assert [row["context"] for row in result["by_context"]] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_context_beyond_the_reach_changes_nothing(examined):
+    table = loss.by_context(examined, open_haystack(examined), length=80, rows=4, seed=0)
+    far = [row["bits_per_token"] for row in table if row["context"] > 21]
+    near = next(row["bits_per_token"] for row in table if row["context"] == 8)
+    assert max(far) - min(far) < 1e-4
+    assert abs(near - far[0]) > 1e-4

@@ -1,0 +1,150 @@
+"""Claims about the recall measurement, made on a model that was never trained: nothing may look like recall."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from eval import loss, reach, recall, stats
+from eval.haystack import open_haystack
+from eval.models import load_model
+from model.errors import cli
+from model.windows import LayerSpec
+
+DISTANCES = [1, 7, 8, 20, 21, 22, 24, 32]
+
+
+@pytest.fixture(scope="module")
+def examined(untrained_run):
+    return load_model(str(untrained_run), "cpu")
+
+
+@pytest.fixture(scope="module")
+def result(examined):
+    return recall.measure(examined, open_haystack(examined), recall.TASKS, DISTANCES, n=60, seed=0)
+
+
+def rows(result):
+    return [row for entry in result["tasks"].values() for row in entry["rows"]]
+
+
+def test_an_untrained_model_recalls_at_chance(result):
+    correct, n = sum(row["correct"] for row in rows(result)), sum(row["n"] for row in rows(result))
+    low, high = stats.wilson(correct, n, confidence=0.999)
+    assert low < 1 / 8 < high
+    assert {entry["h90"] for entry in result["tasks"].values()} == {0}
+
+
+def test_pairs_are_bit_identical_beyond_the_reach_and_not_at_it(result):
+    beyond = [row for row in rows(result) if row["distance"] > 21]
+    assert [row["identical_pairs"] for row in beyond] == [1.0] * len(beyond)
+    assert [row["pair_accuracy"] for row in beyond] == [0.0] * len(beyond)
+    assert all(row["identical_pairs"] < 0.5 for row in rows(result) if row["distance"] <= 20)
+    assert all(entry["identical_beyond_reach"] is True for entry in result["tasks"].values())
+
+
+def test_a_model_that_sees_farther_than_it_claims_is_found_out(examined):
+    narrower = (LayerSpec("sliding", 7),) * 3
+    liar = dataclasses.replace(examined, specs=narrower)
+    found = recall.measure(liar, open_haystack(liar), ["needle"], [18, 19, 20], n=20, seed=0)
+    assert found["tasks"]["needle"]["identical_beyond_reach"] is False
+    assert not reach.cliff_holds(reach.cliff(liar))
+
+
+def test_the_cliff_holds_on_every_path(examined):
+    table = reach.cliff(examined)
+    assert {"forward, reference", "forward, blocked", "token by token", "left-padded batch", "packed documents"} <= {
+        row["path"] for row in table
+    }
+    assert reach.cliff_holds(table)
+    at_reach = [row["equal"] for row in table if row.get("distance") == 21]
+    assert at_reach
+    assert not any(at_reach)
+
+
+def test_no_gradient_comes_from_beyond_the_reach(examined):
+    energy = reach.gradient_energy(examined.model, open_haystack(examined).rows(2, 40, seed=0), directions=2)
+    assert np.all(energy[22:] == 0)
+    assert energy[21] > 0
+
+
+def test_full_forward_ring_and_generation_give_the_same_answers(result):
+    for entry in result["tasks"].values():
+        paths = entry["paths"]
+        assert paths["agree"] == paths["n"]
+        assert paths["generated_agree"] == paths["generated_n"]
+        assert paths["max_abs_logit_difference"] < 1e-4
+
+
+def test_the_keys_of_recall_json_are_those_of_the_protocol(result):
+    top = {"model", "checkpoint_sha256", "settings", "seed", "versions", "window", "layers", "reach"}
+    assert top | {"window_times_layers", "tasks"} <= result.keys()
+    assert (result["window"], result["layers"], result["reach"], result["window_times_layers"]) == (8, 3, 21, 24)
+    entry = result["tasks"]["needle"]
+    assert {"chance", "total_length", "rows", "h90", "h50", "u90", "u50"} <= entry.keys()
+    assert {
+        "distance", "distance_in_windows", "n", "correct", "accuracy", "low", "high", "pair_accuracy",
+        "identical_pairs", "delta_nll_bits", "accuracy_without_needle",
+    } <= entry["rows"][0].keys()  # fmt: skip
+    json.dumps(result)
+
+
+def test_the_same_seed_gives_the_same_result(examined, result):
+    again = recall.measure(examined, open_haystack(examined), ["needle"], DISTANCES, n=60, seed=0)
+    assert again["tasks"]["needle"] == result["tasks"]["needle"]
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def refusal(monkeypatch, capsys, module, *arguments):
+    monkeypatch.setattr(sys, "argv", ["eval", *map(str, arguments)])
+    code = cli(module.main)
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [recall, reach, loss])
+def test_a_missing_model_is_refused(monkeypatch, capsys, module, tmp_path):
+    code, message = refusal(monkeypatch, capsys, module, tmp_path / "nowhere")
+    assert code == 2
+    assert "nowhere" in message
+    assert "no such folder" in message
+
+
+@pytest.mark.parametrize("kept", [4, 100, 5000])
+def test_a_checkpoint_cut_short_is_refused(monkeypatch, capsys, untrained_run, tmp_path, kept):
+    run = shutil.copytree(untrained_run, tmp_path / "run")
+    weights = run / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    code, message = refusal(monkeypatch, capsys, recall, run)
+    assert code == 2
+    assert "model.safetensors is cut short" in message
+
+
+def test_another_tokenizer_than_the_one_trained_with_is_refused(monkeypatch, capsys, untrained_run, tmp_path):
+    run = shutil.copytree(untrained_run, tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"tokenizer_sha256": "0" * 64}))
+    code, message = refusal(monkeypatch, capsys, recall, run)
+    assert code == 2
+    assert "trained with 000000000000" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "needles"], "known: needle, needle-noise"),
+        (["--n", "0"], "at least 1 item"),
+        (["--distances", "1,two"], "whole numbers of tokens"),
+        (["--distances", "0"], "at least 1 token"),
+        (["--distances", "100000"], "give a longer text"),
+        (["--text", "nowhere.txt"], "no such file"),
+        (["--compare", "nowhere"], "no such result"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, untrained_run, arguments, said):
+    code, message = refusal(monkeypatch, capsys, recall, untrained_run, *arguments)
+    assert code == 2
+    assert said in message
