@@ -98,7 +98,7 @@ def _softmax(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks - peak.detach())
-    return weights / total.clamp_min(0.5)  # at least 1 where a key is seen; tiny would overflow the gradient elsewhere
+    return weights / total.clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 def blocked(

@@ -308,6 +308,7 @@ def test_layers_default_to_the_sliding_window_of_the_configuration() -> None:
     assert {(s.kind, s.window) for s in WindreachConfig(sliding_window=None).specs} == {("full", None)}
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns about its own code
 def test_compiled_layers_compute_the_same_and_keep_the_names_of_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with = nn.Module.compile
     monkeypatch.setattr(
