@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.draws import Draws
 from data.packing import TokenStore
-from data.recall import UNSCORED, RowRules, clean_filler, filler_room, max_row_distance, training_rows
+from data.recall import DEFAULT_RULES, UNSCORED, RowRules, clean_filler, filler_room, max_row_distance, training_rows
 from data.recall_vocabulary import RecallVocabulary
 from model.errors import UserError
 
@@ -26,7 +26,7 @@ class Batch:
     """Every tensor is (B, T) int64; -100 is unscored."""
 
     input_ids: Tensor
-    labels: Tensor  # next token, never across a document's end; on recall rows only filler after filler of real text
+    labels: Tensor  # next token, never across a document's end; on recall rows filler after filler of real text only
     documents: Tensor  # number of the document within its row: documents never see each other
     recall_labels: Tensor  # the value token, at queries
     relay_labels: Tensor  # index of the value that a filler position should carry
@@ -34,7 +34,10 @@ class Batch:
 
 
 def text_batch(store: TokenStore, seed: int, step: int, rows: range, seq_len: int, *, rows_per_step: int) -> Batch:
-    """Rows `rows` of the `rows_per_step` of a step. An epoch is a seeded permutation of the store's chunks of T tokens."""
+    """Rows `rows` of the `rows_per_step` of a step; an epoch is a seeded permutation of all chunks of T tokens.
+
+    Raises `UserError` when the text is shorter than one row.
+    """
     chunks = (len(store.tokens) - 1) // seq_len
     if chunks < 1:
         raise UserError(
@@ -59,9 +62,13 @@ def recall_batch(
     seq_len: int,
     max_distance: int,
     tasks: Mapping[str, float],
-    rules: RowRules = RowRules(),
+    rules: RowRules = DEFAULT_RULES,
 ) -> Batch:
-    """Recall rows of T tokens with distances on [1, max_distance]; `tasks` gives the share of rows of each task."""
+    """Recall rows of T tokens with distances on [1, max_distance]; `tasks` gives the share of rows of each task.
+
+    The text of a row is any stretch of the store, over the ends of documents too; the row counts as one document.
+    Raises `UserError` when the rows are too short for the distance.
+    """
     if max_distance > max_row_distance(vocab, seq_len):
         raise UserError(
             f"recall.seq_len is {seq_len} and the distance {max_distance}: "

@@ -15,8 +15,9 @@ class Draws:
     """The draws of the rows `rows` (global numbers) of a step. Each name is a stream of its own; B rows."""
 
     def __init__(self, seed: int, step: int, rows: range):
-        key = _mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(step))
-        self.keys = _mix(key + np.arange(rows.start, rows.stop, dtype=np.uint64))
+        numbers = np.arange(rows.start, rows.stop, dtype=np.uint64)
+        key: NDArray[np.uint64] = _mix(_mix(np.full_like(numbers, seed)) + np.uint64(step))
+        self.keys = _mix(key + numbers)
 
     def uniform(self, name: str, n: int) -> NDArray[np.float64]:
         """(B, n) on [0, 1), in steps of 2**-53."""

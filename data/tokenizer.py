@@ -11,13 +11,13 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -98,8 +98,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"data.tokenizer.model_file {str(file)!r}: {reason}; name a sentencepiece .model file, "
             "or leave it out to train one"
         ) from error
+    if not _is_bpe(ModelProto.FromString(tokenizer.model)):
+        raise UserError(
+            f"data.tokenizer.model_file {str(file)!r} is no BPE model, and Hugging Face can't repeat others exactly; "
+            "name a BPE one, or leave it out to train one"
+        )
     if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError(f"data.tokenizer.model_file {str(file)!r} has no <s> or </s>, which frame documents")
+        raise UserError(
+            f"data.tokenizer.model_file {str(file)!r} has no <s> or </s>, which frame documents; name another"
+        )
     return tokenizer
 
 
@@ -146,9 +153,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def to_hugging_face(model: bytes) -> tokenizers.Tokenizer:
     """A BPE sentencepiece model as a `tokenizers` one that gives the same ids."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        raise UserError("data.tokenizer.model_file: only BPE sentencepiece models can be handed to Hugging Face")
+    proto = ModelProto.FromString(model)
+    assert _is_bpe(proto), "load_tokenizer takes BPE models only"
     bpe = tokenizers.models.BPE(
         vocab={piece.piece: i for i, piece in enumerate(proto.pieces)},
         merges=_merges(proto),
@@ -159,14 +165,16 @@ def to_hugging_face(model: bytes) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(bpe)
     made.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
     strip = [decoders.Strip(content=" ", left=1)] if proto.normalizer_spec.add_dummy_prefix else []
-    made.decoder = decoders.Sequence(
-        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]  # type: ignore[list-item]
-    )
+    made.decoder = decoders.Sequence([decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     made.add_tokens([_added(piece) for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)])
     return made
 
 
-def _normalizers(spec: sentencepiece_model_pb2.NormalizerSpec) -> list[normalizers.Normalizer]:
+def _is_bpe(proto: Any) -> bool:
+    return bool(proto.trainer_spec.model_type == proto.trainer_spec.BPE)
+
+
+def _normalizers(spec: Any) -> list[normalizers.Normalizer]:
     """What sentencepiece does to text before it looks for pieces, in its order."""
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
@@ -178,7 +186,7 @@ def _normalizers(spec: sentencepiece_model_pb2.NormalizerSpec) -> list[normalize
     return [*steps, normalizers.Replace(" ", _BLANK)]
 
 
-def _merges(proto: sentencepiece_model_pb2.ModelProto) -> list[tuple[str, str]]:
+def _merges(proto: Any) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, best piece first: sentencepiece merges by the score of the result."""
     score = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     ranked = sorted(score, key=score.__getitem__, reverse=True)
@@ -190,7 +198,7 @@ def _merges(proto: sentencepiece_model_pb2.ModelProto) -> list[tuple[str, str]]:
     ]
 
 
-def _added(piece: sentencepiece_model_pb2.ModelProto.SentencePiece) -> tokenizers.AddedToken:
+def _added(piece: Any) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
 
 
@@ -210,7 +218,7 @@ def _is_sound(folder: Path) -> bool:
     try:
         expected = (folder / "sha256").read_text(encoding="ascii")
         return hashlib.sha256((folder / FILE).read_bytes()).hexdigest() == expected
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

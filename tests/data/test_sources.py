@@ -1,0 +1,139 @@
+"""Sources: files of each kind, hub data sets, what is held out, and every refusal."""
+
+import json
+
+import datasets
+import pytest
+
+from data.sources import HELDOUT_EVERY, documents, source_fingerprint
+from model.errors import UserError
+
+SENTENCES = [f"Sentence {i} of a text." for i in range(40)]
+
+
+def texts(run, split="train"):
+    return [document.text for document in documents(run.data, split)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_parquet(path, rows):
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture
+def rows():
+    return [{"body": sentence, "n": i} for i, sentence in enumerate(SENTENCES)]
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(write_jsonl, "jsonl"), (write_parquet, "parquet")])
+def test_each_row_of_a_table_is_a_document(write, suffix, rows, make_settings, tmp_path):
+    file = write(tmp_path / f"rows [1].{suffix}", rows)
+    run = make_settings(train_files=[file], text_column="body")
+    assert texts(run) == SENTENCES
+    assert next(documents(run.data, "train")).name == f"rows [1].{suffix}#0"
+
+
+def test_globs_are_read_in_order_and_text_files_whole(make_settings, tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"part-{name}.txt").write_text(f"{name}\r\n\n {name}\n", newline="")
+    assert texts(make_settings(train_files=[str(tmp_path / "part-*.txt")])) == [f"{n}\n\n {n}\n" for n in "abc"]
+
+
+def test_empty_documents_are_left_out(make_settings, tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": " \n"}, {"text": "two"}])
+    assert texts(make_settings(train_files=[file])) == ["one", "two"]
+
+
+def test_without_heldout_files_every_twentieth_document_is_held_out_whole(rows, make_settings, tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run = make_settings(train_files=[file], heldout_files=[], text_column="body")
+    assert texts(run, "heldout") == [SENTENCES[19], SENTENCES[39]]
+    assert sorted(texts(run) + texts(run, "heldout")) == sorted(SENTENCES)
+    assert source_fingerprint(run.data, "train") != source_fingerprint(run.data, "heldout")
+
+
+def test_too_few_documents_to_hold_some_out_are_refused(make_settings):
+    with pytest.raises(UserError, match=rf"data\.heldout_files is empty .* fewer than {HELDOUT_EVERY} documents"):
+        texts(make_settings(heldout_files=[]), "heldout")
+
+
+@pytest.mark.parametrize("setting", ["train_files", "heldout_files"])
+@pytest.mark.parametrize("name", ["nowhere.txt", "nowhere-*.jsonl"])
+def test_a_missing_file_is_refused(setting, name, make_settings):
+    run = make_settings(**{setting: [name]})
+    with pytest.raises(UserError, match=rf"data\.{setting}: no such file: '{name[:7]}.*; paths are relative"):
+        texts(run, setting.removesuffix("_files"))
+
+
+def test_no_files_at_all_are_refused(make_settings):
+    with pytest.raises(UserError, match=r"data\.train_files is empty and data\.source is 'files'; name"):
+        texts(make_settings(train_files=[]))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_corpus_without_text_is_refused(split, make_settings, tmp_path):
+    (tmp_path / f"{split}.txt").write_text(" \n\n")
+    with pytest.raises(UserError, match=rf"data\.{split}_files .*{split}\.txt.* hold no text; name files with some"):
+        texts(make_settings(), split)
+
+
+def test_a_missing_column_is_refused(rows, make_settings, tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"data\.text_column is 'text'; row 0 of 'rows\.jsonl' .* only \['body', 'n'\]"):
+        texts(make_settings(train_files=[file]))
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.jsonl", b'{"text": \n'), ("x.parquet", b"PAR0"), ("x.txt", b"\xff")])
+def test_a_file_that_is_not_what_its_name_says_is_refused(name, content, make_settings, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}' can't be read"):
+        texts(make_settings(train_files=[str(tmp_path / name)]))
+
+
+@pytest.fixture
+def hub_folder(rows, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write_parquet(folder / "train.parquet", rows[:30])
+    write_parquet(folder / "validation.parquet", rows[30:])
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_is_read_by_its_splits(streaming, hub_folder, make_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    hub = {"name": str(hub_folder), "text_column": "body", "streaming": streaming}
+    run = make_settings(source="hub", hub=hub)
+    assert texts(run) == SENTENCES[:30]
+    assert texts(run, "heldout") == SENTENCES[30:]
+    assert texts(make_settings(source="hub", hub=hub | {"max_documents": 3})) == SENTENCES[:3]
+
+
+def test_a_hub_folder_is_known_by_its_content(hub_folder, rows, make_settings):
+    run = make_settings(source="hub", hub={"name": str(hub_folder)})
+    before = source_fingerprint(run.data, "train")
+    assert source_fingerprint(run.data, "train") == before
+    write_parquet(hub_folder / "train.parquet", rows[:5])
+    assert source_fingerprint(run.data, "train") != before
+
+
+def test_a_hub_data_set_that_is_not_there_is_refused(make_settings, tmp_path, hub_folder):
+    with pytest.raises(UserError, match=r"data\.hub is missing; give at least data\.hub\.name"):
+        texts(make_settings(source="hub"))
+    with pytest.raises(UserError, match=r"data\.hub\.name '.*hub', split 'test' can't be loaded: .*; check the name"):
+        texts(make_settings(source="hub", hub={"name": str(hub_folder), "train_split": "test", "streaming": True}))
+
+
+def test_a_file_is_known_by_its_content_not_its_name_or_time(make_settings, tmp_path):
+    run = make_settings()
+    before = source_fingerprint(run.data, "train")
+    (tmp_path / "train.txt").rename(tmp_path / "other.txt")
+    moved = make_settings(train_files=[str(tmp_path / "other.txt")])
+    assert source_fingerprint(moved.data, "train") == before
+    (tmp_path / "other.txt").write_text("Changed.")
+    assert source_fingerprint(moved.data, "train") != before

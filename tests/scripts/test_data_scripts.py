@@ -1,0 +1,47 @@
+"""The two data scripts, on a small corpus."""
+
+import sys
+
+import pytest
+import yaml
+
+from data.tokenizer import load_tokenizer
+from model.errors import UserError
+from scripts import prepare_data, train_tokenizer
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run on files of `tmp_path`, named by an absolute path."""
+    text = "The sea was calm and a ship came slowly over the long grey water.\n"
+    (tmp_path / "train.txt").write_text(text * 100)
+    (tmp_path / "heldout.txt").write_text(text * 10)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    data = {
+        "source": "files", "cache_dir": str(tmp_path / "cache"), "tokenizer": {"vocab_size": 320},
+        "train_files": [str(tmp_path / "train.txt")], "heldout_files": [str(tmp_path / "heldout.txt")],
+    }  # fmt: skip
+    settings = {"name": "x", "model": sizes | {"sliding_window": 4}, "training": {"max_steps": 1}, "data": data}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return str(tmp_path / "config.yaml")
+
+
+def test_prepare_data_shows_documents_tokens_and_bytes(config, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config])
+    prepare_data.main()
+    out = capsys.readouterr().out
+    assert "6,600" in out
+    assert "660" in out
+    assert "tokenizer: 320 pieces" in out
+
+
+def test_train_tokenizer_writes_a_model_that_loads(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", config, "--out", str(tmp_path / "out")])
+    train_tokenizer.main()
+    assert load_tokenizer(tmp_path / "out").vocab_size == 320
+
+
+def test_an_unwritable_place_for_the_tokenizer_is_refused(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", config, "--out", str(tmp_path / "train.txt")])
+    with pytest.raises(UserError, match=r"--out '.*train\.txt' can't be written: File exists"):
+        train_tokenizer.main()
