@@ -183,7 +183,9 @@ def _set(text: str, keys: tuple[str, ...], value: Any, draft: _Draft) -> None:
         if isinstance(found, list):
             if not _holds(found, key):
                 have = f"{dotted(path)} has {len(found)} items"
-                draft.problems.append(Problem((*path, key), value, have, f"use 0 to {len(found) - 1}, or give the list"))
+                draft.problems.append(
+                    Problem((*path, key), value, have, f"use 0 to {len(found) - 1}, or give the list")
+                )
                 return
             key = int(key)
         elif not isinstance(found, dict):
@@ -196,6 +198,7 @@ def _set(text: str, keys: tuple[str, ...], value: Any, draft: _Draft) -> None:
         else:
             if not _holds(found, key) or found[key] is None:
                 found[key] = {}
+                draft.origins[path] = f"override {text}"
             found = found[key]
     draft.origins = {k: v for k, v in draft.origins.items() if k[: len(path)] != path} | {path: f"override {text}"}
 

@@ -64,6 +64,7 @@ def parameters(config: WindreachConfig) -> dict[str, int]:
     """
     e, d, k = config.hidden_size, config.head_dim, config.num_hidden_layers
     h, g = config.num_attention_heads, config.num_key_value_heads
+    assert d is not None
     embedding = config.vocab_size * e
     return {
         "embedding": embedding,
@@ -133,9 +134,12 @@ def _token_lines(settings: Settings, config: WindreachConfig) -> Lines:
     if settings.recall.enabled:
         (n0, row0), (n1, row1) = _recall_share(settings)
         steps = round(_active(settings.recall.weight) * t.max_steps)
-        yield "recall", (
-            f"{n0:,} tokens per step in rows of {row0:,} at first, {n1:,} in rows of {row1:,} "
-            f"at D = {last_distance(settings):,}; {n0 * steps:,} to {n1 * steps:,} tokens"
+        yield (
+            "recall",
+            (
+                f"{n0:,} tokens per step in rows of {row0:,} at first, {n1:,} in rows of {row1:,} "
+                f"at D = {last_distance(settings):,}; {n0 * steps:,} to {n1 * steps:,} tokens"
+            ),
         )
 
 
@@ -176,6 +180,7 @@ def activation_bytes_per_token(config: WindreachConfig, dtype_bytes: int) -> int
     Attention scores come on top where a backend keeps them: two windows of float32 a head.
     """
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    assert config.head_dim is not None
     per_layer = dtype_bytes * (4 * config.hidden_size + heads * config.head_dim + 3 * config.intermediate_size)
     scores = [4 * config.num_attention_heads * 2 * (spec.ring_slots or 0) for spec in config.specs]
     return config.num_hidden_layers * per_layer + sum(scores) + 2 * 4 * config.vocab_size
@@ -191,7 +196,10 @@ def _time_lines(settings: Settings, config: WindreachConfig, machine: Machine) -
         yield "time", f"{_duration(seconds)} at {measured:,.0f} tokens/s, the last rate in {_metrics(settings)}"
         return
     seconds = _tokens(settings) * flops_per_token(config, settings.data.seq_len) / machine.rate(precision)
-    yield "time", f"at least {_duration(seconds)} on this machine: all FLOPs at its bare {precision} matmul rate"
+    yield (
+        "time",
+        f"{_duration(seconds)} if all were bare {precision} matmuls at the rate measured just now; steps are slower",
+    )
 
 
 def _tokens(settings: Settings) -> float:
@@ -231,5 +239,5 @@ def _duration(seconds: float) -> str:
     ('2 minutes', '2.0 hours', '11,574 days')
     """
     if seconds < 3600:
-        return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+        return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} days"

@@ -1,8 +1,8 @@
 """What is generated from the settings classes: `python -m training.schema` writes it anew, a test finds it stale.
 
-    configs/schema.json    JSON Schema, for completion and checks in editors
-    configs/base.yaml      every setting with its default
-    docs/configs.md        the table between the two markers
+configs/schema.json    JSON Schema, for completion and checks in editors
+configs/base.yaml      every setting with its default
+docs/configs.md        the table between the two markers
 """
 
 import json
@@ -97,7 +97,7 @@ def _section(model: type[BaseModel], depth: int) -> Iterator[str]:
     indent = "  " * depth
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
-        if section is None or info.get_default(call_default_factory=True) is None and not info.is_required():
+        if section is None or (not info.is_required() and info.get_default(call_default_factory=True) is None):
             yield f"{indent}{name}: {_value(info)} # {_comment(info)}"
             continue
         yield from [""] if depth == 0 else []

@@ -29,20 +29,28 @@ class LayerSettings(Strict):
 
     kind: Literal["sliding", "full", "chunked", "dilated"] = Field(
         "sliding",
-        description="the last `window` tokens; all; those of the same block of `window`; `window` tokens, `dilation` apart",
+        description="the last `window` tokens; all; those of a block of `window`; `window` tokens, `dilation` apart",
     )
-    window: PositiveInt | None = Field(None, description="tokens, the current one included; default: model.sliding_window; none for a full layer")
+    window: PositiveInt | None = Field(
+        None, description="tokens, the current one included; default: model.sliding_window; none for a full layer"
+    )
     dilation: PositiveInt = Field(1, description="tokens from one visible key of a dilated layer to the next")
-    global_tokens: int = Field(0, ge=0, le=2**20, description="first tokens of a document that all its later tokens see")
+    global_tokens: int = Field(
+        0, ge=0, le=2**20, description="first tokens of a document that all its later tokens see"
+    )
     sink: bool = Field(False, description="a learned sink logit per head")
     rope: bool = Field(True, description="rotary position embedding on this kind")
-    rope_theta: PositiveFloat | None = Field(None, description="base of the rotary frequencies; default: model.rope_theta")
+    rope_theta: PositiveFloat | None = Field(
+        None, description="base of the rotary frequencies; default: model.rope_theta"
+    )
 
 
 class InitSettings(Strict):
     """Initialisation of the weights."""
 
-    std: PositiveFloat | None = Field(None, description="standard deviation of the matrices; default: 1/sqrt(fan-in) of each")
+    std: PositiveFloat | None = Field(
+        None, description="standard deviation of the matrices; default: 1/sqrt(fan-in) of each"
+    )
     embedding_std: PositiveFloat = Field(1.0, description="standard deviation of the embedding")
     scale_residual_by_depth: bool = Field(True, description="o_proj and down_proj divided by sqrt(2 * layers)")
     copy_first_layer: bool = Field(False, description="all layers start as copies of the first")
@@ -117,7 +125,9 @@ class CurriculumSettings(Strict):
     """Distances are drawn from [1, D]; D grows while accuracy holds."""
 
     start_distance: PositiveInt | None = Field(None, description="first D in tokens; default: W")
-    max_distance: PositiveInt | None = Field(None, description="last D in tokens; default: R, or data.seq_len where R is unbounded")
+    max_distance: PositiveInt | None = Field(
+        None, description="last D in tokens; default: R, or data.seq_len where R is unbounded"
+    )
     growth: float = Field(1.2, gt=1.0, description="factor by which D grows")
     accuracy: Fraction = Field(0.95, description="running accuracy at which D grows")
     smoothing: Fraction = Field(0.9, description="weight of the past in the running accuracy")
@@ -136,7 +146,7 @@ class RecallSettings(Strict):
 
     enabled: bool = Field(True, description="off: text alone")
     tasks: dict[Literal["needle", "needle-noise"], PositiveFloat] = Field(
-        default_factory=lambda: {"needle": 1.0}, description="task: share of the recall rows"
+        {"needle": 1.0}, description="task: share of the recall rows"
     )
     values: PositiveInt = Field(32, description="number of one-token values; chance is 1/values")
     seq_len: PositiveInt | None = Field(None, description="tokens per recall row at the last D; default: last D + 2W")
@@ -144,7 +154,9 @@ class RecallSettings(Strict):
     text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, part of their objective")
     weight: Points = Field(default_factory=lambda: [(0.0, 1.0)], description="weight of the recall update over the run")
     tokens_per_step: PositiveInt | None = Field(None, description="recall tokens; default: training.tokens_per_step")
-    max_grad_norm: PositiveFloat | None = Field(None, description="of recall; default: training.optimizer.max_grad_norm")
+    max_grad_norm: PositiveFloat | None = Field(
+        None, description="of recall; default: training.optimizer.max_grad_norm"
+    )
     curriculum: CurriculumSettings = Field(CurriculumSettings(), description="how distances grow")
 
 
@@ -204,7 +216,9 @@ class TrackingSettings(Strict):
 class Settings(Strict):
     """Everything a run needs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and its folder", examples=["my-run"])
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and its folder", examples=["my-run"]
+    )
     run_dir: str | None = Field(None, description="run folder; default: runs/NAME")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of weights, order of text and recall rows")
     model: ModelSettings = Field(description="the decoder")

@@ -6,7 +6,7 @@ are numbers (one without a fraction is a whole number), only `true` and `false` 
 """
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -16,7 +16,7 @@ Keys = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the resolvers of the 1.2 core schema; keys are the text as written."""
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
