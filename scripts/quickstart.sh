@@ -66,7 +66,8 @@ interruptible "$BIN/python" scripts/prepare_data.py "$CONFIG"
 
 if outdated "$RUN/hf/config.json" "$CONFIG" train.py model/*.py data/*.py training/*.py; then
   say "training $CONFIG into $RUN"
-  interruptible "$BIN/accelerate" launch --quiet --config_file "$LAUNCH" train.py "$CONFIG"
+  interruptible "$BIN/accelerate" launch --quiet --config_file "$LAUNCH" \
+    --num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)" train.py "$CONFIG"
 fi
 
 evaluate reach reach.png eval/reach.py eval/theory.py
