@@ -21,7 +21,7 @@ def config(tmp_path):
         "source": "files", "cache_dir": str(tmp_path / "cache"), "tokenizer": {"vocab_size": 320},
         "train_files": [str(tmp_path / "train.txt")], "heldout_files": [str(tmp_path / "heldout.txt")],
     }  # fmt: skip
-    settings = {"name": "x", "model": sizes | {"sliding_window": 4}, "training": {"max_steps": 1}, "data": data}
+    settings = {"name": "x", "model": sizes | {"sliding_window": 4}, "training": {"max_steps": 1000}, "data": data}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     return str(tmp_path / "config.yaml")
 
