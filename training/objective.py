@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from data.batches import Batch, recall_batch, text_batch
 from data.packing import TokenStore
 from data.recall_vocabulary import RecallVocabulary
 from model.config import WindreachConfig
+from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
 from training.curriculum import Curriculum
 from training.ranks import sum_over_ranks
@@ -95,12 +96,12 @@ class TextObjective:
     """Next-token prediction on packed documents."""
 
     name = "text"
-    term_weights: ClassVar[Mapping[str, float]] = {"text": 1.0}
 
     def __init__(self, settings: Settings, store: TokenStore, ranks: int):
         self.settings, self.store, self.ranks = settings, store, ranks
         self.max_grad_norm = settings.training.optimizer.max_grad_norm
         self.points = settings.training.text_weight
+        self.term_weights: Mapping[str, float] = {"text": 1.0}
 
     def plan(self, distance: int) -> Plan:
         t = self.settings.training
@@ -125,7 +126,9 @@ class RecallObjective:
         self.max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
         self.points = recall.weight
         optional = {"relay": recall.relay_loss_weight, "text": recall.text_loss_weight}
-        self.term_weights = {"answer": 1.0} | {term: weight for term, weight in optional.items() if weight > 0}
+        self.term_weights: Mapping[str, float] = {"answer": 1.0} | {
+            term: weight for term, weight in optional.items() if weight > 0
+        }
 
     def plan(self, distance: int) -> Plan:
         t, recall = self.settings.training, self.settings.recall
@@ -164,7 +167,10 @@ class Scorer(nn.Module):
     The relay head reads the value from the hidden state of a filler position; it is discarded at export.
     """
 
-    def __init__(self, decoder: nn.Module, relay_values: int | None):
+    decoder: WindreachForCausalLM
+    relay_head: nn.Linear | None
+
+    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None):
         super().__init__()
         self.decoder = decoder
         self.relay_head = nn.Linear(decoder.config.hidden_size, relay_values, bias=False) if relay_values else None

@@ -41,7 +41,7 @@ def settings(folder: Path, **training: Any) -> dict[str, Any]:
         "training": {
             "max_steps": 12, "tokens_per_step": 512, "compile": False, "precision": "fp32", "num_threads": 1,
             "log_every_steps": 1, "validate_every_steps": 6, "validation_tokens": 512, "probe_items": 4,
-            "save_every_steps": 3, "optimizer": {"lr": 0.003}, "schedule": {"warmup_steps": 2},
+            "save_every_steps": 3, "optimizer": {"lr": 0.003}, "schedule": {"warmup_steps": 1},
         } | training,
         "tracking": {"wandb_mode": "disabled"},
     }  # fmt: skip
@@ -59,8 +59,8 @@ def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
     program = [str(ROOT / "train.py"), str(config), *arguments]
     if processes == 1:
         return [sys.executable, *program]
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    return [sys.executable, "-m", *launch, "--mixed_precision", "no", "--dynamo_backend", "no", *program]
+    launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp-cpu-2.yaml")]
+    return [sys.executable, "-m", *launch, "--num_processes", str(processes), *program]
 
 
 def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
