@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from data.packing import TokenStore, prepare_tokens
 from data.recall_vocabulary import recall_vocabulary
@@ -38,7 +38,7 @@ from training.precision import make_deterministic, set_up_threads
 from training.probe import Probe, horizon
 from training.progress import TrainingProgress
 from training.random_state import get_random_states, seed_everything, set_random_states
-from training.ranks import ask_main, gather_from_ranks, local_processes, sum_over_ranks
+from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, sum_over_ranks
 from training.run_folder import check_tokenizer, decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings import Settings
@@ -88,7 +88,7 @@ class Trainer:
     def __init__(self, settings: Settings, resume: str):
         self.settings, self.dir = settings, run_dir(settings)
         self.stop = StopRequest()
-        self.ranks = PartialState()
+        self.ranks = join_ranks()
         set_up_threads(settings.training.num_threads, local_processes())
         make_deterministic()
 

@@ -13,6 +13,11 @@ from model.errors import UserError
 Answer = TypeVar("Answer")
 
 
+def join_ranks() -> PartialState:
+    """This process among those launched. Untold that it is on the CPU, accelerate lets each believe it is alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def local_processes() -> int:
     """Processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
