@@ -145,7 +145,7 @@ class RecallObjective:
             rows,
             plan.seq_len,
             max_distance=distance,
-            tasks=self.settings.recall.tasks,
+            tasks={str(task): share for task, share in self.settings.recall.tasks.items()},
         )
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
         return _micro_batch(batch, None, {term: labels[term] for term in self.term_weights})  # one document a row

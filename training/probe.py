@@ -8,12 +8,12 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from data.batches import text_batch
 from data.packing import TokenStore
 from data.recall import UNSCORED, RecallItem, item
 from data.recall_vocabulary import RecallVocabulary
+from model.decoder import WindreachForCausalLM
 from training.curriculum import Curriculum
 from training.settings import Settings
 
@@ -49,7 +49,7 @@ class Probe:
         ]
 
     @torch.no_grad()
-    def text(self, decoder: nn.Module) -> float:
+    def text(self, decoder: WindreachForCausalLM) -> float:
         """Bits per byte over the first `training.validation_tokens` tokens, in rows of `data.seq_len`."""
         seq_len = self.settings.data.seq_len
         rows = max(1, min(self.settings.training.validation_tokens, len(self.store.tokens) - 1) // seq_len)
@@ -65,7 +65,7 @@ class Probe:
         return nats / math.log(2) / max(1, n_bytes)
 
     @torch.no_grad()
-    def recall(self, decoder: nn.Module) -> dict[int, float]:
+    def recall(self, decoder: WindreachForCausalLM) -> dict[int, float]:
         """Share of questions whose value is the most likely of all tokens, by distance; empty without recall."""
         with _evaluating(decoder):
             return {
@@ -88,7 +88,7 @@ def horizon(accuracy: dict[int, float], level: float = 0.9) -> int:
     return reached
 
 
-def _right(decoder: nn.Module, group: list[RecallItem]) -> int:
+def _right(decoder: WindreachForCausalLM, group: list[RecallItem]) -> int:
     ids = torch.tensor([list(i.tokens) for i in group], device=_device(decoder))
     last = torch.tensor([i.query_position for i in group], device=ids.device)
     wanted = torch.tensor([i.value for i in group], device=ids.device)
@@ -96,14 +96,14 @@ def _right(decoder: nn.Module, group: list[RecallItem]) -> int:
     return int((decoder.lm_head(hidden).argmax(-1) == wanted).sum())
 
 
-def _device(decoder: nn.Module) -> torch.device:
+def _device(decoder: WindreachForCausalLM) -> torch.device:
     return next(decoder.parameters()).device
 
 
 class _evaluating:
     """Eval mode and no compilation inside; training mode again after."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: WindreachForCausalLM):
         self.decoder, self.stance = decoder, torch.compiler.set_stance("force_eager")
 
     def __enter__(self) -> None:
