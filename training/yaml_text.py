@@ -6,7 +6,8 @@ are numbers (one without a fraction is a whole number), only `true` and `false` 
 """
 
 import re
-from typing import Any, ClassVar
+from collections.abc import Hashable
+from typing import Any
 
 import yaml
 
@@ -16,18 +17,18 @@ Keys = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the resolvers of the 1.2 core schema; keys are the text as written."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not read; use extends", event.start_mark)
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(None, None, f"remove the tag {event.tag}", event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        found: dict[Hashable, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
@@ -54,6 +55,7 @@ _CORE = (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+0123456789.", _number),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.", _number),
 )
+_Loader.yaml_implicit_resolvers = {}
 for _name, _pattern, _first, _construct in _CORE:
     _tag = f"tag:yaml.org,2002:{_name}"
     _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), [c.strip("\0") for c in _first])
