@@ -17,7 +17,7 @@ Keys = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the resolvers of the 1.2 core schema; keys are the text as written."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]  # type: ignore[misc]
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
