@@ -21,10 +21,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
+        mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not read; use extends", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, "aliases are not read; use extends", mark)
         if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, f"remove the tag {event.tag}", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"remove the tag {event.tag}", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
