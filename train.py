@@ -22,7 +22,7 @@ from data.packing import TokenStore, prepare_tokens
 from data.recall_vocabulary import recall_vocabulary
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
-from model.decoder import build_model
+from model.decoder import InitOptions, build_model
 from model.errors import cli
 from model.windows import reach
 from training.build import model_config
@@ -99,7 +99,7 @@ class Trainer:
 
         seed_everything(settings.seed, self.ranks.process_index)
         self.config = model_config(settings, self.tokenizer.vocab_size)
-        self.decoder = build_model(self.config, settings.model.init, settings.seed)
+        self.decoder = build_model(self.config, InitOptions(**settings.model.init.model_dump()), settings.seed)
         self.curriculum = Curriculum(
             settings.recall.curriculum, settings.model.sliding_window, reach(self.config.specs) or settings.data.seq_len
         )

@@ -178,7 +178,7 @@ def bench_train(settings: Settings, precision: str, rounds: int, rows: int | Non
     rows = rows or max(1, tokens // seq_len)
     batch = torch.randint(config.vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
     ours = build_model(config, seed=settings.seed)
-    models: dict[str, nn.Module] = {OURS: ours}
+    models: dict[str, Any] = {OURS: ours}
     for name, attention, compiled in PEERS_OF_TRAINING:
         models[name] = _mistral_twin(ours, attention)
         if compiled:

@@ -60,8 +60,8 @@ def make_deterministic() -> None:
     run would compile other kernels than the run it continues.
     """
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch._dynamo.config.automatic_dynamic_shapes = False  # type: ignore[attr-defined]
-    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 64
 
 
 def _synchronize(device: torch.device) -> None:
