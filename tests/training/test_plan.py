@@ -95,7 +95,9 @@ def test_time_comes_from_an_earlier_run_and_says_so(tmp_path: Path) -> None:
     run.mkdir(parents=True)
     rows = [{"kind": "train", "tokens_per_second": 1.0}, {"kind": "train", "tokens_per_second": 1000.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = plan("quickstart-text-only", "training.max_steps=3600", "training.tokens_per_step=2048")
+    lines = plan(
+        "quickstart-text-only", *"data.seq_len=512 training.max_steps=3600 training.tokens_per_step=2048".split()
+    )
     assert lines["time"] == "2.0 hours at 1,000 tokens/s, the last rate in runs/quickstart-text-only/metrics.jsonl\n"
 
 
@@ -117,7 +119,13 @@ def test_moments_and_gradients_are_counted_per_objective() -> None:
 
 
 def test_text_off_for_part_of_the_run_is_not_counted() -> None:
-    line = plan("smoke", "training.text_weight=[[0, 0], [0.5, 0], [0.5, 1]]", "training.max_steps=100")["text"]
+    line = plan(
+        "smoke",
+        "data.seq_len=128",
+        "training.tokens_per_step=1024",
+        "training.text_weight=[[0, 0], [0.5, 0], [0.5, 1]]",
+        "training.max_steps=100",
+    )["text"]
     assert line.endswith("= 51,200 tokens\n")
 
 
