@@ -95,9 +95,8 @@ def test_time_comes_from_an_earlier_run_and_says_so(tmp_path: Path) -> None:
     run.mkdir(parents=True)
     rows = [{"kind": "train", "tokens_per_second": 1.0}, {"kind": "train", "tokens_per_second": 1000.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = plan(
-        "quickstart-text-only", *"data.seq_len=512 training.max_steps=3600 training.tokens_per_step=2048".split()
-    )
+    sizes = ("data.seq_len=512", "training.max_steps=3600", "training.tokens_per_step=2048")
+    lines = plan("quickstart-text-only", *sizes)
     assert lines["time"] == "2.0 hours at 1,000 tokens/s, the last rate in runs/quickstart-text-only/metrics.jsonl\n"
 
 
