@@ -13,7 +13,8 @@ def settings(mode: str) -> Settings:
         {
             "name": "tiny",
             "model": {
-                "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "sliding_window": 8,
+                "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1,
+                "sliding_window": 8,
             },
             "training": {"max_steps": 1},
             "tracking": {"wandb_mode": mode},
