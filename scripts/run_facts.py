@@ -27,19 +27,19 @@ def headline(run: Path) -> str:
     window, reach = recall["window"], recall["reach"]
     lines = [_recall_line(name, task, window, reach) for name, task in recall["tasks"].items()]
     lines += [
-        f"held-out text        {loss['bits_per_byte']:.3f} bits per byte",
-        f"exact reach          R = {_tokens(reach)}, headline W·k = {_tokens(recall['window_times_layers'])}",
-        f"report               {run / 'report.html'}",
+        f"held-out text          {loss['bits_per_byte']:.3f} bits per byte",
+        f"exact reach            R = {_tokens(reach)}, headline W·k = {_tokens(recall['window_times_layers'])}",
+        f"report                 {run / 'report.html'}",
     ]
     return "\n".join(lines)
 
 
 def _recall_line(name: str, task: dict[str, Any], window: int, reach: int | None) -> str:
     h90, u90 = task["h90"], task["u90"]
-    if h90 is None:
-        return f"recall ({name})".ljust(21) + "H90 = 0: below 90 % at the shortest distance"
+    if not h90:
+        return f"recall ({name})".ljust(23) + "H90 = 0: below 90 % at the shortest distance"
     share = "" if u90 is None else f" = {h90 / window:.1f} W, U90 = {u90:.2f} of R"
-    return f"recall ({name})".ljust(21) + f"H90 = {h90} tokens{share}"
+    return f"recall ({name})".ljust(23) + f"H90 = {h90} tokens{share}"
 
 
 def _tokens(count: int | None) -> str:

@@ -17,10 +17,10 @@ def write_results(run: Path, h90: int | None) -> None:
 def test_headline_gives_the_three_figures_and_the_report(tmp_path: Path) -> None:
     write_results(tmp_path, 256)
     assert run_facts.headline(tmp_path).splitlines() == [
-        "recall (needle)      H90 = 256 tokens = 16.0 W, U90 = 0.53 of R",
-        "held-out text        2.432 bits per byte",
-        "exact reach          R = 480 tokens, headline W·k = 512 tokens",
-        f"report               {tmp_path / 'report.html'}",
+        "recall (needle)        H90 = 256 tokens = 16.0 W, U90 = 0.53 of R",
+        "held-out text          2.432 bits per byte",
+        "exact reach            R = 480 tokens, headline W·k = 512 tokens",
+        f"report                 {tmp_path / 'report.html'}",
     ]
 
 
