@@ -32,7 +32,7 @@ from training.curriculum import Curriculum, CurriculumState
 from training.export import replace_export, write_hf
 from training.metrics import Metrics
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
-from training.optimizer import SummedAdamW
+from training.optimizer import SummedOptimizer
 from training.plan import plan_text
 from training.precision import make_deterministic, set_up_threads
 from training.probe import Probe, horizon
@@ -111,7 +111,7 @@ class Trainer:
         )
         self.probe = Probe(settings, self.heldout_store, self.vocabulary, self.curriculum)
 
-        self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None)
+        self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None, recall.stream_penalty)
         if settings.training.compile:
             self.decoder.compile_layers()
         self.accelerator = Accelerator(
@@ -119,7 +119,7 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=self.scorer.relay_head is not None)],
         )
         self.wrapped = self.accelerator.prepare(self.scorer)
-        self.optimizer = SummedAdamW(
+        self.optimizer = SummedOptimizer(
             self.scorer.named_parameters(), [o.name for o in self.objectives], settings.training.optimizer
         )
         if checkpoint is not None:
@@ -186,6 +186,8 @@ class Trainer:
     def _differentiate(self, objective: Objective, step: int) -> Measured:
         """Gradients of one objective, clipped on their own and kept apart until the update."""
         plan, sums = differentiate(objective, self.accelerator, self.wrapped, step, self.state.curriculum.distance)
+        if step < self.settings.training.share_layers * self.settings.training.max_steps:
+            self.optimizer.share_layers()
         norm = self.optimizer.take(objective.name, objective.max_grad_norm)
         scored = sum(count for _, _, count in sums.values())
         self.state.tokens += plan.tokens

@@ -30,6 +30,7 @@ class Batch:
     documents: Tensor  # number of the document within its row: documents never see each other
     recall_labels: Tensor  # the value token, at queries
     relay_labels: Tensor  # index of the value that a filler position should carry
+    relay_layers: Tensor  # number of the layer from which on, there, else 0
     distances: Tensor  # tokens from query back to value, at queries, else 0
 
 
@@ -78,7 +79,7 @@ def recall_batch(
     filler, positions = _fillers(draws, store, vocab, seq_len, tasks)
     made = training_rows(draws, filler, vocab, max_distance, rules)
     labels = _filler_labels(store, positions, made.tokens)
-    return _batch(made.tokens, labels, np.zeros_like(labels), made.answers, made.relays, made.distances)
+    return _batch(made.tokens, labels, np.zeros_like(labels), made.answers, made.relays, made.relay_layers, made.distances)
 
 
 @lru_cache(maxsize=2)
@@ -115,6 +116,6 @@ def _filler_labels(store: TokenStore, positions: IntArray, tokens: IntArray) -> 
 
 def _batch(ids: IntArray, labels: IntArray, documents: IntArray, *recall: IntArray) -> Batch:
     """Without recall arrays nothing is asked."""
-    nothing = (np.full_like(ids, UNSCORED), np.full_like(ids, UNSCORED), np.zeros_like(ids))
+    nothing = (np.full_like(ids, UNSCORED), np.full_like(ids, UNSCORED), np.zeros_like(ids), np.zeros_like(ids))
     arrays = (ids, labels, documents, *(recall or nothing))
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))

@@ -61,6 +61,8 @@ class RowRules:
     short_share: float = 0.2  # of distances: drawn from [1, short_distance], which long ones would crowd out
     short_distance: int = 16  # tokens
     relay_share: float = 1 / 9  # of the filler between value and query: where the relay head is asked
+    relay_pace: float | None = None  # tokens a layer: d tokens on, the value must be there from layer d / pace on
+    layers: int = 1  # of the model
 
 
 DEFAULT_RULES = RowRules()
@@ -72,7 +74,8 @@ class RecallRows:
 
     tokens: IntArray
     answers: IntArray  # value token, at queries
-    relays: IntArray  # index of the value, at some fillers between value and query
+    relays: IntArray  # index of the value, at some fillers between value and query; before all values their number
+    relay_layers: IntArray  # number of the layer after which it is asked there, else 0
     distances: IntArray  # at queries, else 0
 
 
@@ -138,10 +141,25 @@ def training_rows(
     ends = query_at[kept]
     _write(tokens, vocab, rows, ends - distances[kept], ends, values[kept])
     answers[rows, ends], asked[rows, ends] = values[kept], distances[kept]
-    inside, latest = _between(filler.shape, rows, ends - distances[kept], ends - len(vocab.query) + 1)
-    relayed = inside & (draws.uniform("relay", filler.shape[1]) < rules.relay_share)
-    relays = np.where(relayed, np.take_along_axis(chosen, latest, axis=1), UNSCORED)
-    return RecallRows(tokens, answers, relays, asked)
+    inside, latest, age = _between(filler.shape, rows, ends - distances[kept], ends - len(vocab.query) + 1)
+    before = latest < 0
+    layer = _relay_layers(draws, np.where(before, 0, age), rules)
+    relayed = (inside | before) & (draws.uniform("relay", filler.shape[1]) < rules.relay_share) & (layer > 0)
+    known = np.where(before, len(vocab.values), np.take_along_axis(chosen, latest.clip(min=0), axis=1))
+    relays = np.where(relayed, known, UNSCORED)
+    return RecallRows(tokens, answers, relays, np.where(relayed, layer, 0), asked)
+
+
+def _relay_layers(draws: Draws, age: IntArray, rules: RowRules) -> IntArray:
+    """(B, T) the layer after which a filler `age` tokens behind its value is asked for it; 0 where none can know it.
+
+    Without a pace the last one; with a pace any that has had the time, early ones more often: the front of the wave.
+    """
+    if rules.relay_pace is None:
+        return np.full_like(age, rules.layers)
+    first = np.ceil(age / rules.relay_pace).astype(np.int64).clip(min=1)
+    later = (draws.uniform("relay layer", age.shape[1]) ** 2 * (rules.layers + 1 - first)).astype(np.int64)
+    return np.where(first <= rules.layers, first + later, 0)
 
 
 def _haystack(task: str, rng: np.random.Generator, store: TokenStore, vocab: RecallVocabulary, length: int) -> IntArray:
@@ -194,11 +212,14 @@ def _write(
 
 def _between(
     shape: tuple[int, ...], rows: IntArray, value_at: IntArray, query_start: IntArray
-) -> tuple[BoolArray, IntArray]:
-    """(B, T) twice: is this filler between a value and its query, and the number of the row's latest question there."""
+) -> tuple[BoolArray, IntArray, IntArray]:
+    """(B, T) three times: is this filler between a value and its query, the number of the row's latest question there
+    (-1 before the first), and how many tokens its value is back."""
     begun, ended = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     begun[rows, value_at] = 1
     ended[rows, query_start] = 1
     begun, started = np.cumsum(begun, axis=1), begun
     inside = (begun > np.cumsum(ended, axis=1)) & (started == 0)
-    return inside, np.maximum(begun - 1, 0)
+    index = np.broadcast_to(np.arange(shape[1]), shape)
+    age = index - np.maximum.accumulate(np.where(started > 0, index, 0), axis=1)
+    return inside, begun - 1, age

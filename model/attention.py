@@ -60,6 +60,16 @@ def attend(
     return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, places, places, sink_h)
 
 
+def attend_after(
+    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, q: Places, k: Places, backend: str, sink_h: Tensor | None
+) -> Tensor:
+    """Attention of a chunk over what a cache holds: keys in order of age, of which the last T are the chunk's own."""
+    t, before = q_bhtd.shape[2], k_bgsd.shape[2] - q_bhtd.shape[2]
+    if backend == "blocked" and spec.ring_slots is not None and 2 * spec.ring_slots < t:
+        return blocked(F.pad(q_bhtd, (0, 0, before, 0)), k_bgsd, v_bgsd, spec, k, sink_h)[:, :, before:]
+    return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
+
+
 def see(spec: LayerSpec, q: Places, k: Places) -> Tensor:
     """Bool (B or 1, T, S): visibility by position, and never across documents or from padding."""
     seen = visible(spec, q.positions[:, :, None], k.positions[:, None, :])

@@ -51,21 +51,29 @@ class RingLayer(CacheLayerMixin):
         raise UserError("RingCache serves Windreach models only; other models bring their own cache")
 
     def view(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor, Places]:
-        """[ring | chunk]: keys and values (B, G, S + T, D) and their places, before anything is written."""
+        """[ring | chunk]: keys and values (B, G, S + T, D) and their places, before anything is written.
+
+        For a single token the ring stays in the order of its slots; for a chunk it is put in order of age.
+        """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         if keys.shape[1] != self.keys.shape[1] or keys.shape[3] != self.keys.shape[3]:
             raise UserError("the cache was filled by another model (its heads have other shapes); use a new one")
-        used = self.keys.shape[2] if self.is_sliding else self.seen
         assert places.documents is not None
-        return (
-            torch.cat((self.keys[:, :, :used], keys), 2),
-            torch.cat((self.values[:, :, :used], values), 2),
-            Places(
-                torch.cat((self.positions[:, :used], places.positions), 1),
-                torch.cat((self.documents[:, :used], places.documents), 1),
-            ),
+        held = (self.keys, self.values, self.positions, self.documents)
+        new = (keys, values, places.positions, places.documents)
+        seen_keys, seen_values, positions, documents = (
+            torch.cat((self._held(x, x.ndim // 2, keys.shape[2] > 1), y), x.ndim // 2)
+            for x, y in zip(held, new, strict=True)
         )
+        return seen_keys, seen_values, Places(positions, documents)
+
+    def _held(self, x: Tensor, dim: int, by_age: bool) -> Tensor:
+        """The slots that were written, of `x` with its slots along `dim`."""
+        slots = x.shape[dim]
+        if by_age and self.is_sliding and self.seen > slots:
+            return x.roll(-(self.seen % slots), dim)
+        return x.narrow(dim, 0, min(self.seen, slots))
 
     def write(self, keys: Tensor, values: Tensor, places: Places) -> None:
         """Put the chunk into its slots; of a chunk longer than the ring only the newest tokens stay."""

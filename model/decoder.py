@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention import Places, attend, attend_between, choose_backend
+from model.attention import Places, attend, attend_after, choose_backend
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
 from model.errors import UserError
@@ -43,7 +43,7 @@ class Attention(nn.Module):
             out = attend(q, k, v, self.spec, places, self.backend, self.sink_logits)
         else:
             seen_k, seen_v, seen_places = cache.view(k, v, places)
-            out = attend_between(q, seen_k, seen_v, self.spec, places, seen_places, self.sink_logits)
+            out = attend_after(q, seen_k, seen_v, self.spec, places, seen_places, self.backend, self.sink_logits)
             cache.write(k, v, places)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
 
@@ -103,6 +103,7 @@ class WindreachModel(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPast:
         """`documents` (B, T): ids of packed documents, -1 for padding; else `attention_mask` (B, S), 0 for padding."""
         if not isinstance(past_key_values, RingCache | None):
@@ -111,10 +112,17 @@ class WindreachModel(nn.Module):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         places = _places(x, documents, attention_mask, position_ids, past_key_values)
         rotary = self._rotary(places.positions)
+        streams = [x]
         for i, (layer, spec) in enumerate(zip(self.layers, self.config.specs)):
             cache = None if past_key_values is None else past_key_values.layers[i]
             x = layer(x, rotary[spec], places, cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            if output_hidden_states:
+                streams.append(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            hidden_states=tuple(streams) if output_hidden_states else None,
+        )
 
     def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
         """Rotary tables of each layer kind; kinds of the same theta share one."""

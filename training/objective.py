@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch, recall_batch, text_batch
 from data.packing import TokenStore
+from data.recall import RowRules
 from data.recall_vocabulary import RecallVocabulary
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
@@ -146,9 +147,15 @@ class RecallObjective:
             plan.seq_len,
             max_distance=distance,
             tasks={str(task): share for task, share in self.settings.recall.tasks.items()},
+            rules=RowRules(**self.settings.recall.rows.model_dump(), layers=self.settings.model.num_hidden_layers),
         )
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
-        return _micro_batch(batch, None, {term: labels[term] for term in self.term_weights})  # one document a row
+        micro = _micro_batch(batch, None, {term: labels[term] for term in self.term_weights})  # one document a row
+        if "relay" in micro.targets:
+            relay = micro.targets["relay"]
+            layers = batch.relay_layers.flatten()[relay.index]
+            micro.targets["relay"] = Target(relay.index + layers * batch.relay_layers.numel(), relay.labels)
+        return micro
 
 
 def objectives(
@@ -170,9 +177,9 @@ class Scorer(nn.Module):
     decoder: WindreachForCausalLM
     relay_head: nn.Linear | None
 
-    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None):
+    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None, stream_penalty: float = 0.0):
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.stream_penalty = decoder, stream_penalty
         self.relay_head = nn.Linear(decoder.config.hidden_size, relay_values, bias=False) if relay_values else None
         if self.relay_head is not None:
             nn.init.zeros_(self.relay_head.weight)
@@ -181,17 +188,19 @@ class Scorer(nn.Module):
         self, input_ids: Tensor, documents: Tensor | None, targets: dict[str, tuple[Tensor, Tensor]]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Per term: the summed loss in nats, and how many were right. Logits exist only at scored positions."""
-        hidden_bte = self.decoder.model(input_ids, documents=documents).last_hidden_state
-        hidden_ne = hidden_bte.flatten(0, 1)
-        return {
-            term: _score(self._head(term)(hidden_ne.index_select(0, index)), labels)
-            for term, (index, labels) in targets.items()
-        }
-
-    def _head(self, term: str) -> Callable[[Tensor], Tensor]:
-        head = self.relay_head if term == "relay" else self.decoder.lm_head
-        assert isinstance(head, nn.Module)
-        return head
+        out = self.decoder.model(input_ids, documents=documents, output_hidden_states="relay" in targets)
+        hidden_ne = out.last_hidden_state.flatten(0, 1)
+        scores = {}
+        for term, (index, labels) in targets.items():
+            if term == "relay":
+                stream_ne = torch.stack(out.hidden_states).flatten(0, 2).index_select(0, index)
+                scores[term] = _score_relay(self.relay_head(self.decoder.model.norm(stream_ne)), labels)
+                if self.stream_penalty:
+                    size = stream_ne[labels >= self.relay_head.out_features].float().square().mean(-1).sum()
+                    scores[term] = (scores[term][0] + self.stream_penalty * size, scores[term][1])
+            else:
+                scores[term] = _score(self.decoder.lm_head(hidden_ne.index_select(0, index)), labels)
+        return scores
 
 
 @dataclass
@@ -265,6 +274,19 @@ def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         right = (logits.argmax(-1) == labels).sum()
     return loss, right
+
+
+def _score_relay(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_score`; where there is no value yet (label: their number) nothing may be read: all values equally likely."""
+    logits, n = logits.float(), logits.shape[-1]
+    normaliser = logits.logsumexp(-1)
+    known = labels < n
+    picked = logits.gather(-1, labels.clamp(max=n - 1)[:, None])[:, 0]
+    loss = torch.where(known, normaliser - picked, normaliser - logits.mean(-1) - math.log(n))
+    with torch.no_grad():
+        peak, best = logits.max(-1)
+        right = torch.where(known, best == labels, peak - normaliser < math.log(0.5)).sum()
+    return loss.sum(), right
 
 
 def _plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:

@@ -1,10 +1,15 @@
-"""AdamW with its own moments and its own gradient clipping for each objective; the updates are summed.
+"""AdamW or Muon with moments and gradient clipping of their own for each objective; the updates are summed.
 
 Recall gradients are 10 to 90 times larger than those of text. Were they added first, recall alone would rule the
 clipping and the second moment, and text would hardly be learned. With moments of their own, the two updates meet at
-equal scale:  parameter -= rate * sum_i weight_i * adam_i,  where adam_i is Adam's direction for objective i.
+equal scale:  parameter -= rate * sum_i weight_i * update_i,  where update_i is the direction for objective i.
+
+Muon (Jordan and others, 2024) orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's (Liu and
+others, 2025), so that one learning rate serves both; embedding, head and norms keep AdamW.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,14 +18,21 @@ from torch import Tensor, nn
 
 from training.settings import OptimizerSettings
 
+Named = list[tuple[str, nn.Parameter]]
+
 
 def decayed(name: str, parameter: Tensor) -> bool:
     """Weight decay is for matrices; norms and embeddings are not decayed."""
     return parameter.ndim >= 2 and "embed_tokens" not in name
 
 
-class SummedAdamW:
-    """One `torch.optim.AdamW` per objective over the same parameters.
+def orthogonalised(name: str, parameter: Tensor) -> bool:
+    """Muon is for the matrices inside the layers."""
+    return parameter.ndim == 2 and ".layers." in name
+
+
+class SummedOptimizer:
+    """One optimizer per objective over the same parameters.
 
     Gradients of an objective are taken off the parameters after its backward pass (`take`); all objectives are
     differentiated at the same weights before any update (`step`).
@@ -31,22 +43,8 @@ class SummedAdamW:
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
         self.weight_decay = s.weight_decay
-        self.adams = {name: self._adam(named, s) for name in objectives}
+        self.optimizers = {name: _optimizers(named, s) for name in objectives}
         self._gradients: dict[str, list[Tensor | None]] = {}
-
-    def _adam(self, named: list[tuple[str, nn.Parameter]], s: OptimizerSettings) -> torch.optim.AdamW:
-        groups = [
-            {"params": [p for n, p in named if decayed(n, p)], "decays": True},
-            {"params": [p for n, p in named if not decayed(n, p)], "decays": False},
-        ]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=s.lr,
-            betas=(s.beta1, s.beta2),
-            eps=s.eps,
-            weight_decay=0.0,
-            fused=True,
-        )
 
     def take(self, objective: str, max_norm: float) -> Tensor:
         """Move the gradients aside, clipped to `max_norm`; returns their norm before clipping (a 0-d tensor)."""
@@ -58,6 +56,22 @@ class SummedAdamW:
             p.grad = None
         return norm
 
+    def share_layers(self) -> None:
+        """Give every layer the mean of the gradients of all layers: layers that are copies stay copies."""
+        for copies in self._layer_copies():
+            present = [p.grad for p in copies if p.grad is not None]
+            mean = torch.stack(present).mean(0)
+            for p in copies:
+                p.grad = mean.clone()
+
+    def _layer_copies(self) -> list[list[nn.Parameter]]:
+        """The parameters that stand at the same place in every layer."""
+        places: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, p in zip(self.names, self.parameters, strict=True):
+            if found := re.search(r"layers\.\d+\.(.*)", name):
+                places[found.group(1)].append(p)
+        return list(places.values())
+
     def drop(self) -> None:
         """Forget the gradients of this step."""
         self._gradients.clear()
@@ -66,13 +80,13 @@ class SummedAdamW:
         """Apply the gradients taken so far. Decay is shared out by weight: it does not depend on their number."""
         total = sum(weights[name] for name in self._gradients) or 1.0
         for name, gradients in self._gradients.items():
-            adam = self.adams[name]
             for p, g in zip(self.parameters, gradients, strict=True):
                 p.grad = g
-            for group in adam.param_groups:
-                group["lr"] = rate * weights[name]
-                group["weight_decay"] = self.weight_decay / total if group["decays"] else 0.0
-            adam.step()
+            for optimizer in self.optimizers[name]:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * weights[name]
+                    group["weight_decay"] = self.weight_decay / total if group["decays"] else 0.0
+                optimizer.step()
         for p in self.parameters:
             p.grad = None
         self.drop()
@@ -81,18 +95,39 @@ class SummedAdamW:
         """All moments, named `objective/moment/parameter`."""
         return {
             f"{objective}/{moment}/{name}": tensor
-            for objective, adam in self.adams.items()
+            for objective, optimizers in self.optimizers.items()
+            for optimizer in optimizers
             for name, p in zip(self.names, self.parameters, strict=True)
-            for moment, tensor in adam.state.get(p, {}).items()
+            for moment, tensor in optimizer.state.get(p, {}).items()
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for objective, adam in self.adams.items():
-            for name, p in zip(self.names, self.parameters, strict=True):
-                state: dict[str, Any] = {
-                    moment: tensors[key].to(p.device)
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                    if (key := f"{objective}/{moment}/{name}") in tensors
-                }
-                if state:
-                    adam.state[p] = state
+        saved: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in tensors.items():
+            if key.count("/") == 2:
+                objective, moment, name = key.split("/")
+                saved[objective, name][moment] = tensor
+        for objective, optimizers in self.optimizers.items():
+            for optimizer in optimizers:
+                mine = {p for group in optimizer.param_groups for p in group["params"]}
+                for name, p in zip(self.names, self.parameters, strict=True):
+                    if p in mine and (state := saved.get((objective, name))):
+                        optimizer.state[p] = {moment: tensor.to(p.device) for moment, tensor in state.items()}
+
+
+def _optimizers(named: Named, s: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the layers' matrices and AdamW over the rest."""
+    muon = [p for n, p in named if s.kind == "muon" and orthogonalised(n, p)]
+    rest = [(n, p) for n, p in named if s.kind != "muon" or not orthogonalised(n, p)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in rest if decayed(n, p)], "decays": True},
+        {"params": [p for n, p in rest if not decayed(n, p)], "decays": False},
+    ]
+    groups = [g for g in groups if g["params"]]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
+    ]
+    if muon:
+        group = {"params": muon, "decays": True}
+        optimizers.append(torch.optim.Muon([group], lr=s.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers

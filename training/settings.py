@@ -141,6 +141,21 @@ class CurriculumSettings(Strict):
     )
 
 
+class RowSettings(Strict):
+    """How recall rows of training are laid out."""
+
+    single_share: Fraction = Field(0.5, description="of rows: one needle, its query at the end, as in evaluation")
+    short_share: Fraction = Field(0.2, description="of distances: drawn from [1, short_distance], not [1, D]")
+    short_distance: PositiveInt = Field(16, description="tokens")
+    relay_share: Fraction = Field(
+        1 / 9, description="of the filler between value and query: where the relay head is asked"
+    )
+    relay_pace: PositiveFloat | None = Field(
+        None,
+        description="tokens a layer: d tokens on, the value must be there from layer d / pace on; default: at the last layer",
+    )
+
+
 class RecallSettings(Strict):
     """Recall documents in the training data; `enabled: false` trains on text alone."""
 
@@ -151,18 +166,23 @@ class RecallSettings(Strict):
     values: PositiveInt = Field(32, description="number of one-token values; chance is 1/values")
     seq_len: PositiveInt | None = Field(None, description="tokens per recall row at the last D; default: last D + 2W")
     relay_loss_weight: NonNegative = Field(0.0, description="auxiliary head that reads the value at filler positions")
+    stream_penalty: NonNegative = Field(
+        0.0, description="weight of the residual stream's mean square where the relay head is asked"
+    )
     text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, part of their objective")
     weight: Points = Field(default_factory=lambda: [(0.0, 1.0)], description="weight of the recall update over the run")
     tokens_per_step: PositiveInt | None = Field(None, description="recall tokens; default: training.tokens_per_step")
     max_grad_norm: PositiveFloat | None = Field(
         None, description="of recall; default: training.optimizer.max_grad_norm"
     )
+    rows: RowSettings = Field(RowSettings(), description="how training rows are laid out")
     curriculum: CurriculumSettings = Field(CurriculumSettings(), description="how distances grow")
 
 
 class OptimizerSettings(Strict):
-    """AdamW."""
+    """AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
 
+    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: orthogonalised updates of the layers' matrices")
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     beta1: Fraction = Field(0.9, lt=1.0, description="decay of the mean of gradients, a step")
     beta2: Fraction = Field(0.98, lt=1.0, description="decay of the mean of squared gradients, a step")
@@ -187,6 +207,9 @@ class TrainingSettings(Strict):
     tokens_per_step: PositiveInt = Field(8192, description="text, global, over all ranks and micro-batches")
     text_weight: Points = Field(
         default_factory=lambda: [(0.0, 1.0)], description="weight of the text update over the run"
+    )
+    share_layers: float = Field(
+        0.0, ge=0, le=1, description="first share of the run in which all layers have one set of weights"
     )
     micro_batch_tokens: PositiveInt | None = Field(None, description="tokens a rank; default: no accumulation")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where its matmul is much faster")

@@ -116,19 +116,40 @@ def test_between_a_needle_and_its_query_stands_nothing_but_filler(vocab, seed, l
 
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.0, 1.0]))
 @settings(deadline=None)
-def test_relays_name_the_value_between_it_and_its_query_and_nowhere_else(seed, share):
-    _, made = rows(LONG, 90, 30, seed, single_share=share, relay_share=1.0)
+def test_relays_name_the_value_between_it_and_its_query_and_none_before_the_first(seed, share):
+    _, made = rows(LONG, 90, 30, seed, single_share=share, relay_share=1.0, layers=7)
     expected = np.full_like(made.tokens, UNSCORED)
     for r, end in zip(*np.nonzero(made.distances)):
         v = end - made.distances[r, end]
         expected[r, v + 1 : end - 2] = LONG.values.index(made.tokens[r, v])
+    for r, row in enumerate(made.answers != UNSCORED):
+        end = int(row.argmax())
+        expected[r, : end - made.distances[r, end]] = len(LONG.values)
     np.testing.assert_array_equal(made.relays, expected)
+    np.testing.assert_array_equal(made.relay_layers, np.where(expected != UNSCORED, 7, 0))
 
 
 def test_relays_are_asked_at_about_the_share_of_fillers_wanted():
     _, made = rows(SHORT, 500, 400, n=200, single_share=1.0, short_share=0.0)
+    values = (made.relays != UNSCORED) & (made.relays < len(SHORT.values))
     between = (made.distances - 1).clip(min=0).sum()
-    assert (made.relays != UNSCORED).sum() / between == pytest.approx(1 / 9, rel=0.05)
+    assert values.sum() / between == pytest.approx(1 / 9, rel=0.05)
+
+
+def test_with_a_pace_a_relay_is_asked_only_where_the_value_can_have_come():
+    pace, layers = 12.0, 5
+    _, made = rows(SHORT, 200, 100, n=400, single_share=1.0, relay_share=1.0, relay_pace=pace, layers=layers)
+    seen = set()
+    for r, at in zip(*np.nonzero(made.relays < len(SHORT.values))):
+        layer = int(made.relay_layers[r, at])
+        age = at - (made.tokens.shape[1] - 1 - made.distances[r, -1])
+        if made.relays[r, at] == UNSCORED:
+            assert layer == 0
+        elif age > 0:
+            assert age <= pace * layer
+            assert layer <= layers
+            seen.add((layer, -(-age // 12)))
+    assert seen == {(layer, first) for first in range(1, layers + 1) for layer in range(first, layers + 1)}
 
 
 def test_single_rows_have_one_question_at_the_end():

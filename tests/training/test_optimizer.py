@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.optimizer import SummedAdamW
+from training.optimizer import SummedOptimizer
 from training.settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(lr=0.01, weight_decay=0.1, max_grad_norm=1.0)
@@ -18,7 +18,7 @@ def loss(model: nn.Module, scale: float, seed: int) -> torch.Tensor:
     return scale * model(x).square().mean()
 
 
-def steps(model: nn.Module, optimizer: SummedAdamW, scales: dict[str, float], first: int, last: int) -> None:
+def steps(model: nn.Module, optimizer: SummedOptimizer, scales: dict[str, float], first: int, last: int) -> None:
     for step in range(first, last):
         for number, (name, scale) in enumerate(scales.items()):
             loss(model, scale, 100 * step + number).backward()
@@ -28,7 +28,7 @@ def steps(model: nn.Module, optimizer: SummedAdamW, scales: dict[str, float], fi
 
 def test_one_objective_is_torch_adamw_with_clipping() -> None:
     ours, theirs = small_model(), small_model()
-    optimizer = SummedAdamW(ours.named_parameters(), ["text"], SETTINGS)
+    optimizer = SummedOptimizer(ours.named_parameters(), ["text"], SETTINGS)
     matrices = [p for p in theirs.parameters() if p.ndim == 2]
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -50,7 +50,7 @@ def test_an_objective_with_huge_gradients_does_not_shrink_the_update_of_another(
     moved = []
     for scale in (1.0, 1000.0):
         model = small_model()
-        optimizer = SummedAdamW(model.named_parameters(), ["text", "recall"], SETTINGS)
+        optimizer = SummedOptimizer(model.named_parameters(), ["text", "recall"], SETTINGS)
         loss(model, 1.0, 0).backward()
         optimizer.take("text", 1.0)
         loss(model, scale, 1).backward()
@@ -65,8 +65,8 @@ def test_an_objective_with_huge_gradients_does_not_shrink_the_update_of_another(
 
 def test_updates_are_the_weighted_sum_and_decay_does_not_depend_on_the_number_of_objectives() -> None:
     one, two = small_model(), small_model()
-    single = SummedAdamW(one.named_parameters(), ["text"], SETTINGS)
-    double = SummedAdamW(two.named_parameters(), ["text", "recall"], SETTINGS)
+    single = SummedOptimizer(one.named_parameters(), ["text"], SETTINGS)
+    double = SummedOptimizer(two.named_parameters(), ["text", "recall"], SETTINGS)
     loss(one, 1.0, 0).backward()
     single.take("text", 1.0)
     single.step(0.01, {"text": 1.0})
@@ -80,7 +80,7 @@ def test_updates_are_the_weighted_sum_and_decay_does_not_depend_on_the_number_of
 
 def test_take_returns_the_norm_before_clipping_and_clears_the_gradients() -> None:
     model = small_model()
-    optimizer = SummedAdamW(model.named_parameters(), ["text"], SETTINGS)
+    optimizer = SummedOptimizer(model.named_parameters(), ["text"], SETTINGS)
     loss(model, 1000.0, 0).backward()
     expected = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert optimizer.take("text", 1.0).item() == pytest.approx(expected.item())
@@ -90,19 +90,65 @@ def test_take_returns_the_norm_before_clipping_and_clears_the_gradients() -> Non
 def test_restored_moments_continue_bit_for_bit() -> None:
     scales = {"text": 1.0, "recall": 30.0}
     whole, halves = small_model(), small_model()
-    steps(whole, SummedAdamW(whole.named_parameters(), scales, SETTINGS), scales, 0, 6)
-    first = SummedAdamW(halves.named_parameters(), scales, SETTINGS)
+    steps(whole, SummedOptimizer(whole.named_parameters(), scales, SETTINGS), scales, 0, 6)
+    first = SummedOptimizer(halves.named_parameters(), scales, SETTINGS)
     steps(halves, first, scales, 0, 3)
-    second = SummedAdamW(halves.named_parameters(), scales, SETTINGS)
+    second = SummedOptimizer(halves.named_parameters(), scales, SETTINGS)
     second.load_state_tensors({k: v.clone() for k, v in first.state_tensors().items()})
     steps(halves, second, scales, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+class Stack(nn.Module):
+    """Two layers of one shape under the names of the decoder, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(2))})
+        self.lm_head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.decoder["layers"]:
+            x = layer(x).tanh()
+        return self.lm_head(x)
+
+
+def test_muon_orthogonalises_the_matrices_of_the_layers_and_leaves_the_rest_to_adamw() -> None:
+    muon, both = OptimizerSettings(kind="muon", lr=0.01, weight_decay=0.1), {"text": 1.0, "recall": 1.0}
+    model, twin = Stack(), Stack()
+    optimizer = SummedOptimizer(model.named_parameters(), ["text"], muon)
+    steps(model, optimizer, {"text": 1.0}, 0, 3)
+    matrices = [p for n, p in twin.named_parameters() if "layers" in n and p.ndim == 2]
+    rest = [p for n, p in twin.named_parameters() if "layers" not in n or p.ndim < 2]
+    theirs = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": [p], "weight_decay": 0.1 if p.ndim == 2 else 0.0} for p in rest], lr=0.01, betas=(0.9, 0.98)
+        ),
+    ]
+    for step in range(3):
+        loss(twin, 1.0, 100 * step).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        for each in theirs:
+            each.step()
+            each.zero_grad()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    whole, halves = Stack(), Stack()
+    steps(whole, SummedOptimizer(whole.named_parameters(), both, muon), both, 0, 4)
+    first = SummedOptimizer(halves.named_parameters(), both, muon)
+    steps(halves, first, both, 0, 2)
+    second = SummedOptimizer(halves.named_parameters(), both, muon)
+    second.load_state_tensors({k: v.clone() for k, v in first.state_tensors().items()})
+    steps(halves, second, both, 2, 4)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
 
 
 def test_dropped_gradients_leave_weights_and_moments_alone() -> None:
     model = small_model()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = SummedAdamW(model.named_parameters(), ["text"], SETTINGS)
+    optimizer = SummedOptimizer(model.named_parameters(), ["text"], SETTINGS)
     loss(model, float("nan"), 0).backward()
     assert not optimizer.take("text", 1.0).isfinite()
     optimizer.drop()
