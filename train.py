@@ -111,7 +111,7 @@ class Trainer:
         )
         self.probe = Probe(settings, self.heldout_store, self.vocabulary, self.curriculum)
 
-        self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None, recall.stream_penalty)
+        self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None)
         if settings.training.compile:
             self.decoder.compile_layers()
         self.accelerator = Accelerator(
@@ -186,8 +186,6 @@ class Trainer:
     def _differentiate(self, objective: Objective, step: int) -> Measured:
         """Gradients of one objective, clipped on their own and kept apart until the update."""
         plan, sums = differentiate(objective, self.accelerator, self.wrapped, step, self.state.curriculum.distance)
-        if step < self.settings.training.share_layers * self.settings.training.max_steps:
-            self.optimizer.share_layers()
         norm = self.optimizer.take(objective.name, objective.max_grad_norm)
         scored = sum(count for _, _, count in sums.values())
         self.state.tokens += plan.tokens
@@ -246,11 +244,11 @@ class Trainer:
         self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
     def _validate(self) -> None:
-        """Held-out text and recall, on the main process; the others wait at their next exchange."""
+        """Held-out text and recall; every rank measures its share."""
         paused = time.perf_counter()
+        bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
+        self.state.validation_bits_per_byte, self.state.horizon = bits, horizon(recall)
         if self.ranks.is_main_process:
-            bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
-            self.state.validation_bits_per_byte, self.state.horizon = bits, horizon(recall)
             self.metrics.write("validation", self.state.step, bits_per_byte=bits)
             if recall:
                 self.metrics.write("probe", self.state.step, accuracy=recall, horizon=self.state.horizon)

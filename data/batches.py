@@ -79,7 +79,9 @@ def recall_batch(
     filler, positions = _fillers(draws, store, vocab, seq_len, tasks)
     made = training_rows(draws, filler, vocab, max_distance, rules)
     labels = _filler_labels(store, positions, made.tokens)
-    return _batch(made.tokens, labels, np.zeros_like(labels), made.answers, made.relays, made.relay_layers, made.distances)
+    return _batch(
+        made.tokens, labels, np.zeros_like(labels), made.answers, made.relays, made.relay_layers, made.distances
+    )
 
 
 @lru_cache(maxsize=2)

@@ -61,7 +61,7 @@ class RowRules:
     short_share: float = 0.2  # of distances: drawn from [1, short_distance], which long ones would crowd out
     short_distance: int = 16  # tokens
     relay_share: float = 1 / 9  # of the filler between value and query: where the relay head is asked
-    relay_pace: float | None = None  # tokens a layer: d tokens on, the value must be there from layer d / pace on
+    relay_pace: float | None = None  # tokens a layer: after layer l it is asked up to l x pace tokens on
     layers: int = 1  # of the model
 
 

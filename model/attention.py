@@ -61,7 +61,14 @@ def attend(
 
 
 def attend_after(
-    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, q: Places, k: Places, backend: str, sink_h: Tensor | None
+    q_bhtd: Tensor,
+    k_bgsd: Tensor,
+    v_bgsd: Tensor,
+    spec: LayerSpec,
+    q: Places,
+    k: Places,
+    backend: str,
+    sink_h: Tensor | None,
 ) -> Tensor:
     """Attention of a chunk over what a cache holds: keys in order of age, of which the last T are the chunk's own."""
     t, before = q_bhtd.shape[2], k_bgsd.shape[2] - q_bhtd.shape[2]

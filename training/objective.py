@@ -6,7 +6,7 @@ The loss of a term is summed over its tokens and divided by their number over al
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -114,7 +114,11 @@ class TextObjective:
 
 
 class RecallObjective:
-    """Answers at query positions; with `relay_loss_weight` also the value, read from plain filler positions."""
+    """Answers at query positions; with `relay_loss_weight` also the value, read from plain filler positions.
+
+    `relay_pace` asks fillers after early layers too (deep supervision; Lee and others, 2015): each layer is told
+    to hand the value on, where the loss at the end alone would have to find that out through all layers at once.
+    """
 
     name = "recall"
 
@@ -151,10 +155,8 @@ class RecallObjective:
         )
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
         micro = _micro_batch(batch, None, {term: labels[term] for term in self.term_weights})  # one document a row
-        if "relay" in micro.targets:
-            relay = micro.targets["relay"]
-            layers = batch.relay_layers.flatten()[relay.index]
-            micro.targets["relay"] = Target(relay.index + layers * batch.relay_layers.numel(), relay.labels)
+        if relay := micro.targets.get("relay"):
+            micro.targets["relay"] = _after_layers(relay, batch.relay_layers)
         return micro
 
 
@@ -171,15 +173,15 @@ def objectives(
 class Scorer(nn.Module):
     """The decoder and its auxiliary relay head in one module, so that ranks and precision wrap both.
 
-    The relay head reads the value from the hidden state of a filler position; it is discarded at export.
+    The relay head reads the value from the residual stream at a filler position; it is discarded at export.
     """
 
     decoder: WindreachForCausalLM
     relay_head: nn.Linear | None
 
-    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None, stream_penalty: float = 0.0):
+    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None):
         super().__init__()
-        self.decoder, self.stream_penalty = decoder, stream_penalty
+        self.decoder = decoder
         self.relay_head = nn.Linear(decoder.config.hidden_size, relay_values, bias=False) if relay_values else None
         if self.relay_head is not None:
             nn.init.zeros_(self.relay_head.weight)
@@ -189,18 +191,21 @@ class Scorer(nn.Module):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Per term: the summed loss in nats, and how many were right. Logits exist only at scored positions."""
         out = self.decoder.model(input_ids, documents=documents, output_hidden_states="relay" in targets)
-        hidden_ne = out.last_hidden_state.flatten(0, 1)
         scores = {}
         for term, (index, labels) in targets.items():
             if term == "relay":
-                stream_ne = torch.stack(out.hidden_states).flatten(0, 2).index_select(0, index)
-                scores[term] = _score_relay(self.relay_head(self.decoder.model.norm(stream_ne)), labels)
-                if self.stream_penalty:
-                    size = stream_ne[labels >= self.relay_head.out_features].float().square().mean(-1).sum()
-                    scores[term] = (scores[term][0] + self.stream_penalty * size, scores[term][1])
+                scores[term] = _score_relay(self._relay_logits(out.hidden_states, index), labels)
             else:
-                scores[term] = _score(self.decoder.lm_head(hidden_ne.index_select(0, index)), labels)
+                hidden_ne = out.last_hidden_state.flatten(0, 1).index_select(0, index)
+                scores[term] = _score(self.decoder.lm_head(hidden_ne), labels)
         return scores
+
+    def _relay_logits(self, streams: tuple[Tensor, ...] | None, index: Tensor) -> Tensor:
+        """(N, values) at `index` into the positions of all streams (B, T, E): the embedding, then after each layer."""
+        assert streams is not None
+        assert self.relay_head is not None
+        stream_ne = torch.stack(streams).flatten(0, 2).index_select(0, index)
+        return self.relay_head(self.decoder.model.norm(stream_ne))
 
 
 @dataclass
@@ -297,6 +302,11 @@ def _plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int)
 
 def _micro_batch(batch: Batch, documents: Tensor | None, labels: dict[str, Tensor]) -> MicroBatch:
     return MicroBatch(batch.input_ids, documents, {term: _target(x) for term, x in labels.items()})
+
+
+def _after_layers(target: Target, layers_bt: Tensor) -> Target:
+    """The target with its index into the (layers + 1) * B * T positions of the streams after each layer."""
+    return Target(target.index + layers_bt.flatten()[target.index] * layers_bt.numel(), target.labels)
 
 
 def _target(labels_bt: Tensor) -> Target:

@@ -4,11 +4,10 @@ Recall gradients are 10 to 90 times larger than those of text. Were they added f
 clipping and the second moment, and text would hardly be learned. With moments of their own, the two updates meet at
 equal scale:  parameter -= rate * sum_i weight_i * update_i,  where update_i is the direction for objective i.
 
-Muon (Jordan and others, 2024) orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's (Liu and
-others, 2025), so that one learning rate serves both; embedding, head and norms keep AdamW.
+Muon (Jordan and others, 2024) orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's (Liu
+and others, 2025), so that one learning rate serves both; embedding, head and norms keep AdamW.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.muon import BatchedMuon
 from training.settings import OptimizerSettings
 
 Named = list[tuple[str, nn.Parameter]]
@@ -55,22 +55,6 @@ class SummedOptimizer:
         for p in self.parameters:
             p.grad = None
         return norm
-
-    def share_layers(self) -> None:
-        """Give every layer the mean of the gradients of all layers: layers that are copies stay copies."""
-        for copies in self._layer_copies():
-            present = [p.grad for p in copies if p.grad is not None]
-            mean = torch.stack(present).mean(0)
-            for p in copies:
-                p.grad = mean.clone()
-
-    def _layer_copies(self) -> list[list[nn.Parameter]]:
-        """The parameters that stand at the same place in every layer."""
-        places: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for name, p in zip(self.names, self.parameters, strict=True):
-            if found := re.search(r"layers\.\d+\.(.*)", name):
-                places[found.group(1)].append(p)
-        return list(places.values())
 
     def drop(self) -> None:
         """Forget the gradients of this step."""
@@ -128,6 +112,5 @@ def _optimizers(named: Named, s: OptimizerSettings) -> list[torch.optim.Optimize
         torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
     ]
     if muon:
-        group = {"params": muon, "decays": True}
-        optimizers.append(torch.optim.Muon([group], lr=s.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(BatchedMuon([{"params": muon, "decays": True}], lr=s.lr))
     return optimizers

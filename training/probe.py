@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 
 from data.batches import text_batch
 from data.packing import TokenStore
@@ -15,6 +16,7 @@ from data.recall import UNSCORED, RecallItem, item
 from data.recall_vocabulary import RecallVocabulary
 from model.decoder import WindreachForCausalLM
 from training.curriculum import Curriculum
+from training.ranks import sum_over_ranks
 from training.settings import Settings
 
 ROWS = 16  # rows of a forward pass
@@ -30,12 +32,13 @@ def default_distances(window: int, reach: int) -> list[int]:
 
 
 class Probe:
-    """Asks the same questions all through a run; the store is held-out text."""
+    """Asks the same questions all through a run; the store is held-out text. Ranks share the work."""
 
     def __init__(
         self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum
     ):
         self.settings, self.store = settings, store
+        self.rank, self.ranks = PartialState().process_index, PartialState().num_processes
         far, window = curriculum.last_distance, curriculum.window
         distances = settings.training.probe_distances or default_distances(window, far)
         self.total_length = max(distances) + 2 * window
@@ -55,23 +58,25 @@ class Probe:
         rows = max(1, min(self.settings.training.validation_tokens, len(self.store.tokens) - 1) // seq_len)
         nats, n_bytes = 0.0, 0
         with _evaluating(decoder):
-            for first in range(0, rows, ROWS):
+            for first in range(self.rank * ROWS, rows, self.ranks * ROWS):
                 chosen = range(first, min(first + ROWS, rows))
                 batch = text_batch(self.store, 0, 0, chosen, seq_len, rows_per_step=rows)
                 logits = decoder(batch.input_ids.to(_device(decoder)), batch.documents.to(_device(decoder))).logits
                 labels = batch.labels.flatten()
                 nats += F.cross_entropy(logits.flatten(0, 1).float(), labels.to(logits.device), reduction="sum").item()
                 n_bytes += int(self.store.token_bytes[labels[labels != UNSCORED].numpy()].sum())
-        return nats / math.log(2) / max(1, n_bytes)
+        nats, total = sum_over_ranks([nats, float(n_bytes)])
+        return nats / math.log(2) / max(1.0, total)
 
     @torch.no_grad()
     def recall(self, decoder: WindreachForCausalLM) -> dict[int, float]:
         """Share of questions whose value is the most likely of all tokens, by distance; empty without recall."""
+        right = []
         with _evaluating(decoder):
-            return {
-                distance: sum(_right(decoder, group[i : i + ROWS]) for i in range(0, len(group), ROWS)) / len(group)
-                for distance, group in self.items.items()
-            }
+            for group in self.items.values():
+                mine = group[self.rank :: self.ranks]
+                right.append(float(sum(_right(decoder, mine[i : i + ROWS]) for i in range(0, len(mine), ROWS))))
+        return {d: n / len(self.items[d]) for d, n in zip(self.items, sum_over_ranks(right), strict=True)}
 
 
 def horizon(accuracy: dict[int, float], level: float = 0.9) -> int:

@@ -151,8 +151,7 @@ class RowSettings(Strict):
         1 / 9, description="of the filler between value and query: where the relay head is asked"
     )
     relay_pace: PositiveFloat | None = Field(
-        None,
-        description="tokens a layer: d tokens on, the value must be there from layer d / pace on; default: at the last layer",
+        None, description="tokens a layer: after layer l it is asked up to l x pace tokens on; default: after the last"
     )
 
 
@@ -166,9 +165,6 @@ class RecallSettings(Strict):
     values: PositiveInt = Field(32, description="number of one-token values; chance is 1/values")
     seq_len: PositiveInt | None = Field(None, description="tokens per recall row at the last D; default: last D + 2W")
     relay_loss_weight: NonNegative = Field(0.0, description="auxiliary head that reads the value at filler positions")
-    stream_penalty: NonNegative = Field(
-        0.0, description="weight of the residual stream's mean square where the relay head is asked"
-    )
     text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, part of their objective")
     weight: Points = Field(default_factory=lambda: [(0.0, 1.0)], description="weight of the recall update over the run")
     tokens_per_step: PositiveInt | None = Field(None, description="recall tokens; default: training.tokens_per_step")
@@ -207,9 +203,6 @@ class TrainingSettings(Strict):
     tokens_per_step: PositiveInt = Field(8192, description="text, global, over all ranks and micro-batches")
     text_weight: Points = Field(
         default_factory=lambda: [(0.0, 1.0)], description="weight of the text update over the run"
-    )
-    share_layers: float = Field(
-        0.0, ge=0, le=1, description="first share of the run in which all layers have one set of weights"
     )
     micro_batch_tokens: PositiveInt | None = Field(None, description="tokens a rank; default: no accumulation")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where its matmul is much faster")

@@ -134,7 +134,7 @@ def test_muon_orthogonalises_the_matrices_of_the_layers_and_leaves_the_rest_to_a
             each.step()
             each.zero_grad()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)  # both orthogonalise in bfloat16; one step is 4e-3
     whole, halves = Stack(), Stack()
     steps(whole, SummedOptimizer(whole.named_parameters(), both, muon), both, 0, 4)
     first = SummedOptimizer(halves.named_parameters(), both, muon)

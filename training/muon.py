@@ -1,0 +1,68 @@
+"""Muon for many small matrices: those of one shape are orthogonalised as one batch.
+
+The update is that of `torch.optim.Muon`, with its constants, scaled to the size of AdamW's (Liu and others, 2025). One
+matrix at a time, the some twenty calls for each of 224 matrices of a quickstart layer stack take a third of a step.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen by Jordan and others (2024) for the slope at zero
+ITERATIONS = 5
+EPS = 1e-7
+
+
+class BatchedMuon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised; every parameter is a matrix. Decay is decoupled, as in AdamW."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            momenta = [self._momentum(p) for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for shape, members in _by_shape(params).items():
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                step = orthogonalise(torch.stack([updates[i] for i in members])).float()
+                torch._foreach_add_([params[i] for i in members], list(step.unbind()), alpha=-rate)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state: dict[str, Tensor] = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+def _by_shape(params: list[Tensor]) -> dict[torch.Size, list[int]]:
+    """Indices of the parameters of each shape."""
+    found: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, p in enumerate(params):
+        found[p.shape].append(i)
+    return found
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """(N, A, B) -> the nearest semi-orthogonal matrices, roughly, in bfloat16: singular values between .7 and 1.2.
+
+    Newton-Schulz iteration on the shorter side.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(EPS)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
