@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 CONFIG=${1:-${CONFIG:-configs/quickstart.yaml}}
-LAUNCH=${LAUNCH:-configs/accelerate/cpu.yaml}
+LAUNCH=${LAUNCH:-configs/accelerate/ddp-cpu-2.yaml}
 BIN=.venv/bin
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE-1} # nothing here needs a model hub; without this, a missing network is a long wait
 
