@@ -46,7 +46,7 @@ from model.errors import UserError, cli
 TASKS = ("needle", "needle-noise")
 IntArray = NDArray[np.int64]
 SCREENING = 200
-ROW_TOKENS = 40_000
+ROW_TOKENS = 8_192
 
 
 # ---------------------------------------------------------------------------------------------- what is measured
