@@ -69,7 +69,7 @@ def test_quickstart_is_32_windows_of_16_and_reaches_480() -> None:
 @pytest.mark.parametrize(
     ("twin", "differences"),
     [
-        ("quickstart-full", {"name", "model.layers", "recall.curriculum.max_distance"}),
+        ("quickstart-full", {"name", "model.layers"}),
         ("quickstart-text-only", {"name", "recall.enabled", "training.text_weight"}),
     ],
 )
