@@ -6,11 +6,13 @@ Legend: B batch, T query positions, S key positions, H heads, G kv heads, R = H 
 Rows that see no key (padding) give zeros.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.errors import UserError
 from model.windows import LayerSpec, visible
@@ -20,10 +22,14 @@ BACKENDS = ("reference", "blocked")
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens stand: positions and, if there is more than one document or padding, document ids."""
+    """Where tokens stand: positions and, if there is more than one document or padding, document ids.
+
+    `bias` is what `block_bias` makes of them for one kind of layer, so that layers of a kind share it.
+    """
 
     positions: Tensor
     documents: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def choose_backend(name: str, specs: tuple[LayerSpec, ...]) -> str:
@@ -47,6 +53,18 @@ def _blocked_refusal(spec: LayerSpec) -> str | None:
     return None
 
 
+def _in_blocks(spec: LayerSpec, backend: str, t: int) -> bool:
+    """Whether T queries are enough for blocks to pay."""
+    return backend == "blocked" and spec.ring_slots is not None and 2 * spec.ring_slots < t
+
+
+def prepare(spec: LayerSpec, places: Places, backend: str) -> Places:
+    """The places with what layers of one kind need to know of them, made once."""
+    if _in_blocks(spec, backend, places.positions.shape[1]):
+        return replace(places, bias=block_bias(spec, places))
+    return places
+
+
 def attend(
     q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, backend: str, sink_h: Tensor | None
 ) -> Tensor:
@@ -55,7 +73,7 @@ def attend(
         if spec.kind == "full" and places.documents is None and sink_h is None:
             gqa = q_bhtd.shape[1] != k_bgsd.shape[1]
             return F.scaled_dot_product_attention(q_bhtd, k_bgsd, v_bgsd, is_causal=True, enable_gqa=gqa)
-        if spec.ring_slots is not None and 2 * spec.ring_slots < q_bhtd.shape[2]:
+        if _in_blocks(spec, backend, q_bhtd.shape[2]):
             return blocked(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
     return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, places, places, sink_h)
 
@@ -72,7 +90,7 @@ def attend_after(
 ) -> Tensor:
     """Attention of a chunk over what a cache holds: keys in order of age, of which the last T are the chunk's own."""
     t, before = q_bhtd.shape[2], k_bgsd.shape[2] - q_bhtd.shape[2]
-    if backend == "blocked" and spec.ring_slots is not None and 2 * spec.ring_slots < t:
+    if _in_blocks(spec, backend, t):
         return blocked(F.pad(q_bhtd, (0, 0, before, 0)), k_bgsd, v_bgsd, spec, k, sink_h)[:, :, before:]
     return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
 
@@ -121,44 +139,89 @@ def _softmax(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
 def blocked(
     q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, sink_h: Tensor | None = None
 ) -> Tensor:
-    """Blocks of C queries, each against the K = C + span keys that any of them may see: O(T * W) time and memory.
+    """Blocks of C queries, each against the K = 2C keys that any of them may see: O(T * W) time and memory.
 
     All blocks are one batched matrix product; keys are not repeated for grouped queries. With W = 3 and C = 4,
     block 1 (queries 4 to 7) multiplies keys 0 to 7, of which the mask leaves 2 to 7.
     """
     b, h, t, d = q_bhtd.shape
-    g = k_bgsd.shape[1]
-    assert spec.ring_slots is not None
-    c = max(16, spec.ring_slots)
+    g, c = k_bgsd.shape[1], _block(spec)
     n = -(-t // c)
-    pad = n * c - t
-    q = F.pad(q_bhtd, (0, 0, 0, pad)).reshape(b, g, h // g, n, c, d).transpose(2, 3).reshape(b, g, n, h // g * c, d)
-    k, v = (_pairs_of_blocks(F.pad(x, (0, 0, 0, pad)), n, c) for x in (k_bgsd, v_bgsd))
-    scores = (q @ k.transpose(-1, -2)).float().reshape(b, g, n, h // g, c, 2 * c) * d**-0.5
-    seen = _see_in_blocks(spec, places, n, c, pad)[:, None, :, None]
-    sinks = None if sink_h is None else sink_h.float().reshape(1, g, 1, h // g, 1, 1)
-    weights = _softmax(scores, seen, sinks).to(v.dtype).reshape(b, g, n, h // g * c, 2 * c)
-    out = (weights @ v).reshape(b, g, n, h // g, c, d).transpose(2, 3).reshape(b, h, n * c, d)
-    return out[:, :, :t]
+    bias = block_bias(spec, places) if places.bias is None else places.bias
+    q = F.pad(q_bhtd.transpose(1, 2), (0, 0, 0, 0, 0, n * c - t))
+    q = q.reshape(b, n, c, g, h // g, d).permute(0, 1, 3, 4, 2, 5).contiguous()
+    out = _Blocks.apply(q, _pairs_of_blocks(k_bgsd, n, c), _pairs_of_blocks(v_bgsd, n, c), bias, sink_h)
+    return out.permute(0, 2, 3, 1, 4, 5).reshape(b, h, n * c, d)[:, :, :t]
 
 
-def _pairs_of_blocks(x: Tensor, n: int, c: int) -> Tensor:
-    """(B, G, N*C, D) to (B, G, N, 2C, D): each block behind its predecessor (zeros before the first)."""
-    blocks = x.unflatten(2, (n, c))
-    before = F.pad(blocks, (0, 0, 0, 0, 1, 0))[:, :, :n]
-    return torch.cat((before, blocks), dim=3)
+def _block(spec: LayerSpec) -> int:
+    """C, the queries of a block: no fewer than its window, so that a block and its predecessor hold all keys."""
+    assert spec.ring_slots is not None
+    return max(16, spec.ring_slots)
 
 
-def _see_in_blocks(spec: LayerSpec, places: Places, n: int, c: int, pad: int) -> Tensor:
-    """Bool (B or 1, N, C, 2C). Padding has position -1 as a key, far below 0: nobody's window reaches it."""
-    rows = places.positions.shape[0]
-    unseen = torch.iinfo(torch.int64).min // 2
-    q_pos = F.pad(places.positions, (0, pad), value=0).reshape(rows * n, c)
-    k_pos = F.pad(places.positions, (c, pad), value=unseen).unfold(1, 2 * c, c).reshape(rows * n, 2 * c)
-    q_docs = k_docs = None
-    if places.documents is not None:
-        docs_rows = places.documents.shape[0]
-        q_docs = F.pad(places.documents, (0, pad), value=-1).reshape(docs_rows * n, c)
-        k_docs = F.pad(places.documents, (c, pad), value=-1).unfold(1, 2 * c, c).reshape(docs_rows * n, 2 * c)
+def _pairs_of_blocks(x_bgtd: Tensor, n: int, c: int) -> Tensor:
+    """Keys or values to (B, N, G, 2C, D): each block behind its predecessor (zeros before the first)."""
+    blocks = F.pad(x_bgtd.transpose(1, 2), (0, 0, 0, 0, c, n * c - x_bgtd.shape[2])).unflatten(1, (n + 1, c))
+    return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=2).transpose(2, 3).contiguous()
+
+
+class _Blocks(torch.autograd.Function):
+    """Softmax attention inside blocks: q (B, N, G, R, C, D), k and v (B, N, G, K, D), bias (B or 1, N, C, K).
+
+    Derived by hand because autograd gives the gradient of the keys transposed, and undoing that costs more than all
+    products together. Weights are kept for the way back in the dtype of the values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sink_h: Tensor | None) -> Tensor:
+        scores = (q.flatten(3, 4) @ k.mT).float().view(*q.shape[:5], -1) * q.shape[-1] ** -0.5 + bias[:, :, None, None]
+        sinks = None if sink_h is None else sink_h.float().view(1, 1, *q.shape[2:4], 1, 1)
+        weights, sunk = _shares(scores, sinks)
+        weights = weights.to(v.dtype).flatten(3, 4)
+        ctx.save_for_backward(q, k, v, weights, *([] if sunk is None else [sunk]))
+        return (weights @ v).view_as(q)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, *sunk = ctx.saved_tensors
+        grad = grad.flatten(3, 4)
+        moved = weights * (grad @ v.mT).float()
+        mean = moved.sum(-1, keepdim=True)
+        grad_scores = ((moved - weights * mean) * q.shape[-1] ** -0.5).to(q.dtype)
+        grad_q = (grad_scores @ k).view_as(q)
+        grad_sinks = -(sunk[0] * mean.view_as(sunk[0])).sum((0, 1, 4, 5)).flatten() if sunk else None
+        return grad_q, grad_scores.mT @ q.flatten(3, 4), weights.mT @ grad, None, grad_sinks
+
+
+def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Softmax over the last dimension of scores, -inf where unseen, and what goes to the sinks."""
+    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    peak = peak if sinks is None else torch.maximum(peak, sinks)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    if sinks is None:
+        return weights / total, None
+    sunk = torch.exp(sinks - peak)
+    return weights / (total + sunk), sunk / (total + sunk)
+
+
+def block_bias(spec: LayerSpec, places: Places) -> Tensor:
+    """Float (B or 1, N, C, 2C) to add to scores in blocks: 0 where a query sees a key, else -inf.
+
+    Padding has a position far below 0 as a key: nobody's window reaches it.
+    """
+    rows, t = places.positions.shape
+    c = _block(spec)
+    n = -(-t // c)
+    pad, unseen = n * c - t, torch.iinfo(torch.int64).min // 2
+
+    def in_blocks(x: Tensor, value: int) -> tuple[Tensor, Tensor]:
+        queries = F.pad(x, (0, pad), value=value).reshape(-1, c)
+        return queries, F.pad(x, (c, pad), value=value).unfold(1, 2 * c, c).reshape(-1, 2 * c)
+
+    q_pos, k_pos = in_blocks(places.positions, unseen)
+    q_docs, k_docs = (None, None) if places.documents is None else in_blocks(places.documents, -1)
     seen = see(spec, Places(q_pos, q_docs), Places(k_pos, k_docs)) & (k_pos >= 0)[:, None, :]
-    return seen.unflatten(0, (rows, n))
+    return torch.where(seen, 0.0, -torch.inf).unflatten(0, (-1, n))

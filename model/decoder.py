@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention import Places, attend, attend_after, choose_backend
+from model.attention import Places, attend, attend_after, choose_backend, prepare
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
 from model.errors import UserError
@@ -90,9 +90,9 @@ class WindreachModel(nn.Module):
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__()
         self.config = config
-        backend = choose_backend(config.attention_backend, config.specs)
+        self.backend = choose_backend(config.attention_backend, config.specs)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, spec, backend) for spec in config.specs)
+        self.layers = nn.ModuleList(DecoderLayer(config, spec, self.backend) for spec in config.specs)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
@@ -112,10 +112,13 @@ class WindreachModel(nn.Module):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         places = _places(x, documents, attention_mask, position_ids, past_key_values)
         rotary = self._rotary(places.positions)
+        of_kind = {spec: places for spec in self.config.specs}
+        if past_key_values is None:
+            of_kind = {spec: prepare(spec, places, self.backend) for spec in of_kind}
         streams = [x]
         for i, (layer, spec) in enumerate(zip(self.layers, self.config.specs)):
             cache = None if past_key_values is None else past_key_values.layers[i]
-            x = layer(x, rotary[spec], places, cache)
+            x = layer(x, rotary[spec], of_kind[spec], cache)
             if output_hidden_states:
                 streams.append(x)
         return BaseModelOutputWithPast(

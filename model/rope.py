@@ -18,6 +18,6 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 def rotate(x_bhtd: Tensor, cos_btd: Tensor, sin_btd: Tensor) -> Tensor:
     """Turn queries or keys (B, H, T, D) by the angles of their positions."""
-    first, second = x_bhtd.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_bhtd * cos_btd[:, None] + turned * sin_btd[:, None]).to(x_bhtd.dtype)
+    a, b = x_bhtd.chunk(2, dim=-1)
+    cos, sin = (x[:, None, :, : a.shape[-1]] for x in (cos_btd, sin_btd))
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_bhtd.dtype)
