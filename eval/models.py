@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 import transformers
 import yaml
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from model import hub, windows
@@ -84,6 +83,12 @@ class Examined:
         """The smallest window of the stack in tokens; for a stack without one, the window its config names."""
         bounded = [spec.window for spec in self.specs if spec.window and spec.kind != "full"]
         return min(bounded) if bounded else self.nominal_window
+
+    @property
+    def precision(self) -> str:
+        """What the run was trained in, and what its answers are therefore read in; float32 for other models."""
+        facts = self.run_dir / "run.json" if self.run_dir else None
+        return str(json.loads(facts.read_text()).get("precision", "fp32")) if facts and facts.exists() else "fp32"
 
     @property
     def layers(self) -> int:
@@ -345,10 +350,3 @@ def _spec(kind: str, window: int | None) -> LayerSpec:
     if kind == "full_attention":
         return LayerSpec(kind="full", window=None)
     raise UserError(f"layer type {kind!r} of this model is not known; its reach can't be worked out")
-
-
-@torch.inference_mode()
-def last_logits(examined: Examined, input_ids: Tensor) -> Tensor:
-    """Logits (B, vocabulary) that predict what follows each row of input_ids (B, T): one full forward pass."""
-    output = examined.model(input_ids=input_ids.to(examined.device), use_cache=False, logits_to_keep=1)
-    return output.logits[:, -1].float().cpu()

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from eval import plots, theory
+from eval.forward import last_logits
 from eval.haystack import Haystack, open_haystack
-from eval.models import Examined, last_logits, load_model
+from eval.models import Examined, load_model
 from model import hub, windows
 from model.cache import RingCache
 from model.decoder import InitOptions, WindreachForCausalLM, build_model

@@ -1,17 +1,17 @@
 """How far back a model recalls a value, by distance, with intervals and controls.
 
     python -m eval.recall MODEL [--out DIR] [--tasks needle,needle-noise] [--n 400] [--seed 0]
-                                [--distances 1,16,96] [--data CONFIG.yaml] [--text FILE] [--compare RUN ...]
+                                [--distances 1,16,96] [--precision auto] [--data CONFIG.yaml] [--text FILE]
+                                [--compare RUN ...]
 
 Distance = (position whose logits are read) - (position of the value token). All items have one total length, so
 length and distance are not confounded, and nothing but haystack stands between needle and query. Each item is a
 **counterfactual pair**: the same tokens with value v and with v'. Beyond the reach R both runs must give the same
 bits, and the report says whether they did.
 
-The measurement is exact and cheap because of two facts. Items of one index share their haystack, so everything
-before the needle is computed once and the ring is copied: from there the two members of a pair run in the same row
-of a batch of the same shape. And the haystack without a needle is the same at every distance: one control serves all.
-Shared haystacks make rows of *different* distances dependent; within a distance the items are independent.
+Both members of a pair run in the same row of batches of one shape. The haystack without a needle is the same at every
+distance: one control serves all. Shared haystacks make rows of *different* distances dependent; within a distance the
+items are independent.
 
 Right means: among the task's values the right one has the highest logit (chance is 1/values). `free_accuracy` asks
 more: it must be the highest of the whole vocabulary, as in greedy generation.
@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,15 @@ from torch import Tensor
 from data.recall import RecallItem, clean_filler, item
 from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
 from eval import plots, stats
-from eval.forks import Forks, make_forks
+from eval.forward import Reader, generate_one, last_logits, last_logits_through_ring
 from eval.haystack import Haystack, open_haystack
-from eval.models import Examined, last_logits, load_model
+from eval.models import Examined, load_model
 from model.errors import UserError, cli
 
 TASKS = ("needle", "needle-noise")
 IntArray = NDArray[np.int64]
 SCREENING = 200
-ROW_TOKENS = 8_192
+ALIGNED = 32  # tokens: of such a length the blocks of attention need no padding, which is a third faster
 
 
 # ---------------------------------------------------------------------------------------------- what is measured
@@ -179,19 +179,21 @@ def pair_rows(items: list[RecallItem]) -> tuple[Tensor, Tensor]:
 
 
 def run_items(
-    bench: Bench, distances: Sequence[int], indices: Sequence[int], tallies: dict[int, Tally], advance: Any
+    bench: Bench,
+    read: Reader,
+    distances: Sequence[int],
+    indices: Sequence[int],
+    tallies: dict[int, Tally],
+    advance: Callable[[int], None],
 ) -> None:
-    """Measure the items `indices` at every distance, farthest first, so that the common prefix only grows."""
-    rows = max(1, min(128, ROW_TOKENS // bench.total_length))
-    for start in range(0, len(indices), rows):
-        batch = indices[start : start + rows]
-        blind = last_logits(bench.examined, bench.blind(batch))
-        forks: Forks = make_forks(bench.examined, len(batch))
-        for distance in sorted(distances, reverse=True):
+    """Measure the items `indices` at every distance."""
+    for start in range(0, len(indices), read.rows):
+        batch = indices[start : start + read.rows]
+        blind = read(bench.blind(batch))
+        for distance in distances:
             items = bench.items(distance, batch)
             first, second = pair_rows(items)
-            logits = forks.pair(first, second, items[0].value_position)
-            judge(bench, items, *logits, blind, tallies.setdefault(distance, Tally()))
+            judge(bench, items, read(first), read(second), blind, tallies.setdefault(distance, Tally()))
             advance(len(batch))
 
 
@@ -210,7 +212,7 @@ def near_transition(rows: list[dict[str, Any]], chance: float, window: int | Non
 
 
 def measure_task(
-    bench: Bench, distances: list[int], n: int, console: Console, reach: int | None = None
+    bench: Bench, read: Reader, distances: list[int], n: int, console: Console, reach: int | None = None
 ) -> dict[str, Any]:
     """The task's entry in recall.json: screening with up to 200 items, then up to n where the curve bends."""
     tallies: dict[int, Tally] = {}
@@ -220,16 +222,18 @@ def measure_task(
         TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True
     ) as progress:
         bar = progress.add_task(f"{bench.task}, {len(distances)} distances", total=len(distances) * len(screening))
-        run_items(bench, distances, screening, tallies, lambda done: progress.advance(bar, done))
+        run_items(bench, read, distances, screening, tallies, lambda done: progress.advance(bar, done))
         rows = [tallies[d].row(d, window) for d in distances]
         wanted = {d for d in near_transition(rows, chance, window) if reach is None or d <= reach}
         rest = list(range(len(screening), n))
         progress.update(bar, total=len(distances) * len(screening) + len(wanted) * len(rest))
         if wanted and rest:
-            run_items(bench, sorted(wanted), rest, tallies, lambda done: progress.advance(bar, done))
+            run_items(bench, read, sorted(wanted), rest, tallies, lambda done: progress.advance(bar, done))
     rows = [tallies[d].row(d, window) for d in distances]
     result = {"chance": chance, "total_length": bench.total_length, "rows": rows} | horizons(rows, reach)
-    return result | {"paths": check_paths(bench, distances)} | beyond_reach(rows, reach)
+    with torch.compiler.set_stance("force_eager"):
+        paths = check_paths(bench, distances)
+    return result | {"paths": paths} | beyond_reach(rows, reach)
 
 
 def horizons(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any]:
@@ -258,16 +262,16 @@ def beyond_reach(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any
 
 
 def check_paths(bench: Bench, distances: list[int], rows: int = 4) -> dict[str, Any]:
-    """The same items by one full forward pass (teacher-forced) and generated through the cache: do they agree?"""
+    """The same items in float32 by one full forward pass, through the ring, and generated: do they agree?"""
     forced: list[int] = []
     ringed: list[int] = []
     written: list[int] = []
     difference = 0.0
     spread = distances[:: max(1, len(distances) // 12)]
     for distance in spread:
-        first, second = pair_rows(bench.items(distance, range(rows)))
+        first, _ = pair_rows(bench.items(distance, range(rows)))
         full = last_logits(bench.examined, first)
-        ring, _ = make_forks(bench.examined, rows).pair(first, second, first.shape[1] - 1 - distance)
+        ring = last_logits_through_ring(bench.examined, first, first.shape[1] - 1 - distance)
         difference = max(difference, float((full - ring).abs().max()))
         forced += full.argmax(-1).tolist()
         ringed += ring.argmax(-1).tolist()
@@ -285,16 +289,6 @@ def check_paths(bench: Bench, distances: list[int], rows: int = 4) -> dict[str, 
     }
 
 
-@torch.inference_mode()
-def generate_one(examined: Examined, input_ids: Tensor) -> list[int]:
-    """The first greedily generated token of each row, through the model's own cache."""
-    ids = input_ids.to(examined.device)
-    output = examined.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
-    )
-    return [int(token) for token in output[:, ids.shape[1]]]
-
-
 def measure(
     examined: Examined,
     haystack: Haystack,
@@ -303,22 +297,27 @@ def measure(
     n: int,
     seed: int,
     console: Console | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Everything recall.json holds."""
     console = console or Console(quiet=True)
+    tasks = list(tasks)
     vocabulary = recall_vocabulary(examined.tokenizer, n_values_of(examined))
     margin = len(vocabulary.needle) + len(vocabulary.query) + 8
     total_length = max(distances) + margin
+    total_length += -total_length % ALIGNED
     if examined.max_tokens and total_length > examined.max_tokens:
         raise UserError(
             f"--distances {max(distances)}: items would be {total_length:,} tokens long and this model reads "
-            f"{examined.max_tokens:,}; give distances up to {examined.max_tokens - margin:,}"
+            f"{examined.max_tokens:,}; give distances up to {examined.max_tokens // ALIGNED * ALIGNED - margin:,}"
         )
+    expected = len(tasks) * min(n, SCREENING) * (2 * len(distances) + 1) * total_length
+    read = Reader(examined, total_length, expected, precision)
     results = {}
     for task in tasks:
         bench = Bench(examined, haystack, vocabulary, task, total_length, seed)
-        results[task] = measure_task(bench, distances, n, console, examined.reach)
-    return examined.header() | {"seed": seed, "haystack": haystack.name, "tasks": results}
+        results[task] = measure_task(bench, read, distances, n, console, examined.reach)
+    return examined.header() | {"seed": seed, "precision": precision, "haystack": haystack.name, "tasks": results}
 
 
 def n_values_of(examined: Examined) -> int:
@@ -383,7 +382,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.recall", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or Hugging Face causal LM")
     parser.add_argument("--out", metavar="DIR", help="where the results go; default: the run folder, or here")
-    parser.add_argument("--tasks", default="needle,needle-noise", help="comma-separated; default: %(default)s")
+    parser.add_argument(
+        "--tasks", help=f"comma-separated, of {', '.join(TASKS)}; default: those the run was trained on"
+    )
     parser.add_argument("--n", type=int, default=400, help="items a distance near transitions (elsewhere up to 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--distances", help="comma-separated tokens; default: the protocol's")
@@ -391,6 +392,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", metavar="CONFIG.yaml", help="take the held-out text of this config")
     parser.add_argument("--text", metavar="FILE", help="a UTF-8 file to use as haystack")
     parser.add_argument("--compare", nargs="*", default=[], metavar="RUN", help="runs to draw in grey, e.g. the twin")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as trained")
     parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
     return parser.parse_args(argv)
 
@@ -407,7 +409,9 @@ def chosen_distances(args: argparse.Namespace, examined: Examined) -> list[int]:
     return wanted
 
 
-def chosen_tasks(args: argparse.Namespace) -> list[str]:
+def chosen_tasks(args: argparse.Namespace, trained: Iterable[str]) -> list[str]:
+    if args.tasks is None:
+        return [task for task in TASKS if task in trained] or list(TASKS)
     tasks = [part.strip() for part in args.tasks.split(",") if part.strip()]
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
@@ -418,13 +422,14 @@ def chosen_tasks(args: argparse.Namespace) -> list[str]:
 def main() -> None:
     args = parse(sys.argv[1:])
     console = Console()
-    tasks = chosen_tasks(args)
     if args.n < 1:
         raise UserError(f"--n {args.n}: give at least 1 item")
     others = [read_result(Path(run) / "recall.json") for run in args.compare]
     examined = load_model(args.model, args.device)
+    tasks = chosen_tasks(args, examined.settings.get("recall", {}).get("tasks", {}))
+    precision = examined.precision if args.precision == "auto" else args.precision
     haystack = open_haystack(examined, args.text, args.data)
-    result = measure(examined, haystack, tasks, chosen_distances(args, examined), args.n, args.seed, console)
+    result = measure(examined, haystack, tasks, chosen_distances(args, examined), args.n, args.seed, console, precision)
     out = examined.out_dir(args.out)
     (out / "recall.json").write_text(json.dumps(result, indent=1))
     print_result(result, console)

@@ -212,7 +212,7 @@ def block_bias(spec: LayerSpec, places: Places) -> Tensor:
 
     Padding has a position far below 0 as a key: nobody's window reaches it.
     """
-    rows, t = places.positions.shape
+    t = places.positions.shape[1]
     c = _block(spec)
     n = -(-t // c)
     pad, unseen = n * c - t, torch.iinfo(torch.int64).min // 2

@@ -112,7 +112,7 @@ class WindreachModel(nn.Module):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         places = _places(x, documents, attention_mask, position_ids, past_key_values)
         rotary = self._rotary(places.positions)
-        of_kind = {spec: places for spec in self.config.specs}
+        of_kind = dict.fromkeys(self.config.specs, places)
         if past_key_values is None:
             of_kind = {spec: prepare(spec, places, self.backend) for spec in of_kind}
         streams = [x]

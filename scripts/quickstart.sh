@@ -26,13 +26,15 @@ outdated() {
   return 1
 }
 
-# evaluate NAME LAST_OUTPUT SOURCE...: python -m eval.NAME on the run, unless LAST_OUTPUT, the file it writes last, is fresh.
+# evaluate "NAME OPTION..." LAST_OUTPUT SOURCE...: python -m eval.NAME on the run, unless LAST_OUTPUT, the file it writes
+# last, is fresh.
 evaluate() {
-  local name=$1 output=$RUN/$2
+  local name options output=$RUN/$2
+  read -r name options <<<"$1"
   shift 2
   if outdated "$output" "$RUN/hf/config.json" "$@"; then
     say "eval.$name"
-    interruptible "$BIN/python" -m "eval.$name" "$RUN" $([ "$name" = reach ] && echo --plot)
+    interruptible "$BIN/python" -m "eval.$name" "$RUN" $options
   fi
 }
 
@@ -70,8 +72,8 @@ if outdated "$RUN/hf/config.json" "$CONFIG" train.py model/*.py data/*.py traini
     --num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)" train.py "$CONFIG"
 fi
 
-evaluate reach reach.png eval/reach.py eval/theory.py
-evaluate recall recall.png eval/recall.py "$RUN/reach.json"
+evaluate "reach --plot" reach.png eval/reach.py eval/theory.py
+evaluate "recall --n 200" recall.png eval/recall.py "$RUN/reach.json"
 evaluate loss loss.png eval/loss.py
 if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss}.json eval/report.py eval/plots.py eval/templates/*; then
   say "report"

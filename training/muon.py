@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen by Jordan and others (2024) for the slope at zero
@@ -35,7 +36,7 @@ class BatchedMuon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for shape, members in _by_shape(params).items():
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                step = orthogonalise(torch.stack([updates[i] for i in members])).float()
+                step = _shared_out(torch.stack([updates[i] for i in members])).float()
                 torch._foreach_add_([params[i] for i in members], list(step.unbind()), alpha=-rate)
 
     def _momentum(self, p: Tensor) -> Tensor:
@@ -51,6 +52,20 @@ def _by_shape(params: list[Tensor]) -> dict[torch.Size, list[int]]:
     for i, p in enumerate(params):
         found[p.shape].append(i)
     return found
+
+
+def _shared_out(matrices: Tensor) -> Tensor:
+    """`orthogonalise`, each rank its share: ranks hold the same gradients, so they need not all do the same work."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    share = -(-len(matrices) // ranks)
+    if ranks == 1 or len(matrices) < ranks:
+        return orthogonalise(matrices)
+    mine = matrices[dist.get_rank() * share :][:share]
+    done = mine.new_zeros(share, *matrices.shape[1:], dtype=torch.bfloat16)
+    done[: len(mine)] = orthogonalise(mine)
+    gathered = done.new_empty(ranks * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(gathered, done)
+    return gathered[: len(matrices)]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -35,3 +35,12 @@ def test_a_mistake_found_by_the_main_process_ends_both(tmp_path: Path) -> None:
     run(write_config(tmp_path, max_steps=2))
     output = run(tmp_path / "tiny.yaml", "training.optimizer.lr=0.5", processes=2, expect=1)
     assert "holds a run with other settings" in output
+
+
+def test_two_processes_that_share_out_muon_equal_one(tmp_path: Path) -> None:
+    muon = {"max_steps": 5, "optimizer": {"kind": "muon", "lr": 0.003}}
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for folder, processes in ((one, 1), (two, 2)):
+        folder.mkdir()
+        run(write_config(folder, **muon), processes=processes)
+    assert figures(two) == pytest.approx(figures(one), rel=3e-3)

@@ -1,0 +1,71 @@
+"""Logits after whole sequences: in batches of one shape, compiled where that pays, and through the ring as a check.
+
+Both members of a counterfactual pair go through the same row of batches of the same shape, so that whatever is equal
+in theory is equal in every bit.
+
+Legend: B batch, T positions, V vocabulary.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from eval.models import Examined
+from model.cache import RingCache
+
+COMPILE_FROM = 2_000_000  # tokens: below, compiling takes longer than it saves
+ROW_TOKENS = 16_384  # tokens of a batch, which then stays in the cache of a CPU
+
+
+class Reader:
+    """Logits (B, V) that predict what follows each row, for batches (up to `rows`, T) of one length T."""
+
+    def __init__(self, examined: Examined, seq_len: int, expected_tokens: int, precision: str) -> None:
+        self.examined, self.precision = examined, precision
+        self.rows = max(1, min(128, ROW_TOKENS // seq_len))
+        if examined.ours and expected_tokens >= COMPILE_FROM:
+            examined.model.compile_layers()
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """A short batch is filled up with copies of its first row: another shape would be compiled anew."""
+        missing = self.rows - len(input_ids)
+        filled = torch.cat((input_ids, input_ids[:1].expand(missing, -1)))
+        with self._autocast():
+            return last_logits(self.examined, filled)[: len(input_ids)]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        bf16 = self.precision == "bf16"
+        return torch.autocast(self.examined.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+@torch.inference_mode()
+def last_logits(examined: Examined, input_ids: Tensor) -> Tensor:
+    """Logits (B, V) that predict what follows each row of input_ids (B, T): one full forward pass."""
+    output = examined.model(input_ids=input_ids.to(examined.device), use_cache=False, logits_to_keep=1)
+    return output.logits[:, -1].float().cpu()
+
+
+@torch.inference_mode()
+def last_logits_through_ring(examined: Examined, input_ids: Tensor, at: int) -> Tensor:
+    """The same by way of the cache: the first `at` tokens, then the rest. Models without our ring run in full."""
+    if not examined.ours:
+        return last_logits(examined, input_ids)
+    cache = RingCache(examined.model.config)
+    for part in (input_ids[:, :at], input_ids[:, at:]):
+        if part.shape[1]:
+            output = examined.model(
+                input_ids=part.to(examined.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+    return output.logits[:, -1].float().cpu()
+
+
+@torch.inference_mode()
+def generate_one(examined: Examined, input_ids: Tensor) -> list[int]:
+    """The first greedily generated token of each row, through the model's own cache."""
+    ids = input_ids.to(examined.device)
+    output = examined.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
+    )
+    return [int(token) for token in output[:, ids.shape[1]]]
