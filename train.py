@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 
 from data.packing import TokenStore, prepare_tokens
 from data.recall_vocabulary import recall_vocabulary
@@ -114,10 +114,7 @@ class Trainer:
         self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None)
         if settings.training.compile:
             self.decoder.compile_layers()
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.facts["precision"] == "bf16" else "no",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=self.scorer.relay_head is not None)],
-        )
+        self.accelerator = Accelerator(mixed_precision="bf16" if self.facts["precision"] == "bf16" else "no")
         self.wrapped = self.accelerator.prepare(self.scorer)
         self.optimizer = SummedOptimizer(
             self.scorer.named_parameters(), [o.name for o in self.objectives], settings.training.optimizer
@@ -286,11 +283,11 @@ class Trainer:
     def close(self) -> int:
         """Export the last checkpoint as runs/NAME/hf and say where everything is."""
         ask_main(lambda: replace_export(self.decoder, self.tokenizer, self.dir / "hf"))
-        s, R = self.state, self.curriculum.last_distance
+        s, R = self.state, reach(self.config.specs)
         self.ranks.print(
             f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"
             f"held-out text  {s.validation_bits_per_byte or math.nan:.3f} bits per byte\n"
-            + (f"recall horizon {s.horizon} tokens of R = {R}\n" if self.settings.recall.enabled else "")
+            + (f"recall horizon {s.horizon} tokens of R = {R or 'unbounded'}\n" if self.settings.recall.enabled else "")
             + f"run folder     {self.dir}\nexport         {self.dir / 'hf'}"
         )
         return 0

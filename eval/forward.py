@@ -14,17 +14,17 @@ from torch import Tensor
 from eval.models import Examined
 from model.cache import RingCache
 
-COMPILE_FROM = 2_000_000  # tokens: below, compiling takes longer than it saves
-ROW_TOKENS = 16_384  # tokens of a batch, which then stays in the cache of a CPU
+LONG_WORK = 2_000_000  # tokens: below, compiling and starting processes take longer than they save
+ROW_TOKENS = {"cpu": 2304, "cuda": 65_536}  # tokens of a batch: what fits the cache of a core; what fills a GPU
 
 
 class Reader:
     """Logits (B, V) that predict what follows each row, for batches (up to `rows`, T) of one length T."""
 
-    def __init__(self, examined: Examined, seq_len: int, expected_tokens: int, precision: str) -> None:
+    def __init__(self, examined: Examined, seq_len: int, precision: str, compiled: bool) -> None:
         self.examined, self.precision = examined, precision
-        self.rows = max(1, min(128, ROW_TOKENS // seq_len))
-        if examined.ours and expected_tokens >= COMPILE_FROM:
+        self.rows = max(1, min(128, ROW_TOKENS.get(examined.device.type, 65_536) // seq_len))
+        if compiled and examined.ours:
             examined.model.compile_layers()
 
     @torch.inference_mode()

@@ -35,7 +35,7 @@ from eval.models import Examined, load_model
 from model.errors import UserError, cli
 
 FloatArray = NDArray[np.float64]
-BATCH_TOKENS = 16_384
+BATCH_TOKENS = 4096  # stays in the cache of a CPU
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def contexts(length: int) -> list[int]:
 
 
 def by_context(
-    examined: Examined, haystack: Haystack, length: int, rows: int, seed: int, targets: int = 8
+    examined: Examined, haystack: Haystack, length: int, rows: int, seed: int, targets: int = 4
 ) -> list[dict[str, Any]]:
     """The last `targets` tokens of each row, each given exactly c tokens before it."""
     sample = haystack.rows(rows, length + targets, seed + 1)

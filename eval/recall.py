@@ -20,9 +20,13 @@ more: it must be the highest of the whole vocabulary, as in greedy generation.
 import argparse
 import json
 import math
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,7 @@ from torch import Tensor
 from data.recall import RecallItem, clean_filler, item
 from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
 from eval import plots, stats
-from eval.forward import Reader, generate_one, last_logits, last_logits_through_ring
+from eval.forward import LONG_WORK, Reader, generate_one, last_logits, last_logits_through_ring
 from eval.haystack import Haystack, open_haystack
 from eval.models import Examined, load_model
 from model.errors import UserError, cli
@@ -81,7 +85,7 @@ def default_distances(examined: Examined, max_distance: int) -> list[int]:
 
 @dataclass
 class Tally:
-    """What was seen at one distance, item by item."""
+    """What was seen at one distance, item by item, in the order of the items."""
 
     value: list[int] = field(default_factory=list)
     correct: list[bool] = field(default_factory=list)
@@ -91,6 +95,10 @@ class Tally:
     nll_bits: list[float] = field(default_factory=list)
     blind_correct: list[bool] = field(default_factory=list)
     blind_nll_bits: list[float] = field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        for name, seen in vars(other).items():
+            getattr(self, name).extend(seen)
 
     def row(self, distance: int, window: int | None) -> dict[str, Any]:
         n, correct = len(self.correct), sum(self.correct)
@@ -178,23 +186,96 @@ def pair_rows(items: list[RecallItem]) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def run_items(
+def measure_batch(bench: Bench, read: Reader, distances: Sequence[int], batch: Sequence[int]) -> dict[int, Tally]:
+    """The items of one batch at every distance."""
+    tallies: dict[int, Tally] = {}
+    blind = read(bench.blind(batch))
+    for distance in distances:
+        items = bench.items(distance, batch)
+        first, second = pair_rows(items)
+        judge(bench, items, read(first), read(second), blind, tallies.setdefault(distance, Tally()))
+    return tallies
+
+
+def run_batches(
     bench: Bench,
-    read: Reader,
+    crew: "Crew",
     distances: Sequence[int],
     indices: Sequence[int],
     tallies: dict[int, Tally],
     advance: Callable[[int], None],
 ) -> None:
     """Measure the items `indices` at every distance."""
-    for start in range(0, len(indices), read.rows):
-        batch = indices[start : start + read.rows]
-        blind = read(bench.blind(batch))
-        for distance in distances:
-            items = bench.items(distance, batch)
-            first, second = pair_rows(items)
-            judge(bench, items, read(first), read(second), blind, tallies.setdefault(distance, Tally()))
+    batches = [indices[start : start + crew.read.rows] for start in range(0, len(indices), crew.read.rows)]
+    for batch, found in zip(batches, crew.measure(bench, distances, batches), strict=True):
+        for distance, tally in found.items():
+            tallies.setdefault(distance, Tally()).add(tally)
             advance(len(batch))
+
+
+# -------------------------------------------------------------------------------------------- who does the work
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who measures batches: this process, or a pool of processes of one thread each, which on a CPU are faster than
+    threads that share every small matrix product."""
+
+    read: Reader
+    pool: Executor | None = None
+
+    def measure(
+        self, bench: Bench, distances: Sequence[int], batches: list[Sequence[int]]
+    ) -> Iterable[dict[int, Tally]]:
+        """What `measure_batch` gives for each batch, in order."""
+        if self.pool is None:
+            return (measure_batch(bench, self.read, distances, batch) for batch in batches)
+        return self.pool.map(partial(_work, bench.task, distances), batches)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for, in words that another process understands."""
+
+    model: str
+    device: str | None
+    text: str | None
+    data: str | None
+    tasks: tuple[str, ...]
+    distances: tuple[int, ...]
+    n: int
+    seed: int
+    precision: str
+
+
+_benches: dict[str, tuple[Bench, Reader]] = {}  # of a process of the pool
+
+
+def _start_worker(order: Order) -> None:
+    torch.set_num_threads(1)
+    examined = load_model(order.model, order.device)
+    benches = open_benches(
+        examined, open_haystack(examined, order.text, order.data), order.tasks, order.distances, order.seed
+    )
+    read = Reader(examined, benches[0].total_length, order.precision, compiled=True)
+    _benches.update({bench.task: (bench, read) for bench in benches})
+
+
+def _work(task: str, distances: Sequence[int], batch: Sequence[int]) -> dict[int, Tally]:
+    return measure_batch(*_benches[task], distances, batch)
+
+
+@contextmanager
+def assemble(order: Order, examined: Examined, total_length: int) -> Iterator[Crew]:
+    """Processes where the work is long, the device a CPU with several threads to share out, and the model ours."""
+    tokens = len(order.tasks) * min(order.n, SCREENING) * (2 * len(order.distances) + 1) * total_length
+    long, threads = tokens >= LONG_WORK and examined.ours, torch.get_num_threads()
+    if not (long and threads > 1 and examined.device.type == "cpu"):
+        yield Crew(Reader(examined, total_length, order.precision, compiled=long))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(threads, context, _start_worker, (order,)) as pool:
+        yield Crew(Reader(examined, total_length, order.precision, compiled=False), pool)
 
 
 # ----------------------------------------------------------------------------------------- where more is needed
@@ -212,7 +293,7 @@ def near_transition(rows: list[dict[str, Any]], chance: float, window: int | Non
 
 
 def measure_task(
-    bench: Bench, read: Reader, distances: list[int], n: int, console: Console, reach: int | None = None
+    bench: Bench, crew: Crew, distances: list[int], n: int, console: Console, reach: int | None = None
 ) -> dict[str, Any]:
     """The task's entry in recall.json: screening with up to 200 items, then up to n where the curve bends."""
     tallies: dict[int, Tally] = {}
@@ -222,13 +303,13 @@ def measure_task(
         TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True
     ) as progress:
         bar = progress.add_task(f"{bench.task}, {len(distances)} distances", total=len(distances) * len(screening))
-        run_items(bench, read, distances, screening, tallies, lambda done: progress.advance(bar, done))
+        run_batches(bench, crew, distances, screening, tallies, lambda done: progress.advance(bar, done))
         rows = [tallies[d].row(d, window) for d in distances]
         wanted = {d for d in near_transition(rows, chance, window) if reach is None or d <= reach}
         rest = list(range(len(screening), n))
         progress.update(bar, total=len(distances) * len(screening) + len(wanted) * len(rest))
         if wanted and rest:
-            run_items(bench, read, sorted(wanted), rest, tallies, lambda done: progress.advance(bar, done))
+            run_batches(bench, crew, sorted(wanted), rest, tallies, lambda done: progress.advance(bar, done))
     rows = [tallies[d].row(d, window) for d in distances]
     result = {"chance": chance, "total_length": bench.total_length, "rows": rows} | horizons(rows, reach)
     with torch.compiler.set_stance("force_eager"):
@@ -289,19 +370,10 @@ def check_paths(bench: Bench, distances: list[int], rows: int = 4) -> dict[str, 
     }
 
 
-def measure(
-    examined: Examined,
-    haystack: Haystack,
-    tasks: Iterable[str],
-    distances: list[int],
-    n: int,
-    seed: int,
-    console: Console | None = None,
-    precision: str = "fp32",
-) -> dict[str, Any]:
-    """Everything recall.json holds."""
-    console = console or Console(quiet=True)
-    tasks = list(tasks)
+def open_benches(
+    examined: Examined, haystack: Haystack, tasks: Iterable[str], distances: Sequence[int], seed: int
+) -> list[Bench]:
+    """A bench per task; all items have one length. UserError where the model can't read so far."""
     vocabulary = recall_vocabulary(examined.tokenizer, n_values_of(examined))
     margin = len(vocabulary.needle) + len(vocabulary.query) + 8
     total_length = max(distances) + margin
@@ -311,13 +383,20 @@ def measure(
             f"--distances {max(distances)}: items would be {total_length:,} tokens long and this model reads "
             f"{examined.max_tokens:,}; give distances up to {examined.max_tokens // ALIGNED * ALIGNED - margin:,}"
         )
-    expected = len(tasks) * min(n, SCREENING) * (2 * len(distances) + 1) * total_length
-    read = Reader(examined, total_length, expected, precision)
-    results = {}
-    for task in tasks:
-        bench = Bench(examined, haystack, vocabulary, task, total_length, seed)
-        results[task] = measure_task(bench, read, distances, n, console, examined.reach)
-    return examined.header() | {"seed": seed, "precision": precision, "haystack": haystack.name, "tasks": results}
+    return [Bench(examined, haystack, vocabulary, task, total_length, seed) for task in tasks]
+
+
+def measure(examined: Examined, haystack: Haystack, order: Order, console: Console | None = None) -> dict[str, Any]:
+    """Everything recall.json holds."""
+    console = console or Console(quiet=True)
+    distances = list(order.distances)
+    benches = open_benches(examined, haystack, order.tasks, distances, order.seed)
+    with assemble(order, examined, benches[0].total_length) as crew:
+        results = {
+            bench.task: measure_task(bench, crew, distances, order.n, console, examined.reach) for bench in benches
+        }
+    facts = {"seed": order.seed, "precision": order.precision, "haystack": haystack.name}
+    return examined.header() | facts | {"tasks": results}
 
 
 def n_values_of(examined: Examined) -> int:
@@ -397,26 +476,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chosen_distances(args: argparse.Namespace, examined: Examined) -> list[int]:
+def chosen_distances(args: argparse.Namespace, examined: Examined) -> tuple[int, ...]:
     if args.distances is None:
-        return default_distances(examined, min(args.max_distance, (examined.max_tokens or 1 << 40) - 64))
+        return tuple(default_distances(examined, min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)))
     try:
         wanted = sorted({int(part) for part in args.distances.split(",")})
     except ValueError as error:
         raise UserError(f"--distances {args.distances!r}: give whole numbers of tokens, such as 1,16,96") from error
     if not wanted or wanted[0] < 1:
         raise UserError(f"--distances {args.distances!r}: a distance is at least 1 token")
-    return wanted
+    return tuple(wanted)
 
 
-def chosen_tasks(args: argparse.Namespace, trained: Iterable[str]) -> list[str]:
+def chosen_tasks(args: argparse.Namespace, trained: Iterable[str]) -> tuple[str, ...]:
     if args.tasks is None:
-        return [task for task in TASKS if task in trained] or list(TASKS)
+        return tuple(task for task in TASKS if task in trained) or TASKS
     tasks = [part.strip() for part in args.tasks.split(",") if part.strip()]
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise UserError(f"--tasks {args.tasks!r}: unknown task {', '.join(unknown)!r}; known: {', '.join(TASKS)}")
-    return tasks
+    return tuple(tasks)
 
 
 def main() -> None:
@@ -426,10 +505,12 @@ def main() -> None:
         raise UserError(f"--n {args.n}: give at least 1 item")
     others = [read_result(Path(run) / "recall.json") for run in args.compare]
     examined = load_model(args.model, args.device)
-    tasks = chosen_tasks(args, examined.settings.get("recall", {}).get("tasks", {}))
-    precision = examined.precision if args.precision == "auto" else args.precision
-    haystack = open_haystack(examined, args.text, args.data)
-    result = measure(examined, haystack, tasks, chosen_distances(args, examined), args.n, args.seed, console, precision)
+    order = Order(
+        args.model, args.device, args.text, args.data,
+        chosen_tasks(args, examined.settings.get("recall", {}).get("tasks", {})), chosen_distances(args, examined),
+        args.n, args.seed, examined.precision if args.precision == "auto" else args.precision,
+    )  # fmt: skip
+    result = measure(examined, open_haystack(examined, args.text, args.data), order, console)
     out = examined.out_dir(args.out)
     (out / "recall.json").write_text(json.dumps(result, indent=1))
     print_result(result, console)

@@ -1,4 +1,7 @@
-"""Attention under a layer's visibility: the dense oracle and the blocked form in O(n * W).
+"""Attention under a layer's visibility: the dense oracle, and forms in O(n * W).
+
+`blocked` does short windows as batched matrix products, `model.tiles` long ones on a CPU without masks; dilated
+layers are sliding ones over every r-th token. The oracle is left for chunks of a few tokens and for global tokens.
 
 Legend: B batch, T query positions, S key positions, H heads, G kv heads, R = H / G, D head size,
         N blocks, C queries a block, K keys a block.
@@ -15,9 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.errors import UserError
+from model.tiles import tiled
 from model.windows import LayerSpec, visible
 
 BACKENDS = ("reference", "blocked")
+TILES_FROM = 256  # tokens of window; below, blocks are faster (measured by scripts/bench.py)
 
 
 @dataclass(frozen=True)
@@ -32,49 +37,63 @@ class Places:
     bias: Tensor | None = None
 
 
-def choose_backend(name: str, specs: tuple[LayerSpec, ...]) -> str:
-    """The backend that runs `name`: `auto` is `blocked`, which falls on the oracle for no layer silently.
-
-    Raises UserError when the backend is unknown or can't do what a layer asks.
-    """
+def choose_backend(name: str) -> str:
+    """The backend that runs `name`: `auto` is `blocked`. Raises UserError when it is unknown."""
     if name not in ("auto", *BACKENDS):
         raise UserError(f"model.attention_backend is {name!r}; choose one of auto, {', '.join(BACKENDS)}")
-    missing = [reason for spec in specs if (reason := _blocked_refusal(spec))]
-    if name == "blocked" and missing:
-        raise UserError(f"attention backend 'blocked' {missing[0]}; set model.attention_backend to reference")
-    if name == "auto":
-        return "reference" if missing else "blocked"
-    return name
-
-
-def _blocked_refusal(spec: LayerSpec) -> str | None:
-    if spec.global_tokens:
-        return "can't do global tokens"
-    return None
-
-
-def _in_blocks(spec: LayerSpec, backend: str, t: int) -> bool:
-    """Whether T queries are enough for blocks to pay."""
-    return backend == "blocked" and spec.ring_slots is not None and 2 * spec.ring_slots < t
+    return "blocked" if name == "auto" else name
 
 
 def prepare(spec: LayerSpec, places: Places, backend: str) -> Places:
     """The places with what layers of one kind need to know of them, made once."""
-    if _in_blocks(spec, backend, places.positions.shape[1]):
+    t = places.positions.shape[1]
+    if places.documents is not None and _one_document_at_a_time(spec, backend, t, places.positions.device):
+        alone = bool((places.documents == places.documents[:1, :1]).all()) and bool(places.documents[0, 0] >= 0)
+        if not alone:
+            return places
+        places = replace(places, documents=None)
+    if _in_blocks(spec, backend, t) and not _in_tiles(spec, backend, t, places.positions.device):
         return replace(places, bias=block_bias(spec, places))
     return places
+
+
+def _one_document_at_a_time(spec: LayerSpec, backend: str, t: int, device: torch.device) -> bool:
+    """Whether the form that does this layer knows no documents: tiles have no mask, global tokens stand first."""
+    with_globals = spec.global_tokens > 0 and _in_blocks(spec, backend, t)
+    return with_globals or _in_tiles(spec, backend, t, device)
+
+
+def _in_blocks(spec: LayerSpec, backend: str, t: int) -> bool:
+    """Whether T queries are enough for blocks to pay. Dilated layers without global tokens are folded first."""
+    return backend == "blocked" and spec.ring_slots is not None and 2 * spec.ring_slots < t and not _folds(spec)
+
+
+def _folds(spec: LayerSpec) -> bool:
+    return spec.kind == "dilated" and spec.dilation > 1 and not spec.global_tokens
+
+
+def _in_tiles(spec: LayerSpec, backend: str, t: int, device: torch.device) -> bool:
+    """Whether the window and T are long enough for tiles to pay, and the flash kernel is there."""
+    long = spec.kind == "full" or (spec.kind == "sliding" and (spec.window or 0) >= TILES_FROM)
+    return backend == "blocked" and device.type == "cpu" and long and t >= TILES_FROM and not spec.global_tokens
 
 
 def attend(
     q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, backend: str, sink_h: Tensor | None
 ) -> Tensor:
     """Self-attention of a whole sequence (S = T); returns (B, H, T, D) in the dtype of the values."""
-    if backend == "blocked":
-        if spec.kind == "full" and places.documents is None and sink_h is None:
-            gqa = q_bhtd.shape[1] != k_bgsd.shape[1]
-            return F.scaled_dot_product_attention(q_bhtd, k_bgsd, v_bgsd, is_causal=True, enable_gqa=gqa)
-        if _in_blocks(spec, backend, q_bhtd.shape[2]):
-            return blocked(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
+    t, device = q_bhtd.shape[2], q_bhtd.device
+    if backend == "blocked" and _folds(spec):
+        return _attend_dilated(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
+    if places.documents is not None and _one_document_at_a_time(spec, backend, t, device):
+        return _attend_by_document(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
+    if _in_tiles(spec, backend, t, device):
+        return tiled(q_bhtd, k_bgsd, v_bgsd, spec.window or t, sink_h)
+    if backend == "blocked" and spec.kind == "full" and places.documents is None and sink_h is None:
+        gqa = q_bhtd.shape[1] != k_bgsd.shape[1]
+        return F.scaled_dot_product_attention(q_bhtd, k_bgsd, v_bgsd, is_causal=True, enable_gqa=gqa)
+    if _in_blocks(spec, backend, t):
+        return blocked(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
     return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, places, places, sink_h)
 
 
@@ -90,9 +109,70 @@ def attend_after(
 ) -> Tensor:
     """Attention of a chunk over what a cache holds: keys in order of age, of which the last T are the chunk's own."""
     t, before = q_bhtd.shape[2], k_bgsd.shape[2] - q_bhtd.shape[2]
-    if _in_blocks(spec, backend, t):
-        return blocked(F.pad(q_bhtd, (0, 0, before, 0)), k_bgsd, v_bgsd, spec, k, sink_h)[:, :, before:]
+    if _in_blocks(spec, backend, t) or (backend == "blocked" and _folds(spec) and 2 * (spec.ring_slots or 0) < t):
+        whole = F.pad(q_bhtd, (0, 0, before, 0))
+        return attend(whole, k_bgsd, v_bgsd, spec, k, backend, sink_h)[:, :, before:]
     return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
+
+
+def _attend_dilated(
+    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, sink_h: Tensor | None
+) -> Tensor:
+    """Every r-th token is a sequence of its own, under a sliding window: r times less work than a window of r * W."""
+    b, t, r = q_bhtd.shape[0], q_bhtd.shape[2], spec.dilation
+    pad = -t % r
+
+    def fold(x: Tensor, value: int = 0) -> Tensor:
+        """(B, …, T[, D]) to (B * r, …, T / r[, D])."""
+        dim = x.ndim - 2 if x.ndim == 4 else 1
+        x = F.pad(x, (0, 0, 0, pad) if x.ndim == 4 else (0, pad), value=value)
+        return x.unflatten(dim, (-1, r)).movedim(dim + 1, 1).flatten(0, 1)
+
+    folded = Places(torch.arange((t + pad) // r, device=q_bhtd.device)[None])
+    if places.documents is not None:
+        positions, documents = (x.expand(b, -1) for x in (places.positions, places.documents))
+        folded = Places(fold(positions) // r, fold(documents, -1))
+    sliding = replace(spec, kind="sliding", dilation=1)
+    out = attend(fold(q_bhtd), fold(k_bgsd), fold(v_bgsd), sliding, folded, "blocked", sink_h)
+    return out.unflatten(0, (b, r)).movedim(1, 3).flatten(2, 3)[:, :, :t]
+
+
+@torch.compiler.disable
+def _attend_by_document(
+    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, sink_h: Tensor | None
+) -> Tensor:
+    """Each document is a sequence of its own; those of equal place in several rows run together."""
+    assert places.documents is not None
+    stretches = _stretches(places.documents.expand(len(q_bhtd), -1))
+    if not stretches:
+        return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, places, places, sink_h)
+    out = torch.zeros_like(q_bhtd)
+    for (first, end), rows in stretches.items():
+        q, k, v = (x[rows, :, first:end] for x in (q_bhtd, k_bgsd, v_bgsd))
+        alone = Places(torch.arange(end - first, device=q_bhtd.device)[None])
+        out[rows, :, first:end] = attend(q, k, v, spec, alone, "blocked", sink_h)
+    return out
+
+
+def _stretches(documents_bt: Tensor) -> dict[tuple[int, int], list[int]]:
+    """Where documents lie: (first, end) to the rows that have one there. Padding belongs to none.
+
+    >>> _stretches(torch.tensor([[0, 0, 1, 1], [-1, -1, 5, 5]]))
+    {(0, 2): [0], (2, 4): [0, 1]}
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    for row, ids in enumerate(documents_bt.tolist()):
+        starts = [i for i, x in enumerate(ids) if i == 0 or x != ids[i - 1]]
+        for first, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            if ids[first] >= 0:
+                found.setdefault((first, end), []).append(row)
+    return found
+
+
+def restarts(position_ids: Tensor) -> Tensor | None:
+    """Ids of the documents that positions (B or 1, T) tell apart by not going on by one; None if they all go on."""
+    jumps = position_ids.diff(dim=1) != 1
+    return F.pad(jumps.cumsum(1), (1, 0)) if bool(jumps.any()) else None
 
 
 def see(spec: LayerSpec, q: Places, k: Places) -> Tensor:
@@ -141,6 +221,8 @@ def blocked(
 ) -> Tensor:
     """Blocks of C queries, each against the K = 2C keys that any of them may see: O(T * W) time and memory.
 
+    Global tokens, the first of the row (which is then one document), stand before the keys of every block.
+
     All blocks are one batched matrix product; keys are not repeated for grouped queries. With W = 3 and C = 4,
     block 1 (queries 4 to 7) multiplies keys 0 to 7, of which the mask leaves 2 to 7.
     """
@@ -148,9 +230,13 @@ def blocked(
     g, c = k_bgsd.shape[1], _block(spec)
     n = -(-t // c)
     bias = block_bias(spec, places) if places.bias is None else places.bias
+    first = min(spec.global_tokens, t)
     q = F.pad(q_bhtd.transpose(1, 2), (0, 0, 0, 0, 0, n * c - t))
     q = q.reshape(b, n, c, g, h // g, d).permute(0, 1, 3, 4, 2, 5).contiguous()
-    out = _Blocks.apply(q, _pairs_of_blocks(k_bgsd, n, c), _pairs_of_blocks(v_bgsd, n, c), bias, sink_h)
+    k, v = (_pairs_of_blocks(x, n, c) for x in (k_bgsd, v_bgsd))
+    if first:
+        k, v = (_behind_globals(x[:, :, :first], pairs) for x, pairs in ((k_bgsd, k), (v_bgsd, v)))
+    out = _Blocks.apply(q, k, v, bias, sink_h)
     return out.permute(0, 2, 3, 1, 4, 5).reshape(b, h, n * c, d)[:, :, :t]
 
 
@@ -164,6 +250,11 @@ def _pairs_of_blocks(x_bgtd: Tensor, n: int, c: int) -> Tensor:
     """Keys or values to (B, N, G, 2C, D): each block behind its predecessor (zeros before the first)."""
     blocks = F.pad(x_bgtd.transpose(1, 2), (0, 0, 0, 0, c, n * c - x_bgtd.shape[2])).unflatten(1, (n + 1, c))
     return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=2).transpose(2, 3).contiguous()
+
+
+def _behind_globals(first_bgfd: Tensor, pairs: Tensor) -> Tensor:
+    """Keys or values (B, N, G, F + 2C, D): the first tokens, then those of each pair of blocks."""
+    return torch.cat((first_bgfd[:, None].expand(-1, pairs.shape[1], -1, -1, -1), pairs), dim=3)
 
 
 class _Blocks(torch.autograd.Function):
@@ -208,12 +299,12 @@ def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def block_bias(spec: LayerSpec, places: Places) -> Tensor:
-    """Float (B or 1, N, C, 2C) to add to scores in blocks: 0 where a query sees a key, else -inf.
+    """Float (B or 1, N, C, K) to add to scores in blocks: 0 where a query sees a key, else -inf.
 
-    Padding has a position far below 0 as a key: nobody's window reaches it.
+    K = 2C, behind the global tokens if there are any. Padding has a position far below 0 as a key: nobody's window
+    reaches it.
     """
-    t = places.positions.shape[1]
-    c = _block(spec)
+    t, c = places.positions.shape[1], _block(spec)
     n = -(-t // c)
     pad, unseen = n * c - t, torch.iinfo(torch.int64).min // 2
 
@@ -221,7 +312,12 @@ def block_bias(spec: LayerSpec, places: Places) -> Tensor:
         queries = F.pad(x, (0, pad), value=value).reshape(-1, c)
         return queries, F.pad(x, (c, pad), value=value).unfold(1, 2 * c, c).reshape(-1, 2 * c)
 
+    window = replace(spec, global_tokens=0)
     q_pos, k_pos = in_blocks(places.positions, unseen)
     q_docs, k_docs = (None, None) if places.documents is None else in_blocks(places.documents, -1)
-    seen = see(spec, Places(q_pos, q_docs), Places(k_pos, k_docs)) & (k_pos >= 0)[:, None, :]
+    seen = see(window, Places(q_pos, q_docs), Places(k_pos, k_docs)) & (k_pos >= 0)[:, None, :]
+    if spec.global_tokens:
+        first = places.positions[:, : spec.global_tokens].repeat_interleave(n, 0)[:, None]
+        ahead = visible(spec, q_pos[..., None], first) & ~visible(window, q_pos[..., None], first)
+        seen = torch.cat((ahead, seen), -1)
     return torch.where(seen, 0.0, -torch.inf).unflatten(0, (-1, n))

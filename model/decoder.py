@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention import Places, attend, attend_after, choose_backend, prepare
+from model.attention import Places, attend, attend_after, choose_backend, prepare, restarts
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
 from model.errors import UserError
@@ -90,7 +90,7 @@ class WindreachModel(nn.Module):
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__()
         self.config = config
-        self.backend = choose_backend(config.attention_backend, config.specs)
+        self.backend = choose_backend(config.attention_backend)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, spec, self.backend) for spec in config.specs)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -153,18 +153,12 @@ def _places(
     if documents is None and cache is not None:
         documents = torch.zeros(b, t, dtype=torch.long, device=x.device)
     if documents is None and position_ids is not None:
-        documents = _restarts(position_ids)
+        documents = restarts(position_ids)
     if documents is None:
         index = torch.arange(t, device=x.device)[None]
         return Places(index if position_ids is None else position_ids)
     places = _count(documents, cache)
     return places if position_ids is None else Places(position_ids.expand(b, t), places.documents)
-
-
-def _restarts(position_ids: Tensor) -> Tensor | None:
-    """Ids of the documents that positions (B or 1, T) tell apart by not going on by one; None if they all go on."""
-    jumps = position_ids.diff(dim=1) != 1
-    return F.pad(jumps.cumsum(1), (1, 0)) if bool(jumps.any()) else None
 
 
 def _count(documents: Tensor, cache: RingCache | None) -> Places:

@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -235,55 +236,122 @@ def _autocast(precision: str) -> AbstractContextManager[Any]:
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
-HEADS, KV_HEADS, HEAD_DIM = 8, 4, 32
 LENGTHS, WINDOW = (512, 1024, 2048, 4096), 64
 WINDOWS, LENGTH = (16, 32, 64, 128, 256, 512), 2048
+LONG = (4096, 8192, 16_384, 32_768, 65_536)
 SCORES_LIMIT = 2 << 30  # bytes of a dense score matrix beyond which a peer is left out
+CAUSAL, DENSE = "sdpa, causal, no window", "sdpa, dense window mask"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call: `n` tokens under a window."""
+
+    n: int
+    window: int
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 32
+
+    @property
+    def gain(self) -> float:
+        """Pairs that a causal mask scores over those that the window does: the most that a window can win."""
+        n, w = self.n, min(self.window, self.n)
+        return (n * (n + 1) / 2) / (n * w - w * (w - 1) / 2)
+
+
+ASKED = (  # shape, peer, least ratio of forward + backward
+    (Shape(16_384, 4096, heads=2, kv_heads=2, head_dim=128), CAUSAL, 2.0),
+    (Shape(16_384, 512, heads=2, kv_heads=2, head_dim=128), CAUSAL, 8.0),
+    (Shape(2048, 64, batch=4, heads=4, kv_heads=4, head_dim=64), DENSE, 4.0),
+)
 
 
 def bench_attention(precision: str, rounds: int, lengths: tuple[int, ...], windows: tuple[int, ...]) -> list[Row]:
     """One layer's attention, forward and forward + backward: lengths at one window, windows at one length."""
     middle = LENGTH if LENGTH in lengths else lengths[-1]
-    cases = [(n, WINDOW) for n in lengths] + [(middle, w) for w in windows if w != WINDOW and w < middle]
+    shapes = [Shape(n, WINDOW) for n in lengths] + [Shape(middle, w) for w in windows if w != WINDOW and w < middle]
     rows: list[Row] = []
-    for n, window in cases:
+    for shape in shapes:
         for backward in (False, True):
-            works = _attention_works(n, window, backward, precision)
-            case = f"{'forward+backward' if backward else 'forward'} n={n} W={window}"
+            works = _attention_works(shape, backward, precision)
+            case = f"{'forward+backward' if backward else 'forward'} n={shape.n} W={shape.window}"
             held = {name: peak_bytes(work) for name, work in works.items() if _why_not(work) == ""}
             rows += rows_of("attention", case, works, rounds, precision, held=held)
     return rows
 
 
-def _attention_works(n: int, window: int, backward: bool, precision: str) -> dict[str, Work]:
+def bench_asked(rounds: int) -> list[Row]:
+    """The shapes with a ratio to reach, in both precisions; the case says how much there is to win at most."""
+    rows: list[Row] = []
+    for precision in ("bf16", "fp32"):
+        for shape, peer, least in ASKED:
+            works = _attention_works(shape, True, precision)
+            case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
+            case += f", at most {shape.gain:.2f} x causal"
+            chosen = {name: works[name] for name in (OURS, peer)}
+            rows += rows_of("attention, forward+backward", case, chosen, rounds, precision, limits={peer: least})
+    return rows
+
+
+def bench_lengths(precision: str, lengths: tuple[int, ...], window: int = 256) -> list[Row]:
+    """Ours alone over long sequences, forward + backward: seconds and peak bytes against n."""
+    rows = []
+    for n in lengths:
+        work = _attention_works(Shape(n, window, heads=2, kv_heads=1, head_dim=64), True, precision)[OURS]
+        held = peak_bytes(work)
+        seconds, _ = alternate({OURS: work}, 3)
+        rows.append(
+            Row("lengths", f"forward+backward n={n} W={window}", "–", seconds[OURS], None, None, None, held, None,
+                precision, torch.get_num_threads(), "alone")
+        )  # fmt: skip
+    return rows
+
+
+def growth(rows: list[Row]) -> str:
+    """Exponents of seconds and bytes of `bench_lengths` against n."""
+    n = np.log([float(row.case.split("n=")[1].split()[0]) for row in rows])
+    columns = [row.ours_s for row in rows], [float(row.ours_bytes or 1) for row in rows]
+    time_, held = (np.polyfit(n, np.log(column), 1)[0] for column in columns)
+    return f"  ours, forward+backward: time ~ n^{time_:.2f}, peak bytes ~ n^{held:.2f}"
+
+
+def _attention_works(shape: Shape, backward: bool, precision: str) -> dict[str, Work]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    generator = torch.Generator().manual_seed(n + window)
-    q = torch.randn(1, HEADS, n, HEAD_DIM, generator=generator).to(dtype).requires_grad_(backward)
-    k, v = (
-        torch.randn(1, KV_HEADS, n, HEAD_DIM, generator=generator).to(dtype).requires_grad_(backward) for _ in range(2)
+    generator = torch.Generator().manual_seed(shape.n + shape.window)
+    q, k, v = (
+        torch.randn(shape.batch, h, shape.n, shape.head_dim, generator=generator).to(dtype).requires_grad_(backward)
+        for h in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
-    spec, positions = LayerSpec("sliding", window), torch.arange(n)
-    mask = visible(spec, positions[:, None], positions[None, :])
-    bias = torch.zeros(n, n, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    spec, positions = LayerSpec("sliding", shape.window), torch.arange(shape.n)
+    gqa = shape.heads != shape.kv_heads
     module = nn.Module()
-    module.num_key_value_groups = HEADS // KV_HEADS  # type: ignore[assignment]
+    module.num_key_value_groups = shape.heads // shape.kv_heads  # type: ignore[assignment]
     module.eval()
 
-    def eager() -> Tensor:
-        _check_scores(n)
-        return eager_attention_forward(module, q, k, v, bias[None, None], HEAD_DIM**-0.5)[0]
+    @cache
+    def mask() -> Tensor:
+        _check_scores(shape)
+        return visible(spec, positions[:, None], positions[None, :])
+
+    @cache
+    def bias() -> Tensor:
+        return torch.zeros(shape.n, shape.n, dtype=dtype).masked_fill(~mask(), torch.finfo(dtype).min)
 
     forwards: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: attend(q, k, v, spec, Places(positions[None]), "blocked", None),
-        "sdpa, dense window mask": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
-        "sdpa, causal, no window": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-        "transformers eager": eager,
+        DENSE: lambda: F.scaled_dot_product_attention(q, k, v, mask(), enable_gqa=gqa),
+        CAUSAL: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
+        "transformers eager": lambda: eager_attention_forward(
+            module, q, k, v, bias()[None, None], shape.head_dim**-0.5
+        )[0],
     }
     return {name: _with_backward(f, (q, k, v)) if backward else f for name, f in forwards.items()}
 
 
-def _check_scores(n: int) -> None:
-    needed = HEADS * n * n * 4
+def _check_scores(shape: Shape) -> None:
+    needed = shape.batch * shape.heads * shape.n**2 * 4
     if needed > SCORES_LIMIT:
         raise MemoryError(f"its dense scores need {needed / 2**30:.1f} GiB, more than this benchmark allows")
 
@@ -439,6 +507,12 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         if arguments.plot:
             plot_attention(found, Path(arguments.plot))
         rows += found
+        found = bench_asked(min(arguments.rounds, 3))
+        console.print(table_of(found))
+        rows += found
+        found = bench_lengths(precision, tuple(arguments.long_lengths))
+        console.print(table_of(found), growth(found), sep="\n")
+        rows += found
     if arguments.bench in ("decode", "all"):
         found = bench_decode(settings, min(arguments.rounds, 3), arguments.prompt_tokens, arguments.new_tokens)
         console.print(table_of(found))
@@ -464,6 +538,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: as the config says")
     parser.add_argument("--rows", type=int, help="of train: rows a step; default: the config's tokens_per_step")
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS, metavar="N,N", help="of attention")
+    parser.add_argument("--long-lengths", type=_numbers, default=LONG, metavar="N,N", help="of attention, ours alone")
     parser.add_argument("--windows", type=_numbers, default=WINDOWS, metavar="W,W", help="of attention")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="of decode; default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=128, help="of decode; default: %(default)s")

@@ -87,7 +87,7 @@ Lines = Iterator[tuple[str, str]]
 
 
 def _layer_lines(config: WindreachConfig, seq_len: int) -> Lines:
-    backend = choose_backend(config.attention_backend, config.specs)
+    backend = choose_backend(config.attention_backend)
     for spec in dict.fromkeys(config.specs):
         count = config.specs.count(spec)
         kind = copy.copy(config)

@@ -75,7 +75,7 @@ class ModelSettings(Strict):
     rms_norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square")
     tie_word_embeddings: bool = Field(False, description="the output matrix is the embedding")
     attention_backend: Literal["auto", "reference", "blocked"] = Field(
-        "auto", description="blocked costs what the window costs; reference is dense; auto: blocked where it can"
+        "auto", description="blocked costs what the window costs; reference is dense; auto is blocked"
     )
     init: InitSettings = Field(InitSettings(), description="initial weights")
 

@@ -22,9 +22,13 @@ def examined(untrained_run):
     return load_model(str(untrained_run), "cpu")
 
 
+def order(tasks, distances, n, model=""):
+    return recall.Order(model, "cpu", None, None, tuple(tasks), tuple(distances), n, seed=0, precision="fp32")
+
+
 @pytest.fixture(scope="module")
 def result(examined):
-    return recall.measure(examined, open_haystack(examined), recall.TASKS, DISTANCES, n=60, seed=0)
+    return recall.measure(examined, open_haystack(examined), order(recall.TASKS, DISTANCES, 60))
 
 
 def rows(result):
@@ -49,7 +53,7 @@ def test_pairs_are_bit_identical_beyond_the_reach_and_not_at_it(result):
 def test_a_model_that_sees_farther_than_it_claims_is_found_out(examined):
     narrower = (LayerSpec("sliding", 7),) * 3
     liar = dataclasses.replace(examined, specs=narrower)
-    found = recall.measure(liar, open_haystack(liar), ["needle"], [18, 19, 20], n=20, seed=0)
+    found = recall.measure(liar, open_haystack(liar), order(["needle"], [18, 19, 20], 20))
     assert found["tasks"]["needle"]["identical_beyond_reach"] is False
     assert not reach.cliff_holds(reach.cliff(liar))
 
@@ -93,7 +97,7 @@ def test_the_keys_of_recall_json_are_those_of_the_protocol(result):
 
 
 def test_the_same_seed_gives_the_same_result(examined, result):
-    again = recall.measure(examined, open_haystack(examined), ["needle"], DISTANCES, n=60, seed=0)
+    again = recall.measure(examined, open_haystack(examined), order(["needle"], DISTANCES, 60))
     assert again["tasks"]["needle"] == result["tasks"]["needle"]
 
 
@@ -148,3 +152,14 @@ def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, untrained
     code, message = refusal(monkeypatch, capsys, recall, untrained_run, *arguments)
     assert code == 2
     assert said in message
+
+
+def test_processes_find_what_one_process_finds(untrained_run, examined, monkeypatch):
+    asked = order(["needle"], DISTANCES, 12, model=str(untrained_run))
+    alone = recall.measure(examined, open_haystack(examined), asked)
+    monkeypatch.setattr(recall, "LONG_WORK", 0)
+    monkeypatch.setattr(recall.torch, "get_num_threads", lambda: 2)
+    shared = recall.measure(load_model(str(untrained_run), "cpu"), open_haystack(examined), asked)
+    for a, b in zip(alone["tasks"]["needle"]["rows"], shared["tasks"]["needle"]["rows"], strict=True):
+        assert {k: v for k, v in a.items() if "bits" not in k} == {k: v for k, v in b.items() if "bits" not in k}
+        assert a["nll_bits"] == pytest.approx(b["nll_bits"], abs=1e-4)

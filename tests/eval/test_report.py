@@ -20,7 +20,9 @@ def run(untrained_run, tmp_path_factory):
     examined = load_model(str(folder), "cpu")
     text = open_haystack(examined)
     results = {
-        "recall": recall.measure(examined, text, ["needle"], [1, 8, 21, 22, 30], n=20, seed=0),
+        "recall": recall.measure(
+            examined, text, recall.Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
+        ),
         "reach": reach.measure(examined, text, texts=2),
         "loss": loss.measure(examined, open_haystack(examined, max_tokens=1000), rows=4),
     }

@@ -67,10 +67,30 @@ def test_quickstart_is_32_windows_of_16_and_reaches_480() -> None:
 
 
 @pytest.mark.parametrize(
+    ("twin", "expected"),
+    [("hybrid-4", None), ("hybrid-8", None), ("global", None), ("sinks", 480), ("chunked", 15), ("growing", 480),
+     ("dilated", 720)],
+)  # fmt: skip
+def test_the_reach_that_the_head_of_a_twin_promises(twin: str, expected: int | None) -> None:
+    config = model_config(load_settings(ROOT / f"configs/quickstart-{twin}.yaml"), 2048)
+    assert reach(config.specs) == expected
+
+
+@pytest.mark.parametrize(
     ("twin", "differences"),
     [
         ("quickstart-full", {"name", "model.layers"}),
         ("quickstart-text-only", {"name", "recall.enabled", "training.text_weight"}),
+        ("quickstart-hybrid-4", {"name", "model.layers"}),
+        ("quickstart-hybrid-8", {"name", "model.layers"}),
+        ("quickstart-global", {"name", "model.layers"}),
+        ("quickstart-sinks", {"name", "model.layers"}),
+        ("quickstart-growing", {"name", "model.layers"}),
+        ("quickstart-dilated", {"name", "model.layers"}),
+        (
+            "quickstart-chunked",
+            {"name", "model.layers", *(f"recall.curriculum.{k}_distance" for k in ("start", "max"))},
+        ),
     ],
 )
 def test_twin_differs_from_the_quickstart_in_one_thing(twin: str, differences: set[str]) -> None:

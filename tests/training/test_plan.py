@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from model.config import WindreachConfig
-from model.errors import UserError
 from model.hub import count_parameters
 from training.build import model_config
 from training.config_file import load_settings
@@ -83,11 +82,6 @@ def test_full_attention_has_no_bound_and_no_headline() -> None:
 def test_window_lowers_the_flops() -> None:
     sliding, full = (int(plan(c)["FLOPs"].split()[0].replace(",", "")) for c in ("quickstart", "quickstart-full"))
     assert sliding < full
-
-
-def test_a_backend_that_can_not_do_a_layer_is_refused() -> None:
-    with pytest.raises(UserError, match=r"set model\.attention_backend to reference"):
-        plan("smoke", "model.layers=[{global_tokens: 2}]", "model.attention_backend=blocked")
 
 
 def test_time_comes_from_an_earlier_run_and_says_so(tmp_path: Path) -> None:
