@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from model.attention import Places
 from model.config import WindreachConfig
 from model.errors import UserError
+from model.places import Places
 from model.windows import LayerSpec
 
 EMPTY = -2  # document id of a slot that nothing was written to: no query has it

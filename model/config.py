@@ -11,7 +11,7 @@ from model.windows import LayerSpec
 class WindreachConfig(MistralConfig):
     """`MistralConfig` plus `layers`: one dict of `LayerSpec` fields per layer (default: all sliding).
 
-    attention_backend: `auto`, `reference` or `blocked`.
+    attention_backend: `auto`, or one of `model.backends.BACKENDS`.
     Raises UserError for shapes that can't be built.
     """
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention import Places, attend, attend_after, choose_backend, prepare, restarts
+from model.attention import attend, attend_after, prepare
+from model.backends import choose_backend
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
 from model.errors import UserError
+from model.places import Places, restarts
 from model.rope import rotary_tables, rotate
 from model.windows import LayerSpec
 
@@ -90,7 +92,7 @@ class WindreachModel(nn.Module):
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__()
         self.config = config
-        self.backend = choose_backend(config.attention_backend)
+        self.backend = choose_backend(config.attention_backend, config.specs, config.head_dim)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, spec, self.backend) for spec in config.specs)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -114,7 +116,7 @@ class WindreachModel(nn.Module):
         rotary = self._rotary(places.positions)
         of_kind = dict.fromkeys(self.config.specs, places)
         if past_key_values is None:
-            of_kind = {spec: prepare(spec, places, self.backend) for spec in of_kind}
+            of_kind = {spec: prepare(spec, places, self.backend, len(x)) for spec in of_kind}
         streams = [x]
         for i, (layer, spec) in enumerate(zip(self.layers, self.config.specs)):
             cache = None if past_key_values is None else past_key_values.layers[i]

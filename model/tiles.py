@@ -1,120 +1,183 @@
-"""Sliding windows that are long, on a CPU, without a mask: causal tiles, merged by their log-sum-exp.
+"""Long windows on a CPU without a mask: rectangles and small triangles, merged by their log-sum-exp.
 
-Cut the sequence into blocks of C = W tokens. A query sees of its own block what is not later than itself, which is a
-causal tile. Of the block before, it sees the keys that stand later in their block than it does in its own: with
-queries and keys both reversed, and shifted by one, that is a causal tile too. So each scored pair is one that is
-wanted, all is done by the flash kernel, and no more than the tiles themselves is kept (Dao, "FlashAttention-2", 2023,
-gives the merge and why each tile's backward pass may use the merged output and log-sum-exp). W = 4, two blocks:
+Cut the sequence into blocks of C = W tokens. A query sees of its own block what is not later than itself, a lower
+triangle, and of the block before it the keys that stand later in their block than it does in its own, an upper one.
+A triangle is a rectangle, which needs no mask, between two triangles of half its side; so on, until they are small.
+The small ones are what the flash kernel calls causal; the upper ones when their queries and keys are both reversed
+and shifted by one. So each scored pair is one that is wanted, but for a few in the small triangles, and nothing but
+the tiles' outputs is kept. W = 4, two blocks, triangles of side 2:
 
     key       0 1 2 3 4 5 6 7
-    query 4   . x x x | x            edge: queries 4 5 6 (of them 6 5 4) over keys 1 2 3 (3 2 1)
-    query 5   . . x x | x x
-    query 6   . . . x | x x x
-    query 7   . . . . | x x x x
+    query 4   . x r r | x            r: rectangle (queries 4, 5 over keys 2, 3; queries 6, 7 over keys 4, 5)
+    query 5   . . r r | x x          x: small triangles
+    query 6   . . . x | r r x
+    query 7   . . . . | r r x x
 
-Legend: B batch, N blocks, G kv heads, R query heads of a kv head, C tokens of a block, D head size.
+Global tokens are one tile more: query W + a sees those that are no later than token a, which is causal again.
+Dao, "FlashAttention-2" (2023), gives the merge, and why each tile's backward pass may use the merged output.
+
+Legend: B batch, G kv heads, R query heads of a kv head, N blocks, C tokens of a block, T tokens, D head size.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+LEAF = 128  # tokens: side from which a triangle is split; smaller tiles are slower than what they save
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def tiled(q_bhtd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, window: int, sink_h: Tensor | None = None) -> Tensor:
-    """Sliding-window attention of one document a row, (B, H, T, D) like the queries."""
+@dataclass(frozen=True)
+class Tile:
+    """`rows` queries from `query` on over `columns` keys from `key` on; and the same in `blocks` blocks, C apart.
+
+    causal: of the i-th query only the first i + 1 keys; upper: only the keys after the i-th, for as many of both.
+    """
+
+    query: int
+    key: int
+    rows: int
+    columns: int
+    blocks: int = 1
+    causal: bool = False
+    upper: bool = False
+
+    def queries(self, x: Tensor, step: int) -> Tensor:
+        """Of `x` (X, T, D) what belongs to its queries, (X, N, rows, D): a view."""
+        return _in_blocks(x, self.query, self.rows - self.upper, self.blocks, step)
+
+    def keys(self, x: Tensor, step: int) -> Tensor:
+        """Of `x` (X, T, D) what belongs to its keys, (X, N, columns, D): a view."""
+        return _in_blocks(x, self.key + self.upper, self.columns - self.upper, self.blocks, step)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """The kernel's order of tokens, or back from it: reversed when the triangle is an upper one."""
+        return x.flip(-2) if self.upper else x
+
+
+def _in_blocks(x: Tensor, first: int, size: int, blocks: int, step: int) -> Tensor:
+    return x[:, first : first + (blocks - 1) * step + size].unfold(1, size, step).mT
+
+
+@cache
+def tiles_of(total: int, block: int, overlap: bool, global_tokens: int) -> tuple[Tile, ...]:
+    """What `total` tokens in blocks of `block` see, own triangles first: of those, every query has one.
+
+    overlap: whether a query sees W tokens back into the block before (sliding), or no further than its own (chunked).
+    """
+    whole, rest = divmod(total, block)
+    own = list(_triangle(0, 0, block, whole, False)) if whole else []
+    own += _triangle(whole * block, whole * block, rest, 1, False) if rest else []
+    far: list[Tile] = []
+    if overlap and whole > 1:
+        far += _triangle(block, 0, block, whole - 1, True)
+    if overlap and whole and rest:
+        first = (whole - 1) * block
+        far += _triangle(whole * block, first, rest, 1, True)
+        far.append(Tile(whole * block, first + rest, rest, block - rest))
+    if global_tokens and total > block:
+        far.append(Tile(block, 0, total - block, min(global_tokens, total - block if overlap else block), 1, overlap))
+    return *sorted(own, key=lambda tile: not tile.causal), *(t for t in far if t.rows - t.upper and t.columns)
+
+
+def _triangle(query: int, key: int, side: int, blocks: int, upper: bool) -> Iterator[Tile]:
+    """Lower triangle with its diagonal, or upper one without: split until its sides are at most `LEAF`."""
+    if side <= LEAF:
+        yield Tile(query, key, side, side, blocks, causal=True, upper=upper)
+        return
+    half = side // 2
+    if upper:
+        yield Tile(query, key + half, half, side - half, blocks)
+    else:
+        yield Tile(query + half, key, side - half, half, blocks)
+    yield from _triangle(query, key, half, blocks, upper)
+    yield from _triangle(query + half, key + half, side - half, blocks, upper)
+
+
+@torch.compiler.disable
+def tiled(
+    q_bhtd: Tensor,
+    k_bgtd: Tensor,
+    v_bgtd: Tensor,
+    window: int,
+    sink_h: Tensor | None = None,
+    overlap: bool = True,
+    global_tokens: int = 0,
+) -> Tensor:
+    """Attention of one document a row under a sliding (or, without overlap, chunked) window: (B, H, T, D)."""
     b, h, t, d = q_bhtd.shape
-    g, c = k_bgtd.shape[1], min(window, t)
-    n = -(-t // c)
-    q, k, v = (F.pad(x, (0, 0, 0, n * c - t)).unflatten(2, (n, c)) for x in (q_bhtd, k_bgtd, v_bgtd))
-    q = q.unflatten(1, (g, h // g)).permute(0, 3, 1, 2, 4, 5).contiguous()
-    out = _Tiles.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), sink_h)
-    return out.permute(0, 2, 3, 1, 4, 5).reshape(b, h, n * c, d)[:, :, :t]
+    g, block = k_bgtd.shape[1], min(window, t)
+    tiles = tiles_of(t, block, overlap, global_tokens)
+    q = q_bhtd.reshape(b * g, h // g, t, d)
+    out = _Tiles.apply(q, k_bgtd.reshape(b * g, t, d), v_bgtd.reshape(b * g, t, d), sink_h, tiles, block)
+    return out.view(b, h, t, d)
 
 
 class _Tiles(torch.autograd.Function):
-    """q (B, N, G, R, C, D), k and v (B, N, G, C, D), sinks (G * R,) or none."""
+    """q (B * G, R, T, D), k and v (B * G, T, D), sinks (G * R,) or none. Tiles are merged in float32 at least."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_h: Tensor | None) -> Tensor:
-        out, lse = _causal(q, k, v)
-        if _has_edge(q):
-            edge_out, edge_lse = _causal(_late(q), _early(k), _early(v))
-            own, own_lse = _late(out), _late(lse[..., None])[..., 0]
-            total = torch.logaddexp(own_lse, edge_lse)
-            merged = own * (own_lse - total).exp()[..., None] + edge_out * (edge_lse - total).exp()[..., None]
-            _late(out, put=merged.to(out.dtype))
-            _late(lse[..., None], put=total[..., None])
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_h: Tensor | None, tiles: tuple[Tile, ...], step: int
+    ) -> Tensor:
+        merged = torch.promote_types(q.dtype, torch.float32)
+        out, lse = q.new_zeros(q.shape, dtype=merged), q.new_full((*q.shape[:-1], 1), -torch.inf, dtype=merged)
+        for tile in tiles:
+            for head in range(q.shape[1]):
+                _merge(tile, q[:, head], k, v, out[:, head], lse[:, head], step)
         if sink_h is not None:
-            own_lse = lse
-            lse = torch.logaddexp(lse, sink_h.to(lse.dtype).view(*q.shape[2:4], 1))
-            out = (out * (own_lse - lse).exp()[..., None]).to(out.dtype)
+            with_sink = torch.logaddexp(lse, _sinks(sink_h, lse))
+            out, lse = out * (lse - with_sink).exp(), with_sink
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, sink_h)
+        ctx.tiles, ctx.step = tiles, step
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink_h = ctx.saved_tensors
-        grad = grad.contiguous()
-        grads = _causal_backward(grad, q, k, v, out, lse)
-        if _has_edge(q):
-            edge = _causal_backward(
-                _late(grad), _late(q), _early(k), _early(v), _late(out), _late(lse[..., None])[..., 0]
-            )
-            _late(grads[0], put=edge[0], add=True)
-            _early(grads[1], put=edge[1], add=True)
-            _early(grads[2], put=edge[2], add=True)
+        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
+        for tile in ctx.tiles:
+            for head in range(q.shape[1]):
+                saved = grad[:, head], q[:, head], k, v, out[:, head], lse[:, head]
+                _add_gradients(tile, saved, (grads[0][:, head], *grads[1:]), ctx.step)
+        grad_q, grad_k, grad_v = (x.to(q.dtype) for x in grads)
         if sink_h is None:
-            return *grads, None
-        sunk = (sink_h.to(lse.dtype).view(*q.shape[2:4], 1) - lse).exp()
-        grad_sinks = -(sunk * (grad * out).sum(-1, dtype=lse.dtype)).sum((0, 1, 4)).flatten()
-        return *grads, grad_sinks.to(sink_h.dtype)
+            return grad_q, grad_k, grad_v, None, None, None
+        sunk = (_sinks(sink_h, lse) - lse).exp()
+        grad_sinks = -(sunk * (grad * out).sum(-1, keepdim=True, dtype=lse.dtype)).sum((2, 3))
+        return grad_q, grad_k, grad_v, grad_sinks.view(-1, len(sink_h)).sum(0).to(sink_h.dtype), None, None
 
 
-def _has_edge(q: Tensor) -> bool:
-    return q.shape[1] > 1 and q.shape[-2] > 1
+def _sinks(sink_h: Tensor, lse: Tensor) -> Tensor:
+    """Sink logits (H,) beside `lse` (B * G, R, T, 1)."""
+    heads = lse.shape[1]
+    return sink_h.to(lse.dtype).view(-1, heads).repeat(len(lse) * heads // len(sink_h), 1)[..., None, None]
 
 
-def _late(x: Tensor, put: Tensor | None = None, add: bool = False) -> Tensor:
-    """The queries that see into the block before theirs, last first: a copy; or write `put` back to them."""
-    return _reversed(x[:, 1:, ..., :-1, :], put, add)
+def _merge(tile: Tile, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, step: int) -> None:
+    """Add what the tile gives to `out` and `lse` (X, T, D or 1): the first tile of a query takes its place."""
+    mine = (tile.turned(x) for x in (tile.queries(q, step), tile.keys(k, step), tile.keys(v, step)))
+    more, more_lse = _flash(*mine, 0.0, tile.causal)
+    more, more_lse = tile.turned(more), tile.turned(more_lse[..., None])
+    out, lse = tile.queries(out, step), tile.queries(lse, step)
+    out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse - lse))
+    lse.copy_(torch.logaddexp(lse, more_lse))
 
 
-def _early(x: Tensor, put: Tensor | None = None, add: bool = False) -> Tensor:
-    """The keys that are seen from the block after theirs, last first: a copy; or write `put` back to them."""
-    return _reversed(x[:, :-1, ..., 1:, :], put, add)
-
-
-def _reversed(part: Tensor, put: Tensor | None, add: bool) -> Tensor:
-    if put is None:
-        return part.flip(-2)
-    return part.add_(put.flip(-2)) if add else part.copy_(put.flip(-2))
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A causal tile per block: the output (..., R, C, D) and the log-sum-exp of the scores (..., R, C)."""
-    heads = q.shape[-3]
-    out, lse = _flash(q.flatten(0, -4), _for_heads(k, heads), _for_heads(v, heads), 0.0, True)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
-
-
-def _causal_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = q.shape[-3]
-    grad_q, grad_k, grad_v = _flash_backward(
-        grad.flatten(0, -4), q.flatten(0, -4), _for_heads(k, heads), _for_heads(v, heads),
-        out.flatten(0, -4), lse.flatten(0, -3), 0.0, True,
-    )  # fmt: skip
-    return grad_q.reshape(q.shape), grad_k.sum(1).view(k.shape), grad_v.sum(1).view(v.shape)
-
-
-def _for_heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values of the tiles for each query head, without repeating them in memory."""
-    return x.flatten(0, -3)[:, None].expand(-1, heads, -1, -1)
+def _add_gradients(tile: Tile, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], step: int) -> None:
+    """Add the tile's share to the gradients of queries, keys and values, each (X, T, D)."""
+    grad, q, k, v, out, lse = (
+        tile.turned(tile.keys(x, step) if i in (2, 3) else tile.queries(x, step)) for i, x in enumerate(saved)
+    )
+    shares = _flash_backward(grad, q, k, v, out, lse[..., 0], 0.0, tile.causal)
+    for of_all, share, cut in zip(grads, shares, (tile.queries, tile.keys, tile.keys), strict=True):
+        cut(of_all, step).add_(tile.turned(share))

@@ -41,11 +41,12 @@ from transformers.models.mistral.modeling_mistral import eager_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from model import hub
-from model.attention import Places, attend
+from model.attention import attend
 from model.cache import RingCache
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError, cli
+from model.places import Places
 from model.windows import LayerSpec, visible
 from training.build import model_config
 from training.config_file import load_settings

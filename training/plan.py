@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.attention import choose_backend
+from model.backends import BACKENDS, choose_backend, serving
 from model.config import WindreachConfig
 from model.flops import cache_bytes, flops_per_token
 from model.windows import LayerSpec, reach, window_times_layers
@@ -87,7 +87,7 @@ Lines = Iterator[tuple[str, str]]
 
 
 def _layer_lines(config: WindreachConfig, seq_len: int) -> Lines:
-    backend = choose_backend(config.attention_backend)
+    backend = _backend(config)
     for spec in dict.fromkeys(config.specs):
         count = config.specs.count(spec)
         kind = copy.copy(config)
@@ -95,6 +95,14 @@ def _layer_lines(config: WindreachConfig, seq_len: int) -> Lines:
         size = _size(cache_bytes(kind, CACHE_DTYPE_BYTES, length=seq_len))
         held = f"{size} of cache" if spec.window else f"{size} of cache at {seq_len:,} tokens, growing"
         yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; backend {backend}; {held} (bf16, one sequence)"
+
+
+def _backend(config: WindreachConfig) -> str:
+    """What runs the layers here, and why that."""
+    name = choose_backend(config.attention_backend, config.specs, config.head_dim)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = serving(name, device)
+    return f"{chosen} ({'auto on ' + device.type if name == 'auto' else BACKENDS[chosen].about})"
 
 
 def _traits(spec: LayerSpec) -> str:

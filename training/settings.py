@@ -74,8 +74,8 @@ class ModelSettings(Strict):
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
     rms_norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square")
     tie_word_embeddings: bool = Field(False, description="the output matrix is the embedding")
-    attention_backend: Literal["auto", "reference", "blocked"] = Field(
-        "auto", description="blocked costs what the window costs; reference is dense; auto is blocked"
+    attention_backend: Literal["auto", "reference", "blocked", "flex", "flash", "xformers"] = Field(
+        "auto", description="how attention is done; auto is blocked on a CPU and flex on CUDA"
     )
     init: InitSettings = Field(InitSettings(), description="initial weights")
 

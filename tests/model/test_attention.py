@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import Places, attend, attend_between, blocked, choose_backend
-from model.errors import UserError
+from model.attention import attend, attend_between
+from model.blocks import blocked
+from model.places import Places
 from model.windows import LayerSpec, visible
 
 HEADS = 4
@@ -151,12 +152,3 @@ def test_blocked_memory_grows_with_the_window_and_not_with_the_square_of_the_len
 
     assert widest(32, 2048) <= 2.1 * widest(32, 1024)
     assert widest(32, 1024) <= 0.6 * widest(64, 1024)
-
-
-def test_auto_is_blocked_and_an_unknown_backend_is_refused() -> None:
-    assert choose_backend("auto") == "blocked"
-    assert choose_backend("reference") == "reference"
-    with pytest.raises(
-        UserError, match=r"^model\.attention_backend is 'flash'; choose one of auto, reference, blocked$"
-    ):
-        choose_backend("flash")

@@ -6,10 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import attention
-from model.attention import Places, attend, attend_after, attend_between
+from model import attention, tiles
+from model.attention import attend, attend_after, attend_between
+from model.places import Places
 from model.tiles import tiled
-from model.windows import LayerSpec
+from model.windows import LayerSpec, visible
 from tests.model.test_attention import draw_qkv, places
 
 
@@ -28,14 +29,47 @@ def tiles_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TILES_FROM", 1)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 130), st.sampled_from([1, 2, 4]), st.integers(1, 2), st.booleans())
-def test_tiles_equal_reference(window: int, total: int, groups: int, batch: int, sink: bool) -> None:
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(["sliding", "chunked"]), st.integers(1, 40), st.integers(1, 130), st.sampled_from([1, 2, 4]),
+    st.integers(1, 2), st.booleans(), st.integers(0, 9), st.sampled_from([2, 8, 128]),
+)  # fmt: skip
+def test_tiles_equal_reference(
+    kind: str, window: int, total: int, groups: int, batch: int, sink: bool, global_tokens: int, leaf: int
+) -> None:
     q, k, v, sinks = draw_qkv(batch, groups, total, seed=total)
     where = Places(torch.arange(total)[None])
-    spec, chosen = LayerSpec("sliding", window, sink=sink), sinks if sink else None
+    first = min(global_tokens, window) if kind == "chunked" else global_tokens
+    spec, chosen = LayerSpec(kind, window, sink=sink, global_tokens=first), sinks if sink else None
     expected = attend_between(q, k, v, spec, where, where, chosen)
-    close(tiled(q, k, v, window, chosen), expected, [q, k, v, *([sinks] if sink else [])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "LEAF", leaf)
+        tiles.tiles_of.cache_clear()
+        actual = tiled(q, k, v, window, chosen, kind == "sliding", first)
+    tiles.tiles_of.cache_clear()
+    close(actual, expected, [q, k, v, *([sinks] if sink else [])])
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 300), st.integers(1, 100), st.booleans(), st.integers(0, 5), st.sampled_from([1, 4, 16]))
+def test_tiles_cover_each_wanted_pair_once_and_no_other(
+    total: int, block: int, overlap: bool, global_tokens: int, leaf: int
+) -> None:
+    block, global_tokens = min(total, block), min(global_tokens, block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "LEAF", leaf)
+        tiles.tiles_of.cache_clear()
+        covered = torch.zeros(total, total, dtype=torch.int)
+        for tile in tiles.tiles_of(total, block, overlap, global_tokens):
+            for n in range(tile.blocks):
+                part = torch.ones(tile.rows, tile.columns, dtype=torch.int)
+                part = part.triu(1) if tile.upper else part.tril() if tile.causal else part
+                q, k = tile.query + n * block, tile.key + n * block
+                covered[q : q + tile.rows, k : k + tile.columns] += part
+    tiles.tiles_of.cache_clear()
+    spec = LayerSpec("sliding" if overlap else "chunked", block, global_tokens=global_tokens)
+    at = torch.arange(total)
+    assert torch.equal(covered, visible(spec, at[:, None], at[None]).int())
 
 
 @pytest.mark.usefixtures("tiles_for_all")
