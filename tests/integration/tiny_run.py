@@ -1,4 +1,4 @@
-"""A run so small that it trains in seconds, started as a user would: `train.py` in a process of its own."""
+"""A run so small that it trains in seconds: `train.py` in a process of its own."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration.template import ROOT, Forked
+
 SENTENCE = "the sea was calm and a ship came slowly over the long grey water while birds cried above its masts"
 WORDS = SENTENCE.split()
 
@@ -63,7 +64,12 @@ def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, "-m", *launch, "--num_processes", str(processes), *program]
 
 
-def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+def start(config: Path, *arguments: str) -> Forked:
+    return Forked(["train.py", str(config), *arguments])
+
+
+def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    """`python train.py`, or `accelerate launch` with `processes=2`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command(*arguments, **options),
@@ -75,9 +81,9 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: Any, expect: int = 0, **options: Any) -> str:
+def run(*arguments: Any, expect: int = 0, processes: int = 1) -> str:
     """Both streams of a finished run; its exit code is checked."""
-    process = start(*arguments, **options)
+    process = start(*arguments) if processes == 1 else start_as_a_user(*arguments, processes=processes)
     out, errors = process.communicate(timeout=180)
     assert process.returncode == expect, f"exit code {process.returncode}, not {expect}\n{out}\n{errors}"
     return out + errors

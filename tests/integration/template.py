@@ -1,0 +1,103 @@
+"""Cheap starts of `train.py`: a template process imports everything once, then every run is a fork of it.
+
+A start spends seconds on imports before its first own line. A fork has them done and is otherwise a process like any
+other: its own session, its own signal handlers, its own files, and it can be killed.
+"""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = """
+import json, os, signal, sys
+import train
+from model.errors import cli
+
+def run(argv, streams):
+    os.setsid()
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = argv
+    code = 1
+    try:
+        code = cli(train.main)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for line in sys.stdin:
+    request = json.loads(line)
+    if "argv" in request:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            run(request["argv"], request["streams"])
+        print(json.dumps(pid), flush=True)
+    else:
+        pid, status = os.waitpid(request["pid"], request["options"])
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+"""
+
+
+class Forked:
+    """A run; the part of `subprocess.Popen` that tests use. It leads a process group of its own."""
+
+    def __init__(self, argv: list[str]):
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = [Path(self.folder.name) / name for name in ("out", "errors")]
+        self.returncode: int | None = None
+        self.pid: int = _ask({"argv": argv, "streams": [str(s) for s in self.streams]})
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask({"pid": self.pid, "options": os.WNOHANG})
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise subprocess.TimeoutExpired("train.py", timeout, *(s.read_text() for s in self.streams))
+            time.sleep(0.01)
+        out, errors = (s.read_text() for s in self.streams)
+        self.folder.cleanup()
+        return out, errors
+
+
+_servers: list[subprocess.Popen[str]] = []
+
+
+def _ask(request: object) -> int:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+def _server() -> subprocess.Popen[str]:
+    if not _servers:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SERVER]
+        _servers.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        )
+        atexit.register(_servers[0].kill)
+    return _servers[0]
