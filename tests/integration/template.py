@@ -7,11 +7,13 @@ other: its own session, its own signal handlers, its own files, and it can be ki
 import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +25,7 @@ from model.errors import cli
 def run(argv, streams):
     os.setsid()
     for number, path in enumerate(streams, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = argv
     code = 1
     try:
@@ -51,9 +53,8 @@ for line in sys.stdin:
 class Forked:
     """A run; the part of `subprocess.Popen` that tests use. It leads a process group of its own."""
 
-    def __init__(self, argv: list[str]):
-        self.folder = tempfile.TemporaryDirectory()
-        self.streams = [Path(self.folder.name) / name for name in ("out", "errors")]
+    def __init__(self, argv: list[str], log: Path | None = None):
+        self.streams = [log or Path(_new_file(suffix)) for suffix in ("-out", "-errors")]
         self.returncode: int | None = None
         self.pid: int = _ask({"argv": argv, "streams": [str(s) for s in self.streams]})
 
@@ -74,11 +75,23 @@ class Forked:
                 raise subprocess.TimeoutExpired("train.py", timeout, *(s.read_text() for s in self.streams))
             time.sleep(0.01)
         out, errors = (s.read_text() for s in self.streams)
-        self.folder.cleanup()
         return out, errors
 
 
 _servers: list[subprocess.Popen[str]] = []
+
+
+def _new_file(suffix: str) -> Path:
+    descriptor, path = tempfile.mkstemp(suffix, dir=_server_folder())
+    os.close(descriptor)
+    return Path(path)
+
+
+@cache
+def _server_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="runs-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
 
 
 def _ask(request: object) -> int:
