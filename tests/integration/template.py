@@ -18,12 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import train
 from model.errors import cli
 
-def run(argv, streams):
+def run(argv, streams, environment, absent):
     os.setsid()
+    os.environ.update(environment)
+    sys.modules.update(dict.fromkeys(absent))  # `import` fails
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = argv
@@ -35,6 +37,8 @@ def run(argv, streams):
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
+gc.collect()
+gc.freeze()  # a fork need not look through what it did not make
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 for line in sys.stdin:
     request = json.loads(line)
@@ -42,7 +46,7 @@ for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            run(request["argv"], request["streams"])
+            run(request["argv"], request["streams"], request["environment"], request["absent"])
         print(json.dumps(pid), flush=True)
     else:
         pid, status = os.waitpid(request["pid"], request["options"])
@@ -51,12 +55,22 @@ for line in sys.stdin:
 
 
 class Forked:
-    """A run; the part of `subprocess.Popen` that tests use. It leads a process group of its own."""
+    """A run; the part of `subprocess.Popen` that tests use. It leads a process group of its own.
 
-    def __init__(self, argv: list[str], log: Path | None = None):
+    `environment` comes on top of ours; packages that are `absent` can't be imported.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        log: Path | None = None,
+        environment: dict[str, str] | None = None,
+        absent: tuple[str, ...] = (),
+    ):
         self.streams = [log or Path(_new_file(suffix)) for suffix in ("-out", "-errors")]
         self.returncode: int | None = None
-        self.pid: int = _ask({"argv": argv, "streams": [str(s) for s in self.streams]})
+        request = {"argv": argv, "streams": [str(s) for s in self.streams]}
+        self.pid: int = _ask(request | {"environment": environment or {}, "absent": absent})
 
     def poll(self) -> int | None:
         if self.returncode is None:

@@ -1,5 +1,4 @@
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -7,21 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.tiny_run import losses, metrics, run, start, write_config
-
-
-def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signals) -> int:
-    """Start a run, send it `number` once `step` is logged; returns its exit code."""
-    process = start(config)
-    log = folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    process.communicate(timeout=120)
-    return process.returncode
+from tests.integration.tiny_run import kill_after_step, losses, metrics, run, write_config
 
 
 @pytest.fixture(scope="module")

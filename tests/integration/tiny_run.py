@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,8 @@ def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, "-m", *launch, "--num_processes", str(processes), *program]
 
 
-def start(config: Path, *arguments: str) -> Forked:
-    return Forked(["train.py", str(config), *arguments])
+def start(config: Path, *arguments: str, **options: Any) -> Forked:
+    return Forked(["train.py", str(config), *arguments], **options)
 
 
 def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
@@ -81,12 +83,26 @@ def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: Any, expect: int = 0, processes: int = 1) -> str:
+def run(*arguments: Any, expect: int = 0, processes: int = 1, **options: Any) -> str:
     """Both streams of a finished run; its exit code is checked."""
-    process = start(*arguments) if processes == 1 else start_as_a_user(*arguments, processes=processes)
-    out, errors = process.communicate(timeout=180)
+    process = start(*arguments, **options) if processes == 1 else start_as_a_user(*arguments, processes=processes)
+    out, errors = process.communicate(timeout=300)
     assert process.returncode == expect, f"exit code {process.returncode}, not {expect}\n{out}\n{errors}"
     return out + errors
+
+
+def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signals) -> int:
+    """Start a run, send it `number` once `step` is logged; returns its exit code."""
+    process = start(config)
+    log = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    process.communicate(timeout=120)
+    return process.returncode
 
 
 def metrics(folder: Path, kind: str = "train") -> dict[int, dict[str, Any]]:
