@@ -39,12 +39,12 @@ from training.precision import make_deterministic, set_up_threads
 from training.probe import Probe, horizon
 from training.progress import TrainingProgress
 from training.random_state import get_random_states, seed_everything, set_random_states
-from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, sum_over_ranks
+from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, lost_rank_is_fault, sum_over_ranks
 from training.resume import FACTS_SAVED, check_checkpoint, check_same_batches
 from training.run_folder import decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings import Settings
-from training.signals import STOPPED, StopRequest, TrainingFault, lost_rank_is_a_fault
+from training.signals import STOPPED, StopRequest, TrainingFault
 
 
 def main() -> int:
@@ -54,7 +54,7 @@ def main() -> int:
         print(plan_text(settings))
         return 0
     try:
-        with lost_rank_is_a_fault():
+        with lost_rank_is_fault():
             trainer = Trainer(settings, arguments.resume)
             return trainer.close() if trainer.run() else STOPPED
     except TrainingFault as fault:
@@ -211,7 +211,7 @@ class Trainer:
         for objective in (o for o in self.objectives if o.name in measured and not measured[o.name].finite):
             name = objective.name
             kept = keep_batch(self.dir, objective, measured[name], step - 1, distance, self.tokenizer)
-            self.progress.say(f"step {step} skipped: loss or gradient of {name} is not finite; kept: {kept}")
+            self.progress.say(f"step {step} skipped: loss or gradient of {name} is not finite; {kept}")
             self.metrics.write("skipped", step, objective=name, in_a_row=in_a_row)
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 

@@ -22,15 +22,15 @@ KEPT_FILES = 200  # in a run's folder: a run that skips for hours must not fill 
 
 def keep_batch(
     run_dir: Path, objective: Objective, measured: Measured, step: int, distance: int, tokenizer: Tokenizer
-) -> Path | None:
-    """Write this rank's rows of a skipped step, made anew: they are a function of the step. None: enough are kept.
+) -> str:
+    """Write this rank's rows of a skipped step, made anew: they are a function of the step. Says where they are.
 
     `step` is the index from which batches are made, one less than the number of the step.
     """
     state, folder = PartialState(), run_dir / "skipped"
     folder.mkdir(exist_ok=True)
     if sum(1 for _ in folder.iterdir()) >= KEPT_FILES:
-        return None
+        return f"{folder} holds {KEPT_FILES} files already"
     plan = objective.plan(distance)
     ranges = plan.micro_ranges(state.process_index, state.num_processes)
     batches = [objective.micro_batch(step, plan, rows, distance) for rows in ranges]
@@ -40,7 +40,7 @@ def keep_batch(
     figures = {k: repr(v) for k, v in measured.columns(objective.name).items()}  # repr: JSON has no NaN
     text = [tokenizer.decode(row) for b in batches for row in b.input_ids.tolist()]
     write_json(path.with_suffix(".json"), facts | {"measured": figures, "text": text})
-    return path
+    return f"its batch is in {path}"
 
 
 def stop_after(in_a_row: int, limit: int, step: int) -> None:

@@ -35,7 +35,11 @@ def check_same_batches(path: Path, then: list[Objective], now: list[Objective], 
             if rows != after.plan(distance).rows:
                 at = f" at distance {distance}" if before.name == "recall" else ""
                 raise UserError(
-                    f"{path}: was saved by {before.ranks} processes; {after.ranks} would train on other batches\n"
+                    f"{path}: was saved by {_processes(before.ranks)}; {after.ranks} would train on other batches\n"
                     f"  a step has {rows} rows of {before.name}{at}, which {after.ranks} can't share equally\n"
-                    f"  start it with {before.ranks} processes, or with a number that divides {rows}"
+                    f"  start it with {_processes(before.ranks)}, or with a number that divides {rows}"
                 )
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"

@@ -1,17 +1,10 @@
-"""How a run ends early: by a fault, with another process, or by SIGTERM and SIGINT.
-
-The first signal asks to checkpoint and stop, the second leaves at once.
-"""
+"""How a run ends early. SIGTERM and SIGINT: the first asks to checkpoint and stop, the second leaves at once."""
 
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
-
-import torch.distributed
 
 STOPPED = 75  # exit code: stopped by a signal after a checkpoint, run again to go on
 ECHO_SECONDS = 2.0  # a launcher in the same process group hands on the signal that its processes already have
@@ -42,22 +35,3 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.received is not None
-
-
-@contextmanager
-def lost_rank_is_a_fault() -> Iterator[None]:
-    """When another process has died, what waits for it fails in the transport: `TrainingFault` says so."""
-    try:
-        yield
-    except RuntimeError as problem:
-        if not _of_transport(problem):
-            raise
-        raise TrainingFault(
-            f"another process of this run has ended, so this one ends too: {str(problem).splitlines()[0]}\n"
-            "  its own message says why; the same command goes on from the last checkpoint"
-        ) from problem
-
-
-def _of_transport(problem: RuntimeError) -> bool:
-    """gloo raises bare `RuntimeError`s that name it."""
-    return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem).lower()

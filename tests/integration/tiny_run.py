@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,28 +82,50 @@ def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
+def start_ranks(config: Path, *arguments: str, processes: int) -> list[Forked]:
+    """What a launcher does: one process a rank, with the same address in their environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [
+        start(config, *arguments, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+
+
 def run(*arguments: Any, expect: int = 0, processes: int = 1, **options: Any) -> str:
-    """Both streams of a finished run; its exit code is checked."""
-    process = start(*arguments, **options) if processes == 1 else start_as_a_user(*arguments, processes=processes)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == expect, f"exit code {process.returncode}, not {expect}\n{out}\n{errors}"
-    return out + errors
+    """Both streams of a finished run, of all its processes one after another; the exit code of each is checked."""
+    started = [start(*arguments, **options)] if processes == 1 else start_ranks(*arguments, processes=processes)
+    texts = []
+    for process in started:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == expect, f"exit code {process.returncode}, not {expect}\n{out}\n{errors}"
+        texts.append(out + errors)
+    return "".join(texts)
+
+
+def wait_for_step(folder: Path, step: int, processes: Sequence[Forked | subprocess.Popen[str]]) -> None:
+    """Until `step` is logged, or a process has ended."""
+    log = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
+            return
+        time.sleep(0.005)
 
 
 def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signals) -> int:
     """Start a run, send it `number` once `step` is logged; returns its exit code."""
     process = start(config)
-    log = folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
+    wait_for_step(folder, step, [process])
+    process.send_signal(number)
     process.communicate(timeout=120)
+    assert process.returncode is not None
     return process.returncode
 
 

@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,33 @@ def test_failed_write_keeps_the_old_ones_and_says_what_to_do(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"step 2 could not be written(.|\n)*make room"):
         save_checkpoint(tmp_path, 2, {}, {}, full_disk)
     assert newest_valid(tmp_path) == kept
+
+
+def test_file_that_may_not_grow_keeps_the_old_ones_and_says_what_to_do(tmp_path: Path) -> None:
+    """A real refusal of the system, where no small disk can be mounted."""
+    kept = save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128, hard))
+    try:
+        with pytest.raises(UserError, match=r"step 2 could not be written: (.|\n)*earlier checkpoints are untouched"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest_valid(tmp_path) == kept
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_tensors_that_find_no_room_keep_the_old_ones_and_say_what_to_do(tmp_path: Path) -> None:
+    """safetensors reports what the system refuses as an error of its own."""
+    kept = save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"step 2 could not be written: Error while serializing(.|\n)*make room"):
+        save_checkpoint(tmp_path, 2, {}, {"moment": torch.zeros(3)}, lambda hf: take_name(hf.parent))
+    assert newest_valid(tmp_path) == kept
+
+
+def take_name(folder: Path) -> None:
+    """A folder where the tensors' file should be."""
+    (folder / "trainer.safetensors").mkdir()
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
