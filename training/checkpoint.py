@@ -57,16 +57,17 @@ def save_checkpoint(
 def problem_with(path: Path) -> str | None:
     """Why the checkpoint can't be trusted, or None: every file is there and has the hash of the manifest."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as problem:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
-    for name, expected in files.items():
+    for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}: cut short"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}: cut short"
+        if _sha256(file) != sha256:
             return f"{name} has another sha256 than when it was written"
     return None
 

@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -54,6 +55,12 @@ def _matmul_seconds(size: int, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def measure(device: torch.device) -> Machine:
+    """With the threads of this process as they are set now; measured once for each number of them."""
+    return _measure(device, torch.get_num_threads())
+
+
+@cache
+def _measure(device: torch.device, threads: int) -> Machine:
     return Machine(matmul_rate(device, torch.float32), matmul_rate(device, torch.bfloat16))
 
 

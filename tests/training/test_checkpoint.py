@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from model.errors import UserError
 from training.checkpoint import checkpoints, load_state, newest_valid, problem_with, prune, save_checkpoint
@@ -12,6 +15,14 @@ from training.checkpoint import checkpoints, load_state, newest_valid, problem_w
 def write_hf(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
+
+
+FILES = ["hf/config.json", "hf/model.safetensors", "trainer.safetensors", "state.json", "manifest.json"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("run"), 1)
 
 
 def save(run: Path, step: int) -> Path:
@@ -48,6 +59,25 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     data[100] ^= 1
     (path / "hf/model.safetensors").write_bytes(data)
     assert problem_with(path) == "hf/model.safetensors has another sha256 than when it was written"
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_is_found_or_changes_nothing(checkpoint: Path, data: st.DataObject) -> None:
+    """Nothing: white space of the manifest, its step, which the folder's name has too, or a name nobody reads."""
+    file = checkpoint / data.draw(st.sampled_from(FILES))
+    before = file.read_bytes()
+    at, bit = data.draw(st.integers(0, len(before) - 1)), data.draw(st.integers(0, 7))
+    changed = bytearray(before)
+    changed[at] ^= 1 << bit
+    try:
+        file.write_bytes(changed)
+        problem = problem_with(checkpoint)
+        if problem is None:
+            assert file.name == "manifest.json"
+            assert json.loads(changed)["files"] == json.loads(before)["files"]
+    finally:
+        file.write_bytes(before)
 
 
 def test_missing_file_is_found(tmp_path: Path) -> None:
