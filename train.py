@@ -139,7 +139,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path)
-        check_checkpoint(path, saved, self.settings, self.facts)
+        check_checkpoint(path, saved, self.facts)
         self.decoder.load_state_dict(hub.load(path / "hf").state_dict())
         self.optimizer.load_state_tensors(tensors)
         if self.scorer.relay_head is not None:

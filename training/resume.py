@@ -1,4 +1,4 @@
-"""What must be as it was for a run to go on exactly: settings, text, tokenizer, and how a step is cut into rows."""
+"""What must be as it was for a run to go on from a checkpoint: text, tokenizer, and how a step is cut into rows."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,17 +6,13 @@ from typing import Any
 
 from model.errors import UserError
 from training.objective import Objective
-from training.run_folder import check_data, check_settings, check_tokenizer
-from training.settings import Settings
+from training.run_folder import check_data, check_tokenizer
 
 FACTS_SAVED = ("data_sha256", "tokenizer_sha256", "settings_sha256", "precision", "wandb_id")  # with a checkpoint
 
 
-def check_checkpoint(path: Path, saved: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> None:
-    """Raises `UserError` where the checkpoint at `path`, whose state is `saved`, belongs to another run than this."""
-    if saved["settings_sha256"] != facts["settings_sha256"]:
-        check_settings(path, path.parents[1] / "settings.yaml", settings)
-        raise UserError(f"{path}: was written by a run with other settings\n  give its run folder's settings")
+def check_checkpoint(path: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises `UserError` where the checkpoint at `path`, whose state is `saved`, was made from other text or tokens."""
     check_data(path, saved["data_sha256"], facts["data_sha256"])
     check_tokenizer(path, saved["tokenizer_sha256"], facts["tokenizer_sha256"])
 

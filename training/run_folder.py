@@ -56,7 +56,7 @@ def open_run(settings: Settings, resume: str) -> Path | None:
     _check_writable(folder)
     check_settings(f"run folder {folder}", folder / "settings.yaml", settings)
     clear_leftovers(folder)
-    chosen = newest_valid(folder) if resume in ("auto", "never") else _explicit(Path(resume))
+    chosen = newest_valid(folder) if resume in ("auto", "never") else _explicit(Path(resume), settings)
     (folder / "checkpoints").mkdir(exist_ok=True)
     if chosen is not None and chosen.parent.resolve() == (folder / "checkpoints").resolve():
         _set_aside_newer(folder, chosen)
@@ -165,10 +165,16 @@ def check_settings(where: object, path: Path, settings: Settings) -> None:
         )
 
 
-def _explicit(path: Path) -> Path:
+def _explicit(path: Path, settings: Settings) -> Path:
+    """The checkpoint at `path`, which may be of another run with the same settings."""
     problem = problem_with(path) if path.is_dir() else "no such folder"
     if problem is not None:
         raise UserError(f"--resume {path}: {problem}\n  give a folder such as runs/NAME/checkpoints/step-000200")
+    beside = path.resolve().parents[1] / "settings.yaml"
+    check_settings(path, beside, settings)
+    saved = json.loads((path / "state.json").read_text())
+    if not beside.exists() and saved["settings_sha256"] != settings_hash(settings):
+        raise UserError(f"{path}: was written by a run with other settings\n  give those of its run folder")
     return path
 
 

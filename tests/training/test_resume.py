@@ -7,12 +7,11 @@ import torch
 from data.recall_vocabulary import recall_vocabulary
 from model.errors import UserError
 from tests.training.conftest import Prepared
-from tests.training.test_run_folder import changed, save
+from tests.training.test_run_folder import changed
 from training.curriculum import Curriculum
 from training.objective import Objective, objectives
 from training.resume import check_checkpoint, check_same_batches
 from training.run_folder import decide_once, open_run
-from training.settings import Settings
 
 HERE = Path("runs/a/checkpoints/step-000003")
 
@@ -48,27 +47,6 @@ def test_rows_that_only_a_later_distance_has_are_looked_at(prepared: Prepared) -
         check_same_batches(HERE, then, now, range(8, 22))
 
 
-def saved_by(settings: Settings, prepared: Prepared) -> tuple[Path, dict[str, Any]]:
-    open_run(settings, "auto")
-    facts = decide_once(settings, prepared.tokenizer, prepared.stores, torch.device("cpu"))
-    return save(settings, 3), facts
-
-
-def test_a_checkpoint_of_a_run_with_other_settings_is_refused_and_they_are_named(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    one = changed(prepared.settings, run_dir=str(tmp_path / "one"))
-    two = changed(prepared.settings, run_dir=str(tmp_path / "two"), model__hidden_size=64)
-    path, saved = saved_by(one, prepared)
-    _, facts = saved_by(two, prepared)
-    check_checkpoint(path, saved, one, saved)
-    with pytest.raises(UserError, match=r"holds a run with other settings:\n  model.hidden_size: 32 there, 64 now"):
-        check_checkpoint(path, saved, two, facts)
-    (tmp_path / "one/settings.yaml").unlink()
-    with pytest.raises(UserError, match="was written by a run with other settings"):
-        check_checkpoint(path, saved, two, facts)
-
-
 @pytest.mark.parametrize(
     ("fact", "other", "expected"),
     [
@@ -80,6 +58,8 @@ def test_a_checkpoint_made_from_other_text_or_tokens_is_refused(
     prepared: Prepared, tmp_path: Path, fact: str, other: Any, expected: str
 ) -> None:
     settings = changed(prepared.settings, run_dir=str(tmp_path / "run"))
-    path, facts = saved_by(settings, prepared)
+    open_run(settings, "auto")
+    facts = decide_once(settings, prepared.tokenizer, prepared.stores, torch.device("cpu"))
+    check_checkpoint(HERE, facts, facts)
     with pytest.raises(UserError, match=expected):
-        check_checkpoint(path, facts, settings, facts | {fact: other})
+        check_checkpoint(HERE, facts, facts | {fact: other})

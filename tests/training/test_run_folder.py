@@ -72,7 +72,7 @@ def test_an_older_checkpoint_is_resumed_and_newer_ones_are_set_aside(
 ) -> None:
     """Steps are compared as numbers, and a path is the same folder however it is written."""
     open_run(settings, "auto")
-    older, newer = save(settings, 999_999), save(settings, 1_000_000)
+    older, newer = (save(settings, step) for step in (999_999, 1_000_000))
     monkeypatch.chdir(run_dir(settings))
     assert open_run(settings, f"checkpoints/{older.name}") == Path("checkpoints") / older.name
     assert f"{newer} is newer than the checkpoint resumed" in capsys.readouterr().out
@@ -119,6 +119,23 @@ def test_settings_that_decide_no_weight_are_free_and_the_hash_knows_them(setting
 
 def test_a_folder_without_saved_settings_asks_nothing(settings: Settings, tmp_path: Path) -> None:
     check_settings("here", tmp_path / "settings.yaml", settings)
+
+
+def test_a_checkpoint_of_another_run_is_taken_where_settings_agree_and_refused_with_their_names_where_not(
+    settings: Settings, tmp_path: Path
+) -> None:
+    open_run(settings, "auto")
+    path = save(settings, 3, settings_sha256=settings_hash(settings))
+    elsewhere = changed(settings, run_dir=str(tmp_path / "elsewhere"))
+    wider = changed(elsewhere, model__hidden_size=64)
+    with pytest.raises(UserError, match=r"holds a run with other settings:\n  model.hidden_size: 32 there, 64 now"):
+        open_run(wider, str(path))
+    assert not (run_dir(wider) / "settings.yaml").exists()
+    assert open_run(elsewhere, str(path)) == path
+    (run_dir(settings) / "settings.yaml").unlink()  # a checkpoint that was carried elsewhere without its run
+    assert open_run(elsewhere, str(path)) == path
+    with pytest.raises(UserError, match="was written by a run with other settings"):
+        open_run(changed(wider, run_dir=str(tmp_path / "third")), str(path))
 
 
 # -- what is decided once ---------------------------------------------------------------------------------------------
