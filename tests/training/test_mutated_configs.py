@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 import train
 from model.errors import cli
+from training.problems import all_paths
 from training.schema import ROOT
+from training.settings import Settings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -67,10 +69,17 @@ def test_a_mutated_config_gives_a_plan_or_a_sentence(folder: Path, data: st.Data
     assert said.startswith("error: ") if code else "nothing was trained" in said
 
 
-def dry_run(path: Path) -> tuple[int, str]:
+@pytest.mark.parametrize("value", ["9007199254740992", "2147483648", "1e308", "5e-324", "-1", '"\\0"'])
+def test_every_setting_at_the_end_of_what_numbers_can_be_gives_a_plan_or_a_sentence(value: str) -> None:
+    for name in [*all_paths(Settings), "model.layers.0.window", "model.layers.0.dilation", "model.layers.0.kind"]:
+        code, said = dry_run(ROOT / "configs/quickstart.yaml", f"{name}={value}")
+        assert code in (0, 2), f"{name}={value}: {said}"
+
+
+def dry_run(path: Path, *overrides: str) -> tuple[int, str]:
     """Exit code and output; an exception that is no sentence goes through."""
     said, before = io.StringIO(), sys.argv
-    sys.argv = ["train.py", str(path), "--dry-run"]
+    sys.argv = ["train.py", str(path), *overrides, "--dry-run"]
     try:
         with redirect_stdout(said), redirect_stderr(said):
             return cli(train.main), said.getvalue()
