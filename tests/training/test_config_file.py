@@ -257,6 +257,8 @@ def test_a_circle_of_extends_is_refused_with_its_chain(tmp_path: Path) -> None:
         ("extends: 3\n", "extends = 3\n  expected a file name or a list of them"),
         ("[" * 5000, "nested too deeply"),
         ("name: a\0b\n", "special characters are not allowed"),
+        ('name: a\nrun_dir: "\\0"\n', r"run.yaml:2: text holds the character '\x00'"),
+        ('"\\ud800": 3\n', r"run.yaml:1: text holds the character '\ud800'"),
     ],
 )
 def test_text_that_is_not_settings_is_refused(tmp_path: Path, text: str, expected: str) -> None:

@@ -34,7 +34,7 @@ numbers = st.one_of(
 )
 words = st.one_of(
     st.sampled_from(
-        ["", "true", "off", "~", "null", "3e-4", "1_000", "0x10", "full", "hub", "files", "../..", "a b", "*"]
+        ["", "true", "off", "~", "null", "3e-4", "1_000", "0x10", "full", "hub", "files", "../..", "a b", "*", "\0"]
     ),
     st.text(max_size=8),
 )
@@ -69,7 +69,9 @@ def test_a_mutated_config_gives_a_plan_or_a_sentence(folder: Path, data: st.Data
     assert said.startswith("error: ") if code else "nothing was trained" in said
 
 
-@pytest.mark.parametrize("value", ["9007199254740992", "2147483648", "1e308", "5e-324", "-1", '"\\0"'])
+@pytest.mark.parametrize(
+    "value", ["9007199254740992", "2147483648", "1e308", "5e-324", "-1", "''", '"\\0"', '"\\ud800"']
+)
 def test_every_setting_at_the_end_of_what_numbers_can_be_gives_a_plan_or_a_sentence(value: str) -> None:
     for name in [*all_paths(Settings), "model.layers.0.window", "model.layers.0.dilation", "model.layers.0.kind"]:
         code, said = dry_run(ROOT / "configs/quickstart.yaml", f"{name}={value}")
