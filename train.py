@@ -31,6 +31,7 @@ from training.config_file import load_settings
 from training.curriculum import Curriculum, CurriculumState
 from training.export import replace_export, write_hf
 from training.metrics import Metrics
+from training.nonfinite import keep_batch, stop_after
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
 from training.optimizer import SummedOptimizer
 from training.plan import plan_text
@@ -38,8 +39,9 @@ from training.precision import make_deterministic, set_up_threads
 from training.probe import Probe, horizon
 from training.progress import TrainingProgress
 from training.random_state import get_random_states, seed_everything, set_random_states
-from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, sum_over_ranks
-from training.run_folder import check_tokenizer, decide_once, open_run, run_dir
+from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, lost_rank_is_fault, sum_over_ranks
+from training.resume import FACTS_SAVED, check_checkpoint, check_same_batches
+from training.run_folder import decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings import Settings
 from training.signals import STOPPED, StopRequest, TrainingFault
@@ -51,13 +53,13 @@ def main() -> int:
     if arguments.dry_run:
         print(plan_text(settings))
         return 0
-    trainer = Trainer(settings, arguments.resume)
     try:
-        finished = trainer.run()
+        with lost_rank_is_fault():
+            trainer = Trainer(settings, arguments.resume)
+            return trainer.close() if trainer.run() else STOPPED
     except TrainingFault as fault:
         print(f"fault: {fault}", file=sys.stderr)
         return 1
-    return trainer.close() if finished else STOPPED
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,7 +97,8 @@ class Trainer:
         self.tokenizer, self.train_store, self.heldout_store = self._prepare_data()
         self.saved_step: int | None = None
         checkpoint = ask_main(lambda: open_run(settings, resume))
-        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, self.ranks.device))
+        stores = {"train": self.train_store, "heldout": self.heldout_store}
+        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, stores, self.ranks.device, checkpoint))
 
         seed_everything(settings.seed, self.ranks.process_index)
         self.config = model_config(settings, self.tokenizer.vocab_size)
@@ -106,9 +109,7 @@ class Trainer:
         self.state = State(curriculum=self.curriculum.start())
         recall = settings.recall
         self.vocabulary = recall_vocabulary(self.tokenizer, recall.values) if recall.enabled else None
-        self.objectives = objectives(
-            settings, self.train_store, self.vocabulary, self.curriculum, self.ranks.num_processes
-        )
+        self.objectives = self._objectives(self.ranks.num_processes)
         self.probe = Probe(settings, self.heldout_store, self.vocabulary, self.curriculum)
 
         self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None)
@@ -133,16 +134,22 @@ class Trainer:
         tokenizer = prepare_tokenizer(self.settings)
         return (tokenizer, *prepare_tokens(self.settings, tokenizer))
 
+    def _objectives(self, processes: int) -> list[Objective]:
+        return objectives(self.settings, self.train_store, self.vocabulary, self.curriculum, processes)
+
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path)
-        check_tokenizer(path, saved["tokenizer_sha256"], self.tokenizer.sha256)
+        check_checkpoint(path, saved, self.facts)
         self.decoder.load_state_dict(hub.load(path / "hf").state_dict())
         self.optimizer.load_state_tensors(tensors)
         if self.scorer.relay_head is not None:
             self.scorer.relay_head.weight.data.copy_(tensors["relay_head"])
         self.state = State(**saved["progress"] | {"curriculum": CurriculumState(**saved["progress"]["curriculum"])})
+        to_come = range(self.state.curriculum.distance, self.curriculum.last_distance + 1)
+        check_same_batches(path, self._objectives(len(saved["random"])), self.objectives, to_come)
         if self.ranks.process_index < len(saved["random"]):
             set_random_states(saved["random"][self.ranks.process_index])
+        self.saved_step = self.state.step if path.parent.resolve() == (self.dir / "checkpoints").resolve() else None
         self.ranks.print(f"resumed {path} at step {self.state.step}")
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -158,11 +165,11 @@ class Trainer:
             gc.disable()  # a full collection in mid-step costs more than the loop's few cycles
             self._start_clock()
             while self.state.step < last:
-                self._step()
                 if any(sum_over_ranks([float(bool(self.stop))])):
                     self._save()
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
                     return False
+                self._step()
         return True
 
     def _step(self) -> None:
@@ -200,15 +207,13 @@ class Trainer:
         self.optimizer.drop()
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
-        culprits = ", ".join(name for name, m in measured.items() if not m.finite)
-        self.progress.say(f"step {self.state.step} skipped: loss or gradient of {culprits} is not finite")
-        self.metrics.write("skipped", self.state.step, objectives=culprits, in_a_row=self.state.skipped_in_a_row)
-        if self.state.skipped_in_a_row >= self.settings.training.max_skipped_steps:
-            raise TrainingFault(
-                f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
-                f"(training.max_skipped_steps), the last one step {self.state.step}\n"
-                "  the checkpoints are from before; lower training.optimizer.lr, or look at the data of these steps"
-            )
+        step, distance, in_a_row = self.state.step, self.state.curriculum.distance, self.state.skipped_in_a_row
+        for objective in (o for o in self.objectives if o.name in measured and not measured[o.name].finite):
+            name = objective.name
+            kept = keep_batch(self.dir, objective, measured[name], step - 1, distance, self.tokenizer)
+            self.progress.say(f"step {step} skipped: loss or gradient of {name} is not finite; {kept}")
+            self.metrics.write("skipped", step, objective=name, in_a_row=in_a_row)
+        stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 
     def _after_step(self, measured: dict[str, Measured], schedule: dict[str, float]) -> None:
         step, t = self.state.step, self.settings.training
@@ -270,10 +275,7 @@ class Trainer:
         state = {
             "progress": asdict(self.state),
             "random": random_states,
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "settings_sha256": self.facts["settings_sha256"],
-            "wandb_id": self.facts["wandb_id"],
-        }
+        } | {k: self.facts[k] for k in FACTS_SAVED}
         tensors = self.optimizer.state_tensors()
         if self.scorer.relay_head is not None:
             tensors["relay_head"] = self.scorer.relay_head.weight

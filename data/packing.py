@@ -37,6 +37,7 @@ class TokenStore:
     document_starts: IntArray
     names: list[str]
     token_bytes: IntArray  # (vocab,) UTF-8 bytes that each token decodes to; markers have none
+    source_sha256: str = ""  # fingerprint of the text, whatever the tokenizer
 
     def bytes_of(self, start: int, end: int) -> int:
         """UTF-8 bytes of the text that tokens [start, end) stand for."""
@@ -55,19 +56,21 @@ def check_vocabulary(tokenizer_size: int, vocab_size: int | None) -> None:
 def prepare_tokens(settings: "Settings", tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
     """The train and held-out stores, from the cache where it is sound, else made."""
     check_vocabulary(tokenizer.vocab_size, settings.model.vocab_size)
-    folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(settings, tokenizer)[:16]}"
+    sources = [source_fingerprint(settings.data, split) for split in SPLITS]
+    folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(sources, tokenizer)[:16]}"
     index = _sound_index(folder)
     if index is None:
         _fill(folder, settings, tokenizer)
         index = _sound_index(folder)
         assert index is not None, "a cache just written is sound"
-    train, heldout = (_open(folder, index[split], tokenizer, split) for split in SPLITS)
+    train, heldout = (
+        _open(folder, index[split], tokenizer, split, source) for split, source in zip(SPLITS, sources, strict=True)
+    )
     return train, heldout
 
 
-def fingerprint(settings: "Settings", tokenizer: Tokenizer) -> str:
-    """SHA-256, in hex, of all that the tokens depend on."""
-    sources = [source_fingerprint(settings.data, split) for split in SPLITS]
+def fingerprint(sources: list[str], tokenizer: Tokenizer) -> str:
+    """SHA-256, in hex, of all that the tokens depend on; `sources` are the fingerprints of the splits' text."""
     return hashlib.sha256(json.dumps([VERSION, sources, tokenizer.sha256]).encode()).hexdigest()
 
 
@@ -108,6 +111,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open(folder: Path, index: dict[str, Any], tokenizer: Tokenizer, split: str) -> TokenStore:
+def _open(folder: Path, index: dict[str, Any], tokenizer: Tokenizer, split: str, source: str) -> TokenStore:
     tokens = np.memmap(folder / f"{split}.bin", dtype=index["dtype"], mode="r")
-    return TokenStore(tokens, np.array(index["starts"], dtype=np.int64), index["names"], tokenizer.token_bytes())
+    return TokenStore(
+        tokens, np.array(index["starts"], dtype=np.int64), index["names"], tokenizer.token_bytes(), source
+    )

@@ -1,5 +1,7 @@
 """Where text comes from: the novels, local files (text, jsonl, parquet), or a data set of the hub.
 
+`datasets` is imported where it is used: it takes most of a second, and text files and novels need none of it.
+
 Held-out text is named (`data.heldout_files`, `data.hub.heldout_split`). Files without `data.heldout_files` give every
 twentieth document to the held-out split: whole documents, never the end of one that training reads.
 """
@@ -12,8 +14,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import datasets
 
 from data.novels import BOOKS, novels
 from model.errors import UserError
@@ -120,6 +120,8 @@ def _read_text(path: Path) -> str:
 
 def _table(kind: str, path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a local file, read as they are asked for."""
+    import datasets
+
     yield from datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
 
 
@@ -130,6 +132,8 @@ def _hub_settings(data: "DataSettings") -> "HubSettings":
 
 
 def _hub(data: "DataSettings", split: str) -> Iterator[Document]:
+    import datasets
+
     hub = _hub_settings(data)
     name = hub.train_split if split == "train" else hub.heldout_split
     try:
@@ -144,13 +148,15 @@ def _hub(data: "DataSettings", split: str) -> Iterator[Document]:
 
 def _rows(rows: Iterable[dict[str, Any]], column: str, name: str, setting: str) -> Iterator[Document]:
     """The text column of each row. What `datasets` can't parse is the user's file, not our fault."""
+    from datasets.exceptions import DatasetsError
+
     iterator = enumerate(rows)
     while True:
         try:
             i, row = next(iterator)
         except StopIteration:
             return
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        except (ValueError, OSError, DatasetsError) as error:
             raise UserError(f"{name!r} can't be read: {_first_line(error)}") from error
         if not isinstance(row.get(column), str):
             raise UserError(f"{setting} is {column!r}; row {i} of {name!r} has no such text, only {sorted(row)}")

@@ -31,7 +31,8 @@ def main() -> None:
     console = Console()
     console.print(summary({"train": train, "heldout": heldout}))
     console.print(f"tokenizer: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256[:16]}")
-    console.print(f"tokens: fingerprint {fingerprint(settings, tokenizer)[:16]}, in {settings.data.cache_dir}")
+    made_of = fingerprint([train.source_sha256, heldout.source_sha256], tokenizer)
+    console.print(f"tokens: fingerprint {made_of[:16]}, in {settings.data.cache_dir}")
 
 
 def summary(stores: dict[str, TokenStore]) -> Table:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,10 +46,8 @@ def save_checkpoint(
             shutil.rmtree(path)
         aside.rename(path)
         _sync(path.parent)
-    except (OSError, RuntimeError) as problem:  # safetensors reports a full disk as its own error
+    except (OSError, SafetensorError) as problem:  # safetensors reports a full disk as an error of its own
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(problem, RuntimeError) and "No space" not in str(problem):
-            raise
         raise UserError(
             f"{path}: the checkpoint of step {step} could not be written: {problem}\n"
             "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
@@ -58,16 +57,17 @@ def save_checkpoint(
 def problem_with(path: Path) -> str | None:
     """Why the checkpoint can't be trusted, or None: every file is there and has the hash of the manifest."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as problem:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
-    for name, expected in files.items():
+    for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}: cut short"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}: cut short"
+        if _sha256(file) != sha256:
             return f"{name} has another sha256 than when it was written"
     return None
 
@@ -102,20 +102,29 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep`, and what an interrupted write left."""
+    """Delete all but the newest `keep`, and what interrupted writes left."""
     for path in checkpoints(run_dir)[keep:]:
         doomed = path.with_name(f".deleting-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
+    clear_leftovers(run_dir)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Delete what interrupted writes and deletions left: it takes room, and is no checkpoint."""
     for leftover in (run_dir / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True))
+
+
+def write_text(path: Path, text: str) -> None:
     """Atomic: the old file or the new one, never half of one."""
     aside = path.with_name(f".writing-{path.name}")
     with aside.open("w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -8,6 +8,7 @@ from training.build import layer_dicts
 from training.problems import ABSENT, Keys, Problem
 from training.settings import Settings
 
+MANY_HEADS = 4096  # no divisor beyond is looked for: the search would not end for a number typed wrong
 NEEDLE_AND_QUERY = 2  # tokens of a recall row besides the distance itself: the needle's marker and the query
 
 
@@ -41,7 +42,8 @@ def _heads(s: Settings) -> Iterator[Problem]:
     heads = "model.num_attention_heads"
     if m.num_attention_heads % m.num_key_value_heads:
         what = f"model.num_attention_heads = {m.num_attention_heads} is not a multiple of it"
-        near = max(k for k in range(1, m.num_key_value_heads) if m.num_attention_heads % k == 0)
+        few = range(1, min(m.num_key_value_heads, MANY_HEADS))
+        near = max(k for k in few if m.num_attention_heads % k == 0)
         yield _problem("model.num_key_value_heads", m.num_key_value_heads, what, f"use {near} for example", heads)
     if m.head_dim is None and m.hidden_size % m.num_attention_heads:
         what = f"not a multiple of model.num_attention_heads = {m.num_attention_heads}"

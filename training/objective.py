@@ -87,6 +87,7 @@ class Objective(Protocol):
     max_grad_norm: float
     points: list[tuple[float, float]]
     term_weights: Mapping[str, float]
+    ranks: int
 
     def plan(self, distance: int) -> Plan: ...
 

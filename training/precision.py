@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -27,21 +28,39 @@ class Machine:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """Best FLOP/s over several square matmuls within about `seconds`."""
+    """Best FLOP/s over several square matmuls within about `seconds`.
+
+    They are of `size` rows (8 x that on a GPU), or smaller where one would take longer than `seconds`: bfloat16 without
+    instructions for it takes seconds at 1,024.
+    """
     if device.type == "cuda":
         size *= 8
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    small = size // 8
+    expected = 8**3 * min(_matmul_seconds(small, device, dtype) for _ in range(3))
+    while size > small and expected > seconds:
+        size, expected = size // 2, expected / 8
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds or best == float("inf"):
-        _synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, _matmul_seconds(size, device, dtype))
     return 2 * size**3 / best
 
 
+def _matmul_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    _synchronize(device)
+    start = time.perf_counter()
+    a @ a
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
 def measure(device: torch.device) -> Machine:
+    """With the threads of this process as they are set now; measured once for each number of them."""
+    return _measure(device, torch.get_num_threads())
+
+
+@cache
+def _measure(device: torch.device, threads: int) -> Machine:
     return Machine(matmul_rate(device, torch.float32), matmul_rate(device, torch.bfloat16))
 
 

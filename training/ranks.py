@@ -1,14 +1,17 @@
 """Several processes that must agree: only the main one decides, a user's mistake found there ends all of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 from model.errors import UserError
+from training.signals import TrainingFault
 
 Answer = TypeVar("Answer")
 
@@ -21,6 +24,25 @@ def join_ranks() -> PartialState:
 def local_processes() -> int:
     """Processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+
+
+@contextmanager
+def lost_rank_is_fault() -> Iterator[None]:
+    """When another process has died, what waits for it fails in the transport: `TrainingFault` says so."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if not _of_transport(problem):
+            raise
+        raise TrainingFault(
+            f"another process of this run has ended, so this one ends too: {str(problem).splitlines()[0]}\n"
+            "  its own message says why; the same command goes on from the last checkpoint"
+        ) from problem
+
+
+def _of_transport(problem: RuntimeError) -> bool:
+    """gloo raises bare `RuntimeError`s that name it."""
+    return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem).lower()
 
 
 def ask_main(call: Callable[[], Answer]) -> Answer:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -9,9 +11,10 @@ from uuid import uuid4
 import torch
 import yaml
 
+from data.packing import TokenStore
 from data.tokenizer import Tokenizer
 from model.errors import UserError
-from training.checkpoint import checkpoints, newest_valid, problem_with, write_json
+from training.checkpoint import checkpoints, clear_leftovers, newest_valid, problem_with, write_json, write_text
 from training.precision import measure
 from training.settings import Settings
 
@@ -51,26 +54,40 @@ def open_run(settings: Settings, resume: str) -> Path | None:
     if resume == "never":
         _set_aside(folder)
     _check_writable(folder)
-    _check_same_settings(folder, settings)
-    chosen = newest_valid(folder) if resume in ("auto", "never") else _explicit(Path(resume))
+    check_settings(f"run folder {folder}", folder / "settings.yaml", settings)
+    clear_leftovers(folder)
+    chosen = newest_valid(folder) if resume in ("auto", "never") else _explicit(Path(resume), settings)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    if chosen is not None and chosen.parent == folder / "checkpoints":
+    if chosen is not None and chosen.parent.resolve() == (folder / "checkpoints").resolve():
         _set_aside_newer(folder, chosen)
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    (folder / "settings.yaml").write_text(text)
+    write_text(folder / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     return chosen
 
 
-def decide_once(settings: Settings, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
-    """What a resume must find as it was, written at the first start; and the matmul rate of this machine, in FLOP/s."""
+def decide_once(
+    settings: Settings,
+    tokenizer: Tokenizer,
+    stores: Mapping[str, TokenStore],
+    device: torch.device,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """What a resume must find as it was, written at the first start; and the matmul rate of this machine, in FLOP/s.
+
+    A run that goes on from another run's `checkpoint` takes its precision. Raises `UserError` where the text (`stores`
+    by split) or the tokenizer is not that of the run.
+    """
     folder = run_dir(settings)
     machine = measure(device)
-    facts = {
+    data_sha256 = {split: store.source_sha256 for split, store in stores.items()}
+    facts: dict[str, Any] = {
         "precision": machine.choose(settings.training.precision),
+        "data_sha256": data_sha256,
         "tokenizer_sha256": tokenizer.sha256,
         "settings_sha256": settings_hash(settings),
         "wandb_id": uuid4().hex[:8],
-    } | read_facts(folder)
+    }
+    facts |= _inherited(checkpoint) | read_facts(folder)
+    check_data(folder, facts["data_sha256"], data_sha256)
     check_tokenizer(folder, facts["tokenizer_sha256"], tokenizer.sha256)
     write_json(folder / "run.json", facts)
     tokenizer.save(folder / "tokenizer")
@@ -81,10 +98,27 @@ def decide_once(settings: Settings, tokenizer: Tokenizer, device: torch.device) 
     return facts | {"matmul_rate": machine.rate(facts["precision"])}
 
 
+def _inherited(checkpoint: Path | None) -> dict[str, Any]:
+    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
+    return {"precision": state["precision"]} if "precision" in state else {}
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """What was decided when the run first started: precision, wandb id, tokenizer hash. Empty for a new run."""
     path = folder / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def check_data(where: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """`expected` and `found` are the fingerprints of the text by split."""
+    changed = [split for split in found if expected[split] != found[split]]
+    if changed:
+        lines = [f"  {split}: sha256 {expected[split][:16]}... there, {found[split][:16]}... now" for split in changed]
+        raise UserError(
+            f"{where}: the text under this run has changed since it began\n"
+            + "\n".join(lines)
+            + "\n  put the old text back, or start a run under another name, or --resume never to start anew"
+        )
 
 
 def check_tokenizer(where: Path, expected: str | None, tokenizer_sha256: str) -> None:
@@ -115,8 +149,8 @@ def _check_writable(folder: Path) -> None:
         ) from problem
 
 
-def _check_same_settings(folder: Path, settings: Settings) -> None:
-    path = folder / "settings.yaml"
+def check_settings(where: object, path: Path, settings: Settings) -> None:
+    """Raises `UserError` where the settings saved at `path` would give other weights; `where` begins the sentence."""
     if not path.exists():
         return
     there = _flat(yaml.safe_load(path.read_text()) or {})
@@ -125,16 +159,22 @@ def _check_same_settings(folder: Path, settings: Settings) -> None:
     if keys:
         lines = [f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys]
         raise UserError(
-            f"run folder {folder} holds a run with other settings:\n"
+            f"{where} holds a run with other settings:\n"
             + "\n".join(lines)
             + "\n  use another name=..., or --resume never to set that folder aside and start anew"
         )
 
 
-def _explicit(path: Path) -> Path:
+def _explicit(path: Path, settings: Settings) -> Path:
+    """The checkpoint at `path`, which may be of another run with the same settings."""
     problem = problem_with(path) if path.is_dir() else "no such folder"
     if problem is not None:
         raise UserError(f"--resume {path}: {problem}\n  give a folder such as runs/NAME/checkpoints/step-000200")
+    beside = path.resolve().parents[1] / "settings.yaml"
+    check_settings(path, beside, settings)
+    saved = json.loads((path / "state.json").read_text())
+    if not beside.exists() and saved["settings_sha256"] != settings_hash(settings):
+        raise UserError(f"{path}: was written by a run with other settings\n  give those of its run folder")
     return path
 
 
@@ -151,8 +191,7 @@ def _set_aside(folder: Path) -> None:
 
 def _set_aside_newer(folder: Path, chosen: Path) -> None:
     """After `--resume PATH` the run goes on from PATH; later checkpoints must not be resumed next time."""
-    newer = [p for p in checkpoints(folder) if p.name > chosen.name]
-    for path in newer:
+    for path in takewhile(lambda p: p.name != chosen.name, checkpoints(folder)):
         target = _free_name(path.with_name(f"not-resumed-{path.name}"))
         path.rename(target)
         print(f"{path} is newer than the checkpoint resumed and is now {target.name}")

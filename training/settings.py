@@ -207,7 +207,9 @@ class TrainingSettings(Strict):
     micro_batch_tokens: PositiveInt | None = Field(None, description="tokens a rank; default: no accumulation")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where its matmul is much faster")
     compile: bool = Field(True, description="compile the layers with torch.compile")
-    num_threads: PositiveInt | None = Field(None, description="CPU threads of a process; default: cores / processes")
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="CPU threads of a process; default: cores / processes"
+    )
     max_skipped_steps: PositiveInt = Field(10, description="steps in a row with a loss that is not finite, then stop")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="AdamW, moments of its own per objective")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="learning rate over the run")

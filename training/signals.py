@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 STOPPED = 75  # exit code: stopped by a signal after a checkpoint, run again to go on
+ECHO_SECONDS = 2.0  # a launcher in the same process group hands on the signal that its processes already have
 
 
 class TrainingFault(Exception):
@@ -17,13 +19,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.at = 0.0
+        self.launched = "TORCHELASTIC_RUN_ID" in os.environ
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
+            if self.launched and time.monotonic() - self.at < ECHO_SECONDS:
+                return
             os._exit(128 + number)
-        self.received = number
+        self.received, self.at = number, time.monotonic()
         name = signal.Signals(number).name
         print(f"\n{name}: finishing this step, then a checkpoint; again to leave at once", file=sys.stderr, flush=True)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import yaml
 
 Keys = tuple[str | int, ...]
+_UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")  # escapes can write them; no path and no terminal takes them
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,6 +27,9 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases are not read; use extends", mark)
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(None, None, f"remove the tag {event.tag}", mark)
+        if unspeakable := _UNSPEAKABLE.search(getattr(event, "value", "")):
+            what = f"text holds the character {unspeakable[0]!r}"
+            raise yaml.composer.ComposerError(None, None, what, mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:

@@ -1,10 +1,14 @@
-"""The same step, however it is cut: accumulated, at once, or over two processes."""
+"""The same step, however it is cut: accumulated, at once, or over two processes; and what happens when one dies."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.integration.tiny_run import metrics, run, write_config
+from tests.integration.template import Forked
+from tests.integration.tiny_run import metrics, run, start_as_a_user, start_ranks, wait_for_step, write_config
+from training.checkpoint import checkpoints
 
 
 def figures(folder: Path) -> list[float]:
@@ -31,10 +35,88 @@ def test_two_processes_equal_one(tmp_path: Path, at_once: list[float]) -> None:
     assert output.count("done: 5 steps") == 1
 
 
-def test_a_mistake_found_by_the_main_process_ends_both(tmp_path: Path) -> None:
-    run(write_config(tmp_path, max_steps=2))
-    output = run(tmp_path / "tiny.yaml", "training.optimizer.lr=0.5", processes=2, expect=1)
-    assert "holds a run with other settings" in output
+def test_two_processes_of_accelerate_launch_equal_one_and_end_together_on_a_mistake(
+    tmp_path: Path, at_once: list[float]
+) -> None:
+    config = write_config(tmp_path, max_steps=5)
+    process = start_as_a_user(config, processes=2)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert figures(tmp_path) == pytest.approx(at_once, rel=1e-3)
+    assert out.count("done: 5 steps") == 1
+    assert run(config, "training.optimizer.lr=0.5", processes=2, expect=2).count("with other settings") == 2
+
+
+# -- another number of processes --------------------------------------------------------------------------------------
+
+
+def test_one_process_then_two_then_one_see_the_same_batches_as_one_alone(tmp_path: Path) -> None:
+    alone, changing = tmp_path / "alone", tmp_path / "changing"
+    for folder in (alone, changing):
+        folder.mkdir()
+        write_config(folder, max_steps=9)
+    run(alone / "tiny.yaml")
+    config = changing / "tiny.yaml"
+    stopped_at = []
+    for processes, step in ((1, 2), (2, 5)):
+        stop_after_step(changing, step, start_ranks(config, processes=processes))
+        stopped_at.append(max(metrics(changing)))
+    assert f"at step {stopped_at[-1]}" in run(config)
+    assert stopped_at[0] < stopped_at[1] < 9
+    assert figures(changing) == pytest.approx(figures(alone), rel=1e-3)
+    rows = [metrics(f) for f in (alone, changing)]
+    for column in ("tokens", "distance", "lr"):
+        assert [r[column] for r in rows[0].values()] == [r[column] for r in rows[1].values()]
+
+
+def test_processes_that_cannot_share_a_step_equally_are_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=2)
+    run(config)
+    output = run(config, processes=3, expect=2)
+    assert "step-000002: was saved by 1 process; 3 would train on other batches" in output
+    assert "a step has 8 rows of text, which 3 can't share equally" in output
+    assert "start it with 1 process, or with a number that divides 8" in output
+    assert "Traceback" not in output
+
+
+def stop_after_step(folder: Path, step: int, processes: list[Forked]) -> None:
+    """SIGTERM to every process once `step` is logged; each must end with code 75."""
+    wait_for_step(folder, step, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 75, errors
+
+
+# -- one of two dies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_rank_dies_the_other_ends_within_a_minute_with_a_message(tmp_path: Path, victim: int) -> None:
+    config = write_config(tmp_path, max_steps=2000, save_every_steps=3)
+    processes = start_ranks(config, processes=2)
+    wait_for_step(tmp_path, 4, processes)
+    processes[victim].send_signal(signal.SIGKILL)
+    out, errors = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 1, out + errors
+    assert "fault: another process of this run has ended, so this one ends too" in errors
+    assert "the same command goes on from the last checkpoint" in errors
+    assert "Traceback" not in errors
+    processes[victim].communicate(timeout=60)
+    assert checkpoints(tmp_path / "run")
+
+
+def test_a_signal_to_launcher_and_ranks_alike_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
+    """As from a terminal or a batch system. The launcher hands it on, so that each rank gets it twice."""
+    config = write_config(tmp_path, max_steps=2000, save_every_steps=1000)
+    launcher = start_as_a_user(config, processes=2)
+    wait_for_step(tmp_path, 2, [launcher])
+    os.killpg(launcher.pid, signal.SIGTERM)
+    out, errors = launcher.communicate(timeout=60)
+    assert errors.count("SIGTERM: finishing this step, then a checkpoint") == 2
+    assert out.count("stopped at step") == 1
+    assert len(checkpoints(tmp_path / "run")) == 1
 
 
 def test_two_processes_that_share_out_muon_equal_one(tmp_path: Path) -> None:

@@ -7,21 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.tiny_run import losses, metrics, run, start, write_config
-
-
-def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signals) -> int:
-    """Start a run, send it `number` once `step` is logged; returns its exit code."""
-    process = start(config)
-    log = folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    process.communicate(timeout=120)
-    return process.returncode
+from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +42,34 @@ def test_a_signal_checkpoints_exits_75_and_the_next_start_goes_on(
     assert (tmp_path / f"run/checkpoints/step-{stopped_at:06d}/manifest.json").is_file()
     assert f"at step {stopped_at}" in run(config)
     assert losses(tmp_path) == uninterrupted["losses"]
+
+
+def test_a_signal_before_the_first_step_saves_that_the_run_has_begun(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, max_steps=40)
+    process = start(config)
+    while process.poll() is None and not (tmp_path / "run/settings.yaml").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "stopped at step 0" in out
+    assert "step-000000 at step 0" in run(config)
+    assert losses(tmp_path) == uninterrupted["losses"]
+
+
+def test_a_checkpoint_of_another_run_is_gone_on_from_when_settings_agree_and_refused_when_not(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    other = uninterrupted["folder"]
+    before = [p.name for p in (other / "run/checkpoints").iterdir()]
+    checkpoint = str(other / "run/checkpoints/step-000039")
+    arguments = (other / "tiny.yaml", f"run_dir={tmp_path}/run", "--resume", checkpoint)
+    assert "model.hidden_size: 32 there, 64 now" in run(*arguments, "model.hidden_size=64", expect=2)
+    assert "at step 39" in run(*arguments, "--resume", checkpoint)
+    assert losses(tmp_path) == {40: uninterrupted["losses"][40]}
+    assert [p.name for p in (other / "run/checkpoints").iterdir()] == before
 
 
 def test_flipped_bit_in_the_newest_checkpoint_is_said_aloud_and_the_older_used(

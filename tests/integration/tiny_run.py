@@ -1,15 +1,20 @@
-"""A run so small that it trains in seconds, started as a user would: `train.py` in a process of its own."""
+"""A run so small that it trains in seconds: `train.py` in a process of its own."""
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration.template import ROOT, Forked
+
 SENTENCE = "the sea was calm and a ship came slowly over the long grey water while birds cried above its masts"
 WORDS = SENTENCE.split()
 
@@ -63,7 +68,12 @@ def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, "-m", *launch, "--num_processes", str(processes), *program]
 
 
-def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+def start(config: Path, *arguments: str, **options: Any) -> Forked:
+    return Forked(["train.py", str(config), *arguments], **options)
+
+
+def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    """`python train.py`, or `accelerate launch` with `processes=2`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command(*arguments, **options),
@@ -72,15 +82,51 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
-def run(*arguments: Any, expect: int = 0, **options: Any) -> str:
-    """Both streams of a finished run; its exit code is checked."""
-    process = start(*arguments, **options)
-    out, errors = process.communicate(timeout=180)
-    assert process.returncode == expect, f"exit code {process.returncode}, not {expect}\n{out}\n{errors}"
-    return out + errors
+def start_ranks(config: Path, *arguments: str, processes: int) -> list[Forked]:
+    """What a launcher does: one process a rank, with the same address in their environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [
+        start(config, *arguments, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+
+
+def run(*arguments: Any, expect: int = 0, processes: int = 1, **options: Any) -> str:
+    """Both streams of a finished run, of all its processes one after another; the exit code of each is checked."""
+    started = [start(*arguments, **options)] if processes == 1 else start_ranks(*arguments, processes=processes)
+    texts = []
+    for process in started:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == expect, f"exit code {process.returncode}, not {expect}\n{out}\n{errors}"
+        texts.append(out + errors)
+    return "".join(texts)
+
+
+def wait_for_step(folder: Path, step: int, processes: Sequence[Forked | subprocess.Popen[str]]) -> None:
+    """Until `step` is logged, or a process has ended."""
+    log = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
+            return
+        time.sleep(0.005)
+
+
+def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signals) -> int:
+    """Start a run, send it `number` once `step` is logged; returns its exit code."""
+    process = start(config)
+    wait_for_step(folder, step, [process])
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    assert process.returncode is not None
+    return process.returncode
 
 
 def metrics(folder: Path, kind: str = "train") -> dict[int, dict[str, Any]]:

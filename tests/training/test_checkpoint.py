@@ -1,8 +1,12 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from model.errors import UserError
 from training.checkpoint import checkpoints, load_state, newest_valid, problem_with, prune, save_checkpoint
@@ -11,6 +15,14 @@ from training.checkpoint import checkpoints, load_state, newest_valid, problem_w
 def write_hf(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
+
+
+FILES = ["hf/config.json", "hf/model.safetensors", "trainer.safetensors", "state.json", "manifest.json"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("run"), 1)
 
 
 def save(run: Path, step: int) -> Path:
@@ -49,6 +61,25 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     assert problem_with(path) == "hf/model.safetensors has another sha256 than when it was written"
 
 
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_is_found_or_changes_nothing(checkpoint: Path, data: st.DataObject) -> None:
+    """Nothing: white space of the manifest, its step, which the folder's name has too, or a name nobody reads."""
+    file = checkpoint / data.draw(st.sampled_from(FILES))
+    before = file.read_bytes()
+    at, bit = data.draw(st.integers(0, len(before) - 1)), data.draw(st.integers(0, 7))
+    changed = bytearray(before)
+    changed[at] ^= 1 << bit
+    try:
+        file.write_bytes(changed)
+        problem = problem_with(checkpoint)
+        if problem is None:
+            assert file.name == "manifest.json"
+            assert json.loads(changed)["files"] == json.loads(before)["files"]
+    finally:
+        file.write_bytes(before)
+
+
 def test_missing_file_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     (path / "hf/config.json").unlink()
@@ -84,6 +115,33 @@ def test_failed_write_keeps_the_old_ones_and_says_what_to_do(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"step 2 could not be written(.|\n)*make room"):
         save_checkpoint(tmp_path, 2, {}, {}, full_disk)
     assert newest_valid(tmp_path) == kept
+
+
+def test_file_that_may_not_grow_keeps_the_old_ones_and_says_what_to_do(tmp_path: Path) -> None:
+    """A real refusal of the system, where no small disk can be mounted."""
+    kept = save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128, hard))
+    try:
+        with pytest.raises(UserError, match=r"step 2 could not be written: (.|\n)*earlier checkpoints are untouched"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest_valid(tmp_path) == kept
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_tensors_that_find_no_room_keep_the_old_ones_and_say_what_to_do(tmp_path: Path) -> None:
+    """safetensors reports what the system refuses as an error of its own."""
+    kept = save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"step 2 could not be written: Error while serializing(.|\n)*make room"):
+        save_checkpoint(tmp_path, 2, {}, {"moment": torch.zeros(3)}, lambda hf: take_name(hf.parent))
+    assert newest_valid(tmp_path) == kept
+
+
+def take_name(folder: Path) -> None:
+    """A folder where the tensors' file should be."""
+    (folder / "trainer.safetensors").mkdir()
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:

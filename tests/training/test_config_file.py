@@ -149,6 +149,7 @@ training: {max_steps: many, lr: 3e-4, optimizer: {lr: 0}, schedule: {kind: cosin
             "model.sliding_window = 0  (override model.sliding_window=0)\n    expected at least 1",
         ),
         ("model.sliding_window=-4", "expected at least 1"),
+        ("training.num_threads=2147483648", "expected at most 1024"),
         ("model.sliding_window=1_000", "expected a whole number; write it as 1000"),
         ("training.optimizer.lr='3e-4'", "expected a number; it is quoted: write 3e-4 without quotes"),
         ("training.optimizer.lr=.nan", "expected a finite number"),
@@ -180,6 +181,7 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
             "model.num_key_value_heads = 3  (override model.num_key_value_heads=3)\n"
             "    model.num_attention_heads = 4 is not a multiple of it; use 2 for example",
         ),
+        (["model.num_key_value_heads=2147483648"], "model.num_attention_heads = 4 is not a multiple of it; use 4 for"),
         (
             ["model.hidden_size=30"],
             "not a multiple of model.num_attention_heads = 4; change one of them, or give model.head_dim",
@@ -255,6 +257,8 @@ def test_a_circle_of_extends_is_refused_with_its_chain(tmp_path: Path) -> None:
         ("extends: 3\n", "extends = 3\n  expected a file name or a list of them"),
         ("[" * 5000, "nested too deeply"),
         ("name: a\0b\n", "special characters are not allowed"),
+        ('name: a\nrun_dir: "\\0"\n', r"run.yaml:2: text holds the character '\x00'"),
+        ('"\\ud800": 3\n', r"run.yaml:1: text holds the character '\ud800'"),
     ],
 )
 def test_text_that_is_not_settings_is_refused(tmp_path: Path, text: str, expected: str) -> None:

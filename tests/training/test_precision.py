@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -19,3 +21,12 @@ def test_bf16_is_chosen_where_its_matmul_is_clearly_faster(fp32: float, bf16: fl
 
 def test_measured_rate_is_plausible() -> None:
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, size=256, seconds=0.02) < 1e14
+
+
+def test_measuring_takes_no_longer_where_the_matmul_is_slow() -> None:
+    """float16 and bfloat16 have no fast kernel on many CPUs: one matmul of 1,024 rows takes seconds there."""
+    cpu = torch.device("cpu")
+    slow = min((torch.float16, torch.bfloat16), key=lambda dtype: matmul_rate(cpu, dtype, seconds=0.02))
+    began = time.process_time()
+    assert matmul_rate(cpu, slow, seconds=0.02) > 1e6
+    assert time.process_time() - began < 1.0

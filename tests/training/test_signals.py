@@ -1,9 +1,12 @@
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from training.signals import ECHO_SECONDS
 
 PROGRAM = """
 import sys, time
@@ -16,8 +19,9 @@ sys.exit(STOPPED)
 """
 
 
-def start(kind: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, kind], stdout=-1, stderr=-1, text=True)
+def start(kind: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, kind]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=os.environ | environment)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -40,3 +44,15 @@ def test_second_signal_leaves_at_once() -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_launcher_s_echo_of_the_first_signal_is_no_second_one() -> None:
+    process = start("deaf", TORCHELASTIC_RUN_ID="some")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(ECHO_SECONDS)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM

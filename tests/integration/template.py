@@ -1,0 +1,130 @@
+"""Cheap starts of `train.py`: a template process imports everything once, then every run is a fork of it.
+
+A start spends seconds on imports before its first own line. A fork has them done and is otherwise a process like any
+other: its own session, its own signal handlers, its own files, and it can be killed.
+"""
+
+import atexit
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = """
+import gc, json, os, signal, sys
+import train
+from model.errors import cli
+
+def run(argv, streams, environment, absent):
+    os.setsid()
+    os.environ.update(environment)
+    sys.modules.update(dict.fromkeys(absent))  # `import` fails
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = argv
+    code = 1
+    try:
+        code = cli(train.main)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+gc.collect()
+gc.freeze()  # a fork need not look through what it did not make
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for line in sys.stdin:
+    request = json.loads(line)
+    if "argv" in request:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            run(request["argv"], request["streams"], request["environment"], request["absent"])
+        print(json.dumps(pid), flush=True)
+    else:
+        pid, status = os.waitpid(request["pid"], request["options"])
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+"""
+
+
+class Forked:
+    """A run; the part of `subprocess.Popen` that tests use. It leads a process group of its own.
+
+    `environment` comes on top of ours; packages that are `absent` can't be imported.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        log: Path | None = None,
+        environment: dict[str, str] | None = None,
+        absent: tuple[str, ...] = (),
+    ):
+        self.streams = [log or Path(_new_file(suffix)) for suffix in ("-out", "-errors")]
+        self.returncode: int | None = None
+        request = {"argv": argv, "streams": [str(s) for s in self.streams]}
+        self.pid: int = _ask(request | {"environment": environment or {}, "absent": absent})
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask({"pid": self.pid, "options": os.WNOHANG})
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise subprocess.TimeoutExpired("train.py", timeout, *(s.read_text() for s in self.streams))
+            time.sleep(0.01)
+        out, errors = (s.read_text() for s in self.streams)
+        return out, errors
+
+
+_servers: list[subprocess.Popen[str]] = []
+
+
+def _new_file(suffix: str) -> Path:
+    descriptor, path = tempfile.mkstemp(suffix, dir=_server_folder())
+    os.close(descriptor)
+    return Path(path)
+
+
+@cache
+def _server_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="runs-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+def _ask(request: object) -> int:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+def _server() -> subprocess.Popen[str]:
+    if not _servers:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SERVER]
+        _servers.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        )
+        atexit.register(_servers[0].kill)
+    return _servers[0]

@@ -1,0 +1,213 @@
+"""What goes wrong under a run: killed in mid-write, no room, a batch that gives NaN, other text, a tracker failing."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from data.tokenizer import load_tokenizer
+from tests.integration.template import ROOT
+from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config
+from training.checkpoint import checkpoints, problem_with
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run(write_config(folder, max_steps=STEPS))
+    return folder
+
+
+def test_killed_while_a_checkpoint_is_written_the_run_goes_on_from_the_one_before(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    config = write_config(tmp_path, max_steps=STEPS)
+    folder = tmp_path / "run/checkpoints"
+    for _ in range(20):  # it may be finished between our look and our shot
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        process = start(config)
+        while process.poll() is None and not list(folder.glob(".writing-step-000006*")):
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        if list(folder.glob(".writing-step-000006*")):
+            break
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000003"]
+    assert "step-000003 at step 3" in run(config)
+    assert losses(tmp_path) == losses(uninterrupted)
+    assert not list(folder.glob(".*"))
+
+
+# -- no room ----------------------------------------------------------------------------------------------------------
+
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=$1 tmpfs "$2"
+set +e
+shift; disk=$1; out=$2; shift 2
+"$@"
+code=$?
+cp -a "$disk" "$out"
+exit $code
+"""
+
+
+def run_on_small_disk(config: Path, disk: Path, size: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """A run on a tmpfs of `size` that only it and its shell can see; what it left is copied to `out`."""
+    train = [sys.executable, "train.py", str(config), f"run_dir={disk}/run"]
+    return subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, "sh", size, str(disk), str(out), *train],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def can_mount() -> bool:
+    trial = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /tmp"]
+    return shutil.which("unshare") is not None and subprocess.run(trial, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="this machine lets no user mount a tmpfs in a namespace of its own")
+def test_full_disk_keeps_the_old_checkpoint_and_says_what_to_do(tmp_path: Path, uninterrupted: Path) -> None:
+    config, disk, out = write_config(tmp_path, max_steps=STEPS), tmp_path / "disk", tmp_path / "left"
+    disk.mkdir()
+    size = sum(p.stat().st_size for p in (uninterrupted / "run/checkpoints/step-000006").rglob("*") if p.is_file())
+    done = run_on_small_disk(config, disk, f"{int(1.9 * size) // 1024}k", out)
+    assert done.returncode == 2, done.stderr
+    assert "the checkpoint of step 6 could not be written" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "earlier checkpoints are untouched; make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (out / "run/checkpoints").iterdir()] == ["step-000003"]
+    assert problem_with(out / "run/checkpoints/step-000003") is None
+
+    shutil.move(out / "run", tmp_path / "run")
+    assert "at step 3" in run(config, f"run_dir={tmp_path}/run")
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+# -- batches that give NaN --------------------------------------------------------------------------------------------
+
+MARK = "\u20ac"  # in a few sentences of the text; the tokenizer writes it as three bytes that are nowhere else
+
+
+def poison(checkpoint: Path, token: int) -> None:
+    """Make a token's embedding NaN, and the manifest true again."""
+    weights = checkpoint / "hf/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    data = weights.read_bytes()
+    manifest["files"]["hf/model.safetensors"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def mark_text(file: Path) -> None:
+    sentences = file.read_text().split("\n")
+    for i in range(100, 3000, 400):
+        sentences[i] += MARK
+    file.write_text("\n".join(sentences))
+
+
+def test_a_batch_that_gives_nan_is_skipped_counted_and_kept_and_the_run_goes_on(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=40)
+    mark_text(tmp_path / "train.txt")
+    assert kill_after_step(tmp_path, config, 3, signal.SIGTERM) == 75
+    token = load_tokenizer(tmp_path / "run/tokenizer").get_vocab()["<0xE2>"]
+    poison(checkpoints(tmp_path / "run")[0], token)
+
+    output = run(config)
+    skipped = sorted(metrics(tmp_path, "skipped"))
+    assert 0 < len(skipped) < 30
+    assert f"{len(skipped)} skipped" in output
+    assert all(f"step {step} skipped: loss or gradient of" in output for step in skipped)
+    kept = sorted((tmp_path / "run/skipped").glob("*.safetensors"))
+    assert {int(path.name.split("-")[1]) for path in kept} == set(skipped)
+    for path in kept:
+        assert (load_file(path)["micro-0/input_ids"] == token).any()
+        facts = json.loads(path.with_suffix(".json").read_text())
+        assert "nan" in facts["measured"].values()
+        assert any(MARK in row for row in facts["text"])
+    unharmed = [row for step, row in metrics(tmp_path).items() if step not in skipped]
+    assert all(row["loss_text"] is not None and row["grad_norm_text"] is not None for row in unharmed)
+
+
+def test_too_many_in_a_row_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+    overflowing = write_config(tmp_path, max_steps=12, max_skipped_steps=4, optimizer={"lr": 1e30})
+    output = run(overflowing, expect=1)
+    assert "fault: 4 steps in a row had a loss or gradient that is not finite (training.max_skipped_steps)" in output
+    assert "their batches are in the run folder's skipped/" in output
+    assert "Traceback" not in output
+    assert list((tmp_path / "run/skipped").glob("*.json"))
+
+
+# -- other text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_text_that_changed_under_a_run_is_refused(tmp_path: Path, split: str) -> None:
+    config = write_config(tmp_path, max_steps=2)
+    run(config)
+    text = tmp_path / f"{split}.txt"
+    before = text.read_text()
+    text.write_text(before.replace("ship", "boat", 1))
+    output = run(config, expect=2)
+    assert "the text under this run has changed since it began" in output
+    assert f"  {split}: sha256 " in output
+    assert "--resume never" in output
+    text.write_text(before)
+    assert "resumed" in run(config)
+
+
+# -- wandb ------------------------------------------------------------------------------------------------------------
+
+
+def test_wandb_is_offline_by_default_and_gets_the_columns(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=2)
+    config.write_text(config.read_text().replace("wandb_mode: disabled", "wandb_project: tiny"))
+    run(config)
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def test_wandb_that_is_absent_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
+    output = run(write_config(tmp_path, max_steps=2), "tracking.wandb_mode=offline", absent=("wandb",))
+    assert output.count("wandb is not available") == 1
+    assert "done: 2 steps" in output
+
+
+def test_wandb_that_cannot_start_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
+    """Online, without a key and with nobody at the keyboard."""
+    environment = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    output = run(write_config(tmp_path, max_steps=2), "tracking.wandb_mode=online", environment=environment)
+    assert output.count("wandb is not available") == 1
+    assert "done: 2 steps" in output
+
+
+def test_wandb_whose_service_dies_is_said_once_and_training_goes_on(tmp_path: Path, uninterrupted: Path) -> None:
+    process = start(write_config(tmp_path, max_steps=STEPS), "tracking.wandb_mode=offline")
+    log = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 2, "kind": "train"' in log.read_text()):
+        time.sleep(0.005)
+    services = [pid for pid in children(process.pid) if b"wandb" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert services
+    for pid in services:
+        os.kill(pid, signal.SIGKILL)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert (out + errors).count("wandb failed") == 1
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
