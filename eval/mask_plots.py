@@ -26,8 +26,8 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from eval import plots
 from eval.cliff import cliff_length
+from eval.plots import INK, MUTED, STYLE, save
 from model import windows
 from model.errors import UserError, cli
 from model.windows import LayerSpec
@@ -41,9 +41,9 @@ BoolArray = NDArray[np.bool_]
 
 def write(specs: Sequence[LayerSpec], out: Path) -> None:
     """mask.png, layers.png and cone.png into the folder `out`."""
-    plots.save(sentence_figure(), out / "mask.png")
-    plots.save(layers_figure(specs), out / "layers.png")
-    plots.save(cone_figure(specs), out / "cone.png")
+    save(sentence_figure(), out / "mask.png")
+    save(layers_figure(specs), out / "layers.png")
+    save(cone_figure(specs), out / "cone.png")
 
 
 def mask(spec: LayerSpec, length: int) -> BoolArray:
@@ -102,7 +102,7 @@ def sentence_figure(sentence: str = SENTENCE, window: int = SENTENCE_WINDOW, nar
         ("Vanilla: all earlier tokens", LayerSpec("full")),
         (f"Sliding window, W = {window}", LayerSpec("sliding", window)),
     )
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 8.4) if narrow else (9.0, 4.6), layout="constrained")
         axes = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
         for ax, (title, spec) in zip(axes, panels, strict=True):
@@ -117,12 +117,12 @@ def _draw_words(ax: Axes, seen: BoolArray, words: list[str]) -> None:
     for row in range(n):  # row by row and cell by cell: each is a square of its own here
         for column in range(n):
             _cells(ax, _only(n, row, column), SEEN if seen[row, column] else "white", gap=0.03)
-            mark, color = ("1", "white") if seen[row, column] else ("0", plots.MUTED)
+            mark, color = ("1", "white") if seen[row, column] else ("0", MUTED)
             ax.text(column + 0.5, row + 0.52, mark, ha="center", va="center", color=color, fontsize=13)
     centres = np.arange(n) + 0.5
     ax.set_xticks(centres, words)
     ax.set_yticks(centres, words)
-    ax.tick_params(labelsize=11, labelcolor=plots.INK, labeltop=True, labelbottom=False)
+    ax.tick_params(labelsize=11, labelcolor=INK, labeltop=True, labelbottom=False)
     ax.set_xlabel("key: the token looked at")
     ax.set_ylabel("query: the token that looks")
 
@@ -167,7 +167,7 @@ def layers_figure(specs: Sequence[LayerSpec], narrow: bool = False) -> Figure:
     kinds = kinds_of(specs)
     columns = min(len(kinds), 2 if narrow else 4)
     rows = -(-len(kinds) // columns)
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         size = 2.2 if narrow else max(2.4, 4.4 / columns)
         figure = Figure(figsize=(max(4.4, size * columns), size * rows + 0.8 * rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -203,7 +203,7 @@ def cone_figure(specs: Sequence[LayerSpec], narrow: bool = False) -> Figure:
         by *= 2
     length = _cone_length(drawn)
     seen = windows.cone(drawn, length).numpy()
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 4.2) if narrow else (9.0, 4.6), layout="constrained")
         ax = figure.subplots()
         _draw_cone(ax, drawn, seen)
@@ -233,7 +233,7 @@ def _draw_cone(ax: Axes, specs: Sequence[LayerSpec], seen: BoolArray) -> None:
         rows = np.array([index == i for index in of_row])
         _cells(ax, seen & rows[:, None], color, left=-length + 0.5)
         ax.scatter([], [], marker="s", color=[color], label=f"through {title_of(kind)}")
-    _cells(ax, seen & (np.arange(depth) == 0)[:, None], plots.INK, left=-length + 0.5)
+    _cells(ax, seen & (np.arange(depth) == 0)[:, None], INK, left=-length + 0.5)
     if len(kinds) > 1:
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.14, 0.97), facecolor="white", frameon=True)
     ax.set_xlim(-length - 0.5, max(2.0, length / 100))
@@ -257,7 +257,7 @@ def _mark_cone(ax: Axes, specs: Sequence[LayerSpec], narrow: bool) -> None:
     side = "left" if 3 * far > product else "right"  # where there is room
     marks = ((far, f"R = {far:,}{others}", side, "-"), (product, f"W·k = {product:,}", "right", "--"))
     for x, label, side, line in marks:
-        ax.axvline(-x, color=plots.INK, lw=1.1, ls=line)
+        ax.axvline(-x, color=INK, lw=1.1, ls=line)
         ax.annotate(
             label,
             (-x, 1.0),

@@ -124,9 +124,10 @@ def one_layer_back(spec: LayerSpec, reached: Tensor, rows: int = 1024) -> Tensor
 
     The mask is built for `rows` queries at a time, and only over keys that their ring and the global tokens hold.
     """
-    positions = torch.arange(len(reached))
-    sources = reached.clone()
-    for queries in positions[reached].split(rows):
+    positions, sources = torch.arange(len(reached)), reached.clone()
+    looking = positions[reached]
+    for start in range(0, len(looking), rows):
+        queries = looking[start : start + rows]
         first = 0 if spec.ring_slots is None else max(0, int(queries[0]) - spec.ring_slots + 1)
         keys = torch.cat((positions[: min(first, spec.global_tokens)], positions[first : int(queries[-1]) + 1]))
         sources[keys] |= visible(spec, queries[:, None], keys).any(0)
