@@ -294,9 +294,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     out = Path(args.out)
-    if not out.is_dir():
-        raise UserError(f"--out {args.out!r} is no folder; make it first")
-    write(specs_of_config(args.config), out)
+    specs = specs_of_config(args.config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out!r} can't be made ({error.strerror}); name a folder you may write") from error
+    write(specs, out)
     print(f"Written: {', '.join(str(out / name) for name in ('mask.png', 'layers.png', 'cone.png'))}")
 
 
