@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -36,6 +37,7 @@ SENTENCE, SENTENCE_WINDOW = "The cat sat on the", 3
 SEEN, UNSEEN = "#12355b", "#eef1f5"
 WIDEST_MASK = 24  # tokens that a window spans in a panel; a wider one is drawn to scale
 LONGEST_CONE = 8192  # tokens
+TITLE_WIDTH = 24  # characters over a panel
 BoolArray = NDArray[np.bool_]
 
 
@@ -184,8 +186,8 @@ def _draw_kind(ax: Axes, spec: LayerSpec, count: str, color: Any) -> None:
     length = 2 * max(drawn.ring_slots or 8, drawn.global_tokens) + 4
     _square(ax, length)
     _cells(ax, mask(drawn, length), color)
-    note = "" if drawn == spec else f"\ndrawn as {title_of(drawn).removeprefix(f'{spec.kind}, ')}"
-    ax.set_title(f"{title_of(spec)}{note}\n{count}", fontsize=9)
+    lines = [title_of(spec), f"drawn as {title_of(drawn).removeprefix(f'{spec.kind}, ')}" * (drawn != spec), count]
+    ax.set_title("\n".join(fill(line, TITLE_WIDTH) for line in lines if line), fontsize=9)
     ax.set_xlabel("key", fontsize=8.5)
     ax.set_ylabel("query", fontsize=8.5)
     ax.tick_params(labelsize=8)
@@ -207,6 +209,8 @@ def cone_figure(specs: Sequence[LayerSpec], narrow: bool = False) -> Figure:
         figure = Figure(figsize=(4.4, 4.2) if narrow else (9.0, 4.6), layout="constrained")
         ax = figure.subplots()
         _draw_cone(ax, drawn, seen)
+        if len(ax.get_legend_handles_labels()[0]) > 1:
+            figure.legend(fontsize=8, loc="outside lower center", ncols=1 if narrow else 3)
         _mark_cone(ax, drawn, narrow)
         note = "" if by == 1 else f", every window divided by {by:,}{_real_reach(specs)}"
         ax.set_title(f"What the last token sees, layer by layer{note}", pad=22, fontsize=9.5 if narrow else 11)
@@ -234,8 +238,6 @@ def _draw_cone(ax: Axes, specs: Sequence[LayerSpec], seen: BoolArray) -> None:
         _cells(ax, seen & rows[:, None], color, left=-length + 0.5)
         ax.scatter([], [], marker="s", color=[color], label=f"through {title_of(kind)}")
     _cells(ax, seen & (np.arange(depth) == 0)[:, None], INK, left=-length + 0.5)
-    if len(kinds) > 1:
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.14, 0.97), facecolor="white", frameon=True)
     ax.set_xlim(-length - 0.5, max(2.0, length / 100))
     ax.set_ylim(depth, 0)
     ax.set_facecolor(UNSEEN)
