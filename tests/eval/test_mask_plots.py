@@ -66,7 +66,8 @@ def test_each_kind_of_layer_has_its_mask(stack: str) -> None:
         length = int(ax.get_xlim()[1])
         assert length > 2 * (spec.ring_slots or 0)
         assert filled(ax, 0, length, length) == mask_plots.mask(spec, length).tolist()
-        assert ax.get_title(loc="left") == f"{mask_plots.title_of(spec)}\n{count} of {len(specs)} layers"
+        title = " ".join(ax.get_title(loc="left").split())
+        assert title == f"{mask_plots.title_of(spec)} {count} of {len(specs)} layers"
 
 
 def test_marks_say_the_reach_and_the_headline_figure() -> None:
