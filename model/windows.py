@@ -18,7 +18,7 @@ Positions are those inside a document, so that a document packed behind another 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import Tensor
 from model.errors import UserError
 
 KINDS = ("sliding", "full", "chunked", "dilated")
+MOST_PLACES = 1 << 21  # followed through chunked layers: about two seconds
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,39 @@ def reachable(specs: Sequence[LayerSpec], length: int) -> Tensor:
         >>> reachable([LayerSpec("sliding", 3)] * 2, 7).int().tolist()
         [1, 1, 1, 1, 1, 0, 0]
     """
-    positions = torch.arange(length)
+    return cone(specs, length)[-1].flip(0)
+
+
+def cone(specs: Sequence[LayerSpec], length: int) -> Tensor:
+    """Which positions the last of `length` tokens sees through its top 0, 1, …, k layers, by boolean reachability.
+
+    Returns bool (k + 1, length), by position: row 0 is the query alone, row k what reaches it from the input.
+
+        >>> cone([LayerSpec("sliding", 3), LayerSpec("chunked", 4)], 7).int()
+        tensor([[0, 0, 0, 0, 0, 0, 1],
+                [0, 0, 0, 0, 1, 1, 1],
+                [0, 0, 1, 1, 1, 1, 1]], dtype=torch.int32)
+    """
     reached = torch.zeros(length, dtype=torch.bool)
     reached[-1] = True
+    rows = [reached]
     for spec in reversed(specs):
-        reached = _one_layer_back(spec, reached, positions)
-    return reached.flip(0)
+        rows.append(one_layer_back(spec, rows[-1]))
+    return torch.stack(rows)
 
 
-def _one_layer_back(spec: LayerSpec, reached: Tensor, positions: Tensor, rows: int = 1024) -> Tensor:
-    """Positions that the `reached` ones see through one layer; the mask is built for `rows` queries at a time."""
-    sources = reached.clone()
-    for queries in positions[reached].split(rows):
-        sources |= visible(spec, queries[:, None], positions[None, :]).any(0)
+def one_layer_back(spec: LayerSpec, reached: Tensor, rows: int = 1024) -> Tensor:
+    """Positions (length,) that the `reached` ones see through one layer, themselves included.
+
+    The mask is built for `rows` queries at a time, and only over keys that their ring and the global tokens hold.
+    """
+    positions, sources = torch.arange(len(reached)), reached.clone()
+    looking = positions[reached]
+    for start in range(0, len(looking), rows):
+        queries = looking[start : start + rows]
+        first = 0 if spec.ring_slots is None else max(0, int(queries[0]) - spec.ring_slots + 1)
+        keys = torch.cat((positions[: min(first, spec.global_tokens)], positions[first : int(queries[-1]) + 1]))
+        sources[keys] |= visible(spec, queries[:, None], keys).any(0)
     return sources
 
 
@@ -124,6 +145,8 @@ def reach(specs: Sequence[LayerSpec]) -> int | None:
         3
         >>> reach([LayerSpec("sliding", 4), LayerSpec("full")]) is None
         True
+
+    Raises UserError for chunked windows so unlike that it can't be worked out in `MOST_PLACES` steps.
     """
     if any(spec.kind == "full" or spec.global_tokens for spec in specs):
         return None
@@ -132,35 +155,89 @@ def reach(specs: Sequence[LayerSpec]) -> int | None:
     return sum(_hop(spec) for spec in specs)
 
 
+def reach_of_other_tokens(specs: Sequence[LayerSpec]) -> int | None:
+    """The reach for all tokens but the global ones, which every later token sees; None with a full layer.
+
+    Nothing goes through a global token: it sees only what stands before it, which is global too.
+
+        >>> reach_of_other_tokens([LayerSpec("sliding", 4, global_tokens=2)] * 3)
+        9
+    """
+    return reach([replace(spec, global_tokens=0) for spec in specs])
+
+
 def _hop(spec: LayerSpec) -> int:
     """Farthest distance that one sliding or dilated layer spans."""
     assert spec.window is not None
     return (spec.window - 1) * spec.dilation
 
 
-def _reach_with_chunks(specs: Sequence[LayerSpec]) -> int:
-    """Reach of a stack with chunked layers: the largest over all offsets of the query to the block borders.
+def farthest_source(specs: Sequence[LayerSpec], position: int) -> int:
+    """The leftmost token that can influence the query at `position` of an endless sequence (bounded stacks only).
 
-    The farthest source is found greedily, layer by layer from the top: a query that stands further left
-    never sees further right, so the leftmost position of each layer leads to the leftmost source.
+    Found greedily, layer by layer from the top: a query that stands further left never sees further right, so the
+    leftmost position of each layer leads to the leftmost source. What is below 0 lies before the sequence.
+
+        >>> farthest_source([LayerSpec("sliding", 3), LayerSpec("chunked", 4)], 6)
+        2
     """
-    period = math.lcm(*(spec.window or 1 for spec in specs if spec.kind == "chunked"))
-    base = period * (2 + sum(_hop(spec) for spec in specs) // period)
-    return max(offset - _farthest(specs, offset) for offset in range(base, base + period))
-
-
-def _farthest(specs: Sequence[LayerSpec], position: int) -> int:
     for spec in reversed(specs):
         assert spec.window is not None
-        if spec.kind == "chunked":
-            position -= position % spec.window
-        else:
-            position -= _hop(spec)
+        position -= position % spec.window if spec.kind == "chunked" else _hop(spec)
     return position
 
 
+def _reach_with_chunks(specs: Sequence[LayerSpec]) -> int:
+    """Reach of a stack with chunked layers: the largest over all places of the query between the block borders.
+
+    Instead of trying every place in a period (the lcm of the windows), places are told apart only as far as the
+    layers still to come can: `back` maps the position modulo `modulus` to the most tokens back from the query. Of
+    places that a window told apart and no later one can, the farthest back is kept.
+
+    Windows that divide each other leave one place, two prime ones that alternate as many as the larger window.
+    """
+    layers = list(reversed(specs))
+    chunks = [spec.window if spec.kind == "chunked" and spec.window else 1 for spec in layers]
+    back, modulus, steps = {0: 0}, 1, 0
+    for i, spec in enumerate(layers):
+        period = math.lcm(modulus, chunks[i])
+        steps += len(back) * (period // modulus)
+        if steps > MOST_PLACES:
+            raise UserError(
+                f"the reach of chunked windows {sorted({*chunks} - {1})} depends on more places between their borders "
+                "than can be tried; choose windows that divide each other"
+            )
+        below = math.gcd(math.lcm(*chunks[: i + 1]), math.lcm(*chunks[i + 1 :]))
+        back, modulus = _chunk_back(spec, back, modulus, below), below
+    return max(back.values())
+
+
+def _chunk_back(spec: LayerSpec, back: dict[int, int], modulus: int, below: int) -> dict[int, int]:
+    """`back` one layer further down: places modulo `below` instead of `modulus`.
+
+    A chunked layer asks for the position modulo its window too: every one that agrees with the place is followed.
+    """
+    period = math.lcm(modulus, spec.window or 1) if spec.kind == "chunked" else modulus
+    moved: dict[int, int] = {}
+    for place, far in back.items():
+        for lifted in range(place, period, modulus):
+            source = farthest_source([spec], lifted)
+            moved[source % below] = max(moved.get(source % below, 0), far + lifted - source)
+    return moved
+
+
 def window_times_layers(specs: Sequence[LayerSpec]) -> int | None:
-    """The headline figure: the sum of all windows (W * k for equal layers); None with a full layer."""
+    """The headline figure: the sum of all windows (W * k for equal layers); None with a full layer.
+
+    A dilated layer counts W * dilation, as in Longformer's "layers x dilation x window". The figure adds windows up
+    whether they overlap or not, so it always exceeds the reach: by k for sliding layers, by far for chunked ones,
+    which is the point of that contrast. Global tokens don't count.
+
+        >>> window_times_layers([LayerSpec("sliding", 4096)] * 32)
+        131072
+        >>> window_times_layers([LayerSpec("chunked", 16)] * 32), reach([LayerSpec("chunked", 16)] * 32)
+        (512, 15)
+    """
     if any(spec.window is None for spec in specs):
         return None
     return sum(spec.ring_slots or 0 for spec in specs)

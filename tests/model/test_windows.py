@@ -1,6 +1,7 @@
 """What a layer sees, and how far a stack reaches, against definitions written out in loops."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -8,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
-from model.windows import LayerSpec, keys_per_query, reach, reachable, visible, window_times_layers
+from model.windows import (
+    LayerSpec,
+    cone,
+    farthest_source,
+    keys_per_query,
+    one_layer_back,
+    reach,
+    reach_of_other_tokens,
+    reachable,
+    visible,
+    window_times_layers,
+)
 
 
 def sees(spec: LayerSpec, i: int, j: int) -> bool:
@@ -91,6 +103,104 @@ def test_closed_form_of_reach_is_the_farthest_boolean_path_of_any_query(specs: l
     assert reach(specs) == int(distances[paths].max())
 
 
+@settings(deadline=None)
+@given(layers(max_window=5), st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 9))
+def test_one_layer_back_is_the_union_of_the_rows_of_the_mask(spec: LayerSpec, chosen: list[bool], rows: int) -> None:
+    reached, positions = torch.tensor(chosen), torch.arange(len(chosen))
+    seen = visible(spec, positions[:, None], positions[None, :])
+    assert torch.equal(one_layer_back(spec, reached, rows), seen[reached].any(0))
+
+
+@settings(deadline=None)
+@given(st.lists(layers(max_window=4), min_size=2, max_size=5), st.integers(2, 40))
+def test_cone_grows_and_ends_in_what_is_reachable(specs: list[LayerSpec], length: int) -> None:
+    rows = cone(specs, length)
+    assert rows[0].nonzero().flatten().tolist() == [length - 1]
+    assert not (rows[:-1] & ~rows[1:]).any()
+    assert torch.equal(rows[-1].flip(0), reachable(specs, length))
+    assert torch.equal(rows[1], one_layer_back(specs[-1], rows[0]))
+
+
+def lengths_of_a_period(specs: list[LayerSpec]) -> range:
+    """Sequences so long that no reach meets their start, one for each place of the last token between borders."""
+    period = math.lcm(*(s.window or 1 for s in specs if s.kind == "chunked"))
+    least = sum(s.ring_slots or 0 for s in specs) + max(s.global_tokens for s in specs) + 1
+    return range(least, least + period)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(layers(max_window=5), min_size=2, max_size=4))
+def test_reach_is_the_farthest_reachable_distance_for_stacks_of_all_kinds_in_any_order(specs: list[LayerSpec]) -> None:
+    first = max(spec.global_tokens for spec in specs)
+    farthest = 0
+    for length in lengths_of_a_period(specs):
+        seen = reachable(specs, length)
+        if any(spec.kind == "full" for spec in specs):
+            assert seen.all()
+            continue
+        others = seen[: length - first].nonzero().flatten()
+        assert seen[length - first :].all(), "every global token is seen"
+        farthest = max(farthest, int(others.max()))
+    unbounded = first > 0 or any(spec.kind == "full" for spec in specs)
+    assert reach(specs) == (None if unbounded else farthest)
+    if any(spec.kind == "full" for spec in specs):
+        assert reach_of_other_tokens(specs) is None
+    else:
+        assert reach_of_other_tokens(specs) == farthest
+
+
+@settings(deadline=None)
+@given(st.lists(layers(max_window=6, bounded=True), min_size=2, max_size=5), st.integers(0, 60))
+def test_the_farthest_source_of_a_query_is_its_farthest_boolean_path(specs: list[LayerSpec], query: int) -> None:
+    far = query + sum(spec.ring_slots or 0 for spec in specs)
+    source = farthest_source(specs, far)
+    assert source >= 0
+    assert int(reachable(specs, far + 1).nonzero().max()) == far - source
+
+
+def reach_by_trying_every_place(specs: list[LayerSpec]) -> int:
+    period = math.lcm(*(s.window or 1 for s in specs if s.kind == "chunked"))
+    return max(place - farthest_source(specs, place) for place in range(period))
+
+
+chunks = st.builds(LayerSpec, st.just("chunked"), st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(chunks, chunks, layers(max_window=9, bounded=True)), min_size=1, max_size=9))
+def test_reach_of_chunked_layers_is_the_largest_of_all_places_of_the_query(specs: list[LayerSpec]) -> None:
+    assert reach(specs) == reach_by_trying_every_place(specs)
+
+
+def test_reach_of_chunked_windows_without_common_factor_is_exact_and_fast() -> None:
+    specs = [LayerSpec("chunked", 4099), LayerSpec("chunked", 4093)] * 16
+    started = time.process_time()
+    found = reach(specs)
+    assert time.process_time() - started < 1.0, "seconds of the processor"
+    ends_of_blocks = range(4092, 4093 * 4099, 4093)  # of the top layer; no other place reaches farther
+    assert found == max(place - farthest_source(specs, place) for place in ends_of_blocks)
+
+
+def test_windows_used_once_cost_no_more_for_having_no_common_factor() -> None:
+    primes = [4093, 4099, 4111, 4127, 4129, 4133, 4139, 4153]
+    specs = [LayerSpec("chunked", window) for window in primes for _ in range(4)]
+    assert reach(specs) == sum(primes) - len(primes)
+
+
+def test_chunked_windows_that_leave_too_many_places_are_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        reach([LayerSpec("chunked", window) for window in (4093, 4099, 4111)] * 4)
+    assert str(caught.value) == (
+        "the reach of chunked windows [4093, 4099, 4111] depends on more places between their borders than can be "
+        "tried; choose windows that divide each other"
+    )
+
+
+def test_reach_of_mistral_by_boolean_reachability_at_a_sixteenth_of_its_size() -> None:
+    specs = [LayerSpec("sliding", 256)] * 32
+    assert int(reachable(specs, 8192).nonzero().max()) == reach(specs) == 32 * 255
+
+
 @given(st.integers(1, 6), st.integers(2, 5))
 def test_reach_of_equal_layers_is_layers_times_window_less_one(window: int, depth: int) -> None:
     specs = [LayerSpec("sliding", window)] * depth
@@ -112,6 +222,19 @@ def test_headline_figure_is_the_sum_of_windows() -> None:
     assert window_times_layers([LayerSpec("sliding", 4096)] * 32) == 131_072
     assert window_times_layers([LayerSpec("dilated", 4, dilation=2), LayerSpec("sliding", 3)]) == 11
     assert window_times_layers([LayerSpec("sliding", 4), LayerSpec("full")]) is None
+    assert window_times_layers([LayerSpec("sliding", 4, global_tokens=2)] * 3) == 12
+
+
+@given(st.lists(layers(max_window=9, bounded=True), min_size=1, max_size=6))
+def test_headline_figure_exceeds_the_reach_by_the_layers_at_least_and_by_no_more_if_all_slide(
+    specs: list[LayerSpec],
+) -> None:
+    headline, far = window_times_layers(specs), reach(specs)
+    assert headline is not None
+    assert far is not None
+    assert headline - far >= len(specs)
+    if all(spec.kind == "sliding" for spec in specs):
+        assert headline - far == len(specs)
 
 
 @given(layers(), st.integers(1, 40))
