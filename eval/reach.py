@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from eval import plots, theory
-from eval.forward import last_logits
+from eval.forward import body, last_logits
 from eval.haystack import Haystack, open_haystack
 from eval.models import Examined, load_model
 from model import hub, windows
@@ -220,7 +220,7 @@ def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 
     total = np.zeros(texts.shape[1])
     for row in texts.split(8):
         with embeddings_caught(model) as caught:
-            hidden = model.base_model(input_ids=row.to(device), **options).last_hidden_state[:, -1]
+            hidden = body(model)(input_ids=row.to(device), **options).last_hidden_state[:, -1]
         for _ in range(directions):
             direction = torch.randn(hidden.shape, generator=generator).to(device)
             (gradient,) = torch.autograd.grad((hidden * direction).sum(), caught[0], retain_graph=True)
