@@ -27,14 +27,19 @@ MARGIN = 16  # tokens of an item beyond its farthest distance, about: needle, qu
 
 
 def default_lengths(examined: Examined, longest: int, columns: int = COLUMNS) -> list[int]:
-    """Total lengths, in tokens, that grow by equal factors from 2 W to two windows beyond the reach.
+    """Total lengths, in tokens, evenly spaced from 2 W to beyond the reach, so that its line crosses the map.
 
     A stack of unbounded reach gets those of its sliding twin.
     """
     window = examined.window or 64
     reach = examined.reach if examined.reach is not None else examined.layers * (window - 1)
-    last = max(2 * window + MARGIN, min(reach + 2 * window, longest))
-    return sorted({round(length) for length in np.geomspace(2 * window + MARGIN, last, columns)})
+    last = max(2 * window, min(round(1.2 * reach) + 2 * window, longest))
+    return sorted({aligned(round(length)) for length in np.linspace(2 * window, last, columns)})
+
+
+def aligned(length: int) -> int:
+    """The next length, in tokens, that items of `eval.recall` can have."""
+    return length - length % -recall.ALIGNED
 
 
 def distances_of(length: int, depths: int) -> list[int]:
@@ -90,7 +95,7 @@ def chosen_lengths(args: argparse.Namespace, examined: Examined, shortest: int) 
     if args.lengths is None:
         return default_lengths(examined, min(args.max_length, (examined.max_tokens or 1 << 40) - 64))
     try:
-        lengths = sorted({int(part) for part in args.lengths.split(",")})
+        lengths = sorted({aligned(int(part)) for part in args.lengths.split(",")})
     except ValueError as error:
         raise UserError(f"--lengths {args.lengths!r}: give whole numbers of tokens, such as 64,128,512") from error
     if lengths[0] < shortest:

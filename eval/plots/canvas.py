@@ -7,7 +7,7 @@ import io
 import re
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -33,12 +33,15 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
     "svg.fonttype": "none",
     "svg.hashsalt": "windreach",
-    "legend.frameon": False,
+    "legend.frameon": True,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "white",
 }
 WIDE, NARROW = (9.0, 4.8), (4.4, 4.6)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path | BinaryIO) -> None:
+    """As PNG, to a file by its name or one that is open."""
     figure.savefig(path, dpi=160, facecolor="white")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
+from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
@@ -84,18 +84,23 @@ def heat_figure(heat: dict[str, Any], narrow: bool = False) -> Figure:
 
 
 def _draw_reach(ax: Axes, heat: dict[str, Any]) -> None:
-    """Above the line the needle is more than R tokens back. Depths are shares of what a length leaves to choose."""
+    """In each column a line: above it the needle is more than R tokens back. Shorter lengths have none."""
     if heat["reach"] is None:
         return
-    spans = [(cell["length"], cell["farthest"]) for cell in heat["cells"]]
-    farthest = dict(spans)
-    depth = [100 * max(0.0, 1 - heat["reach"] / farthest[length]) for length in heat["lengths"]]
-    x = np.arange(len(depth))
-    ax.plot(np.r_[x[0] - 0.5, x, x[-1] + 0.5], np.r_[depth[0], depth, depth[-1]], color=INK, lw=1.6)
-    if max(depth) > 0:
+    farthest = {cell["length"]: cell["farthest"] for cell in heat["cells"]}
+    crossed = {
+        column: 100 * (1 - (heat["reach"] - 1) / (farthest[length] - 1))
+        for column, length in enumerate(heat["lengths"])
+        if farthest[length] > heat["reach"]
+    }
+    outline = [patheffects.withStroke(linewidth=4, foreground="white")]
+    for column, depth in crossed.items():
+        ax.plot([column - 0.5, column + 0.5], [depth, depth], color=INK, lw=1.8, path_effects=outline)
+    if crossed:
+        column, depth = max(crossed.items())
         ax.annotate(
-            f"R = {heat['reach']:,}", (x[-1] + 0.45, depth[-1]), xytext=(0, 4), textcoords="offset points",
-            ha="right", va="bottom", fontsize=9, color=INK,
+            f"R = {heat['reach']:,}", (column + 0.45, depth), xytext=(0, 4), textcoords="offset points",
+            ha="right", va="bottom", fontsize=9, color=INK, path_effects=outline,
         )  # fmt: skip
 
 
@@ -111,7 +116,7 @@ def _mesh(ax: Axes, name: str, x: Any, y: Any, values: Sequence[Sequence[float]]
 def _colorbar(drawn: Figure, ax: Axes, mesh: QuadMesh, label: str) -> None:
     bar = drawn.colorbar(mesh, ax=ax, pad=0.02, aspect=30, format=ticker.PercentFormatter(1.0, decimals=0))
     bar.set_label(label)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.solids.set_rasterized(False)  # type: ignore[union-attr]
 
 
