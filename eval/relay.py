@@ -119,8 +119,10 @@ def ridge(x_kne: Tensor, y_nv: Tensor, penalty: float) -> Tensor:
     n, e = x_kne.shape[1:]
     x_t = x_kne.transpose(1, 2)
     if e <= n:
-        return torch.linalg.solve(x_t @ x_kne + penalty * torch.eye(e), x_t @ y_nv)
-    return x_t @ torch.linalg.solve(x_kne @ x_t + penalty * torch.eye(n), y_nv.expand(len(x_kne), -1, -1))
+        return torch.linalg.solve(x_t @ x_kne + penalty * torch.eye(e, dtype=x_kne.dtype), x_t @ y_nv)
+    return x_t @ torch.linalg.solve(
+        x_kne @ x_t + penalty * torch.eye(n, dtype=x_kne.dtype), y_nv.expand(len(x_kne), -1, -1)
+    )
 
 
 def head_reader(examined: Examined, weight_ve: Tensor) -> Reader:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from eval.plots.canvas import GRID, INK, STYLE, figure, tips_on
 
 COLORMAP = matplotlib.colors.LinearSegmentedColormap.from_list(
-    "recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"]
+    "recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"], N=41
 )
 
 
@@ -105,7 +105,7 @@ def _draw_reach(ax: Axes, heat: dict[str, Any]) -> None:
 
 
 def _mesh(ax: Axes, name: str, x: Any, y: Any, values: Sequence[Sequence[float]], tips: list[str]) -> QuadMesh:
-    mesh = ax.pcolormesh(x, y, np.array(values), cmap=COLORMAP, vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
+    mesh = ax.pcolormesh(x, y, np.array(values), cmap=COLORMAP, vmin=0, vmax=1)
     tips_on(ax, mesh, name, tips)
     ax.tick_params(length=0)
     for spine in ax.spines.values():
@@ -117,7 +117,6 @@ def _colorbar(drawn: Figure, ax: Axes, mesh: QuadMesh, label: str) -> None:
     bar = drawn.colorbar(mesh, ax=ax, pad=0.02, aspect=30, format=ticker.PercentFormatter(1.0, decimals=0))
     bar.set_label(label)
     bar.outline.set_visible(False)
-    bar.solids.set_rasterized(False)  # type: ignore[union-attr]
 
 
 def _edges(centres: Sequence[float], start: float | None = None) -> np.ndarray:
