@@ -34,7 +34,8 @@ def main() -> None:
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("comparison.html")
     out = Path(args.out) if args.out else default
     try:
-        out.write_text(page(runs), encoding="utf-8")
+        with out.open("w", encoding="utf-8") as file:
+            file.write(page(runs))
     except OSError as error:
         raise UserError(f"--out {str(out)!r} can't be written: {error.strerror}; name another file") from error
     print(f"Written: {out}")
