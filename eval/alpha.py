@@ -61,9 +61,11 @@ def predictions(examined: Examined, alphas: list[float]) -> dict[str, Any]:
     window, reach = examined.window, examined.reach
     if window is None or reach is None or len(alphas) != examined.layers:
         return {}
+    if any(spec.kind == "chunked" for spec in examined.specs):
+        return {}  # how far a query sees depends on where it stands in its block: the recurrence does not hold
     alpha = float(np.mean(alphas))
-    spans = [spec.window if spec.kind != "full" else None for spec in examined.specs]
-    influence = theory.mixture(spans, alphas, reach + 1)
+    spans = [spec.window for spec in examined.specs]
+    influence = theory.mixture(spans, alphas, reach + 1, [spec.dilation for spec in examined.specs])
     return {
         "epsilon": 0.01,
         "xiao_bound": theory.xiao_bound(window, alpha),

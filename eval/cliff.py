@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eval.forward import last_logits
 from eval.models import Examined
-from model import attention, hub, windows
+from model import hub, windows
 from model.cache import RingCache
 from model.errors import UserError
 from model.windows import LayerSpec
@@ -197,7 +197,7 @@ def cliff_paths(examined: Examined) -> Iterator[tuple[str, LastLogits]]:
     if not examined.ours:
         yield "full forward", partial(last_logits, examined)
         return
-    for backend in attention.BACKENDS:
+    for backend in BACKENDS:
         yield f"forward, {backend}", through_backend(examined, backend)
     yield from ways_to_feed(examined).items()
 

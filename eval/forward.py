@@ -7,6 +7,7 @@ Legend: B batch, T positions, V vocabulary.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class Reader:
     def _autocast(self) -> AbstractContextManager[object]:
         bf16 = self.precision == "bf16"
         return torch.autocast(self.examined.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def body(model: Any) -> Any:
+    """The stack below the output matrix: token ids in, hidden states out."""
+    return model.model if model.base_model is model else model.base_model
 
 
 @torch.inference_mode()

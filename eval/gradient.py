@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from eval.forward import body
 from eval.models import Examined
 from model.decoder import InitOptions, WindreachForCausalLM, build_model
 
@@ -52,7 +53,7 @@ def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 
     total = np.zeros(texts.shape[1])
     for row in texts.split(8):
         with embeddings_caught(model) as caught:
-            hidden = model.base_model(input_ids=row.to(device), **options).last_hidden_state[:, -1]
+            hidden = body(model)(input_ids=row.to(device), **options).last_hidden_state[:, -1]
         for _ in range(directions):
             direction = torch.randn(hidden.shape, generator=generator).to(device)
             (gradient,) = torch.autograd.grad((hidden * direction).sum(), caught[0], retain_graph=True)

@@ -28,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from eval.cliff import cliff_length
-from eval.plots import INK, MUTED, STYLE, save
+from eval.plots.canvas import INK, MUTED, STYLE, save
 from model import windows
 from model.errors import UserError, cli
 from model.windows import LayerSpec

@@ -4,7 +4,6 @@
 and works out what each layer may see, so that theory, cliff test and distances adapt to the model.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -15,14 +14,17 @@ from typing import Any, Protocol
 import torch
 import transformers
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.architectures import specs_of
+from eval.weights import check_weights, weights_sha256
 from model import hub, windows
+from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.windows import LayerSpec
 
-OUR_TYPES = {"mistral", "ministral", "windreach"}
+OUR_TYPES = {"mistral", "ministral", WindreachConfig.model_type}
 
 
 class TextTokenizer(Protocol):
@@ -106,7 +108,7 @@ class Examined:
     @property
     def max_tokens(self) -> int | None:
         """Longest sequence a learned position table allows; None for rotary models."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         learned = getattr(config, "n_positions", None) or (
             config.max_position_embeddings if config.model_type in {"opt", "gpt_neo", "gpt_bigcode"} else None
         )
@@ -156,8 +158,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
     source = str(folder) if folder else name
     if folder:
         check_weights(folder)
-    config = _read_config(source, name)
-    if folder and config.model_type in OUR_TYPES:
+    if folder and _is_for_our_decoder(folder):
         model: Any = hub.load(str(folder), backend=backend)
     else:
         model = _load_from_hub(source, name)
@@ -166,7 +167,8 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = _run_settings(run_dir)
     specs = tuple(model.config.specs) if isinstance(model, WindreachForCausalLM) else specs_of(model.config)
-    nominal = settings.get("model", {}).get("sliding_window") or getattr(model.config, "sliding_window", None)
+    text = model.config.get_text_config()
+    nominal = settings.get("model", {}).get("sliding_window") or getattr(text, "sliding_window", None)
     return Examined(
         name=_display_name(path, run_dir, name),
         model=model,
@@ -223,61 +225,30 @@ def _newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def check_weights(folder: Path) -> None:
-    """Refuse a checkpoint folder whose safetensors files are missing or cut short."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(named - {f.name for f in files})
-        if missing:
-            raise UserError(f"{folder}: {missing[0]} is named in {index.name} but missing; copy the checkpoint again")
-    if not files and not list(folder.glob("*.bin")):
-        raise UserError(f"{folder}: no model.safetensors beside config.json; copy the checkpoint again")
-    for file in files:
-        check_safetensors(file)
-
-
-def check_safetensors(file: Path) -> None:
-    """Compare the size that the header promises with the size of the file.
-
-    A safetensors file is 8 bytes (header length, little endian), the JSON header, and the tensors' bytes.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{file} is cut short ({size:,} bytes, less than its header); copy or export it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged (its header is not JSON); copy or export it again") from error
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    promised = 8 + length + max(ends, default=0)
-    if size != promised:
-        raise UserError(f"{file} is cut short: {size:,} bytes of {promised:,}; copy or export it again")
-
-
-def weights_sha256(folder: Path) -> str:
-    """One hash over the weight files of a checkpoint, in order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _read_config(source: str, name: str) -> Any:
+def _is_for_our_decoder(folder: Path) -> bool:
+    """Our decoder reads Mistral's family; what it lacks (scaled RoPE, say) is left to the library's own code."""
+    if _model_type(folder) == WindreachConfig.model_type:
+        return True
+    if _model_type(folder) not in OUR_TYPES or not list(folder.glob("model*.safetensors")):
+        return False
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
+        hub.load_config(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return dict(json.loads((folder / "config.json").read_text())).get("model_type")
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
 
 
 def _load_from_hub(source: str, name: str) -> Any:
+    """In the attention that the library prefers for this architecture: not all of them have the fused one."""
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
 
@@ -298,7 +269,7 @@ def _load_tokenizer(source: str, run_dir: Path | None, name: str) -> Any:
 
 
 def _check_tokenizer(tokenizer: Any, model: Any, source: str, run_dir: Path | None) -> None:
-    rows = int(model.config.vocab_size)
+    rows = int(model.config.get_text_config().vocab_size)
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"{source}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {rows:,} embeddings; "
@@ -321,32 +292,3 @@ def _run_settings(run_dir: Path | None) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def specs_of(config: Any) -> tuple[LayerSpec, ...]:
-    """What each layer of a Hugging Face model may see, read from its config.
-
-    W counts the current token in all of them: query i sees key j iff i - W < j <= i.
-    """
-    layers = int(config.num_hidden_layers)
-    local = getattr(config, "attention_layers", None)
-    if local:
-        window = int(config.window_size)
-        return tuple(_spec("sliding_attention" if kind == "local" else "full_attention", window) for kind in local)
-    span: int | None = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if config.model_type == "mistral" or kinds is None:
-        used = bool(span) and getattr(config, "use_sliding_window", True) is not False
-        kinds = ["sliding_attention" if used else "full_attention"] * layers
-    chunk = getattr(config, "attention_chunk_size", None)
-    return tuple(_spec(kind, chunk if kind == "chunked_attention" else span) for kind in kinds)
-
-
-def _spec(kind: str, window: int | None) -> LayerSpec:
-    if kind == "sliding_attention" and window:
-        return LayerSpec(kind="sliding", window=int(window))
-    if kind == "chunked_attention" and window:
-        return LayerSpec(kind="chunked", window=int(window))
-    if kind == "full_attention":
-        return LayerSpec(kind="full", window=None)
-    raise UserError(f"layer type {kind!r} of this model is not known; its reach can't be worked out")

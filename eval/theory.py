@@ -9,6 +9,7 @@ alpha of the residual stream stays where it is, and a share 1 - alpha comes from
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +28,22 @@ def xiao_bound(window: int, alpha: float, epsilon: float = 0.01) -> float:
     return window * math.log(epsilon) / math.log(1.0 - alpha)
 
 
-def hop(window: int | None, alpha: float, length: int) -> FloatArray:
-    """Influence by distance after one layer (length,): alpha stays, the rest is spread over the window."""
-    width = length if window is None else min(window, length)
+def hop(window: int | None, alpha: float, length: int, dilation: int = 1) -> FloatArray:
+    """Influence by distance after one layer (length,): alpha stays, the rest is spread over what the layer sees.
+
+    >>> hop(2, 0.5, 4, dilation=3).tolist()
+    [0.75, 0.0, 0.0, 0.25]
+    """
+    seen = length if window is None else window
     spread = np.zeros(length)
-    spread[:width] = (1.0 - alpha) / (length if window is None else window)
+    spread[: seen * dilation : dilation] = (1.0 - alpha) / seen
     spread[0] += alpha
     return spread
 
 
-def mixture(windows: list[int | None], alphas: list[float], length: int) -> FloatArray:
+def mixture(
+    windows: Sequence[int | None], alphas: Sequence[float], length: int, dilations: Sequence[int] | None = None
+) -> FloatArray:
     """Influence by distance after all layers (length,); it sums to 1 when `length` exceeds the reach.
 
     >>> influence = mixture([3, 3], [0.5, 0.5], 5)
@@ -45,8 +52,8 @@ def mixture(windows: list[int | None], alphas: list[float], length: int) -> Floa
     """
     influence = np.zeros(length)
     influence[0] = 1.0
-    for window, alpha in zip(windows, alphas, strict=True):
-        influence = np.convolve(influence, hop(window, alpha, length))[:length]
+    for window, alpha, dilation in zip(windows, alphas, dilations or [1] * len(windows), strict=True):
+        influence = np.convolve(influence, hop(window, alpha, length, dilation))[:length]
     return influence
 
 

@@ -4,13 +4,25 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
-from eval import loss, reach, recall, report
+from eval import heat, loss, reach, recall, relay
 from eval.haystack import open_haystack
 from eval.models import load_model
+from eval.report import __main__ as report
+from eval.report.differences import differences_sheet
+from eval.report.page import page as page_of
+from eval.report.page import title
+from eval.report.pictures import hero
+from eval.report.runs import read_metrics, read_run, tell_apart
+from eval.report.sentences import identity
+from eval.report.sheets import Cell, Sheet
+from eval.report.tracker import as_table
 from model.errors import UserError, cli
+from tests.eval.browser import look, needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +31,11 @@ def run(untrained_run, tmp_path_factory):
     folder = shutil.copytree(untrained_run, tmp_path_factory.mktemp("measured") / "run")
     examined = load_model(str(folder), "cpu")
     text = open_haystack(examined)
+    order = recall.Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
     results = {
-        "recall": recall.measure(
-            examined, text, recall.Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
-        ),
+        "recall": recall.measure(examined, text, order),
+        "relay": relay.measure(examined, text, n=16),
+        "heat": heat.measure(examined, text, replace(order, n=4), [32, 64], 3, Console(quiet=True)),
         "reach": reach.measure(examined, text, texts=2),
         "loss": loss.measure(examined, open_haystack(examined, max_tokens=1000), rows=4),
     }
@@ -40,7 +53,24 @@ def run(untrained_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run):
-    return report.page([report.read_run(str(run))])
+    return page_of([read_run(str(run))])
+
+
+@pytest.fixture(scope="module")
+def twin(run, tmp_path_factory):
+    """The same results under another window, seed and name."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("twin") / "run")
+    for file in folder.glob("*.json"):
+        result = json.loads(file.read_text())
+        result["settings"]["seed"] = 7
+        result["settings"]["model"]["layers"] = [{"kind": "full"}]
+        file.write_text(json.dumps(result | {"model": "the-twin"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(run, twin):
+    return page_of([read_run(str(run)), read_run(str(twin))])
 
 
 def call(monkeypatch, *arguments):
@@ -48,9 +78,8 @@ def call(monkeypatch, *arguments):
     return cli(report.main)
 
 
-def test_a_report_fetches_nothing(monkeypatch, run, page, tmp_path):
-    assert call(monkeypatch, run, run, "--out", tmp_path / "page.html") == 0
-    for html in (page, (tmp_path / "page.html").read_text()):
+def test_a_report_fetches_nothing(page, comparison):
+    for html in (page, comparison):
         assert not re.search(r"https?:|//[a-z]|@import|<link|<iframe|<img", html)
         assert not re.search(r"\bsrc=", html)
         assert not re.search(r"""href=["'](?!#)""", html)
@@ -80,18 +109,20 @@ def test_a_pair_that_differs_beyond_the_reach_is_called_a_fault():
         {"distance": 21, "n": 10, "identical_pairs": 0.0, "pair_accuracy": 0.0},
         {"distance": 22, "n": 10, "identical_pairs": 0.9, "pair_accuracy": 0.1},
     ]
-    sentence, holds = report.identity({"reach": 21, "tasks": {"needle": {"rows": rows}}})
+    sentence, holds = identity({"reach": 21, "tasks": {"needle": {"rows": rows}}})
     assert holds is False
     assert "only 9 of 10 pairs" in sentence
-    sentence, holds = report.identity({"reach": 21, "tasks": {"needle": {"rows": rows[:1]}}})
+    sentence, holds = identity({"reach": 21, "tasks": {"needle": {"rows": rows[:1]}}})
     assert holds is None
 
 
-def test_what_is_not_measured_is_left_out_and_said(run, tmp_path):
+def test_what_is_not_measured_is_left_out_and_said(run, tmp_path, monkeypatch, capsys):
     part = shutil.copytree(run, tmp_path / "run")
     (part / "reach.json").unlink()
     (part / "loss.json").unlink()
-    page = report.page([report.read_run(str(part))])
+    assert call(monkeypatch, part) == 0
+    assert f"Written: {part / 'report.html'}" in capsys.readouterr().out
+    page = (part / "report.html").read_text()
     assert f"python -m eval.loss {part}" in page
     assert "Loss by position" not in page
 
@@ -112,4 +143,127 @@ def test_refusals(monkeypatch, capsys, run, tmp_path):
 def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2"):
-        report.read_metrics(tmp_path / "metrics.jsonl")
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------- comparison
+
+
+def test_settings_that_differ_are_shown_and_no_others(run, twin):
+    sheet = differences_sheet([read_run(str(run)), read_run(str(twin))])
+    assert sheet is not None
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in sheet.rows}
+    assert rows == {"seed": ["not set", "7"], "model.layers": ["not set", "[{kind: full}]"]}
+
+
+def test_the_same_settings_are_said_to_be_the_same(run):
+    sheet = differences_sheet([read_run(str(run)), read_run(str(run))])
+    assert sheet is not None
+    assert sheet.rows == []
+    assert sheet.caption.startswith("All settings are the same")
+
+
+def test_many_runs_are_compared_in_more_colours_than_there_are(run):
+    runs = tell_apart([read_run(str(run)) for _ in range(9)])
+    assert title(runs).endswith("and 8 others")
+    drawing = str(hero(runs).wide)
+    assert len(re.findall(r"tip-recall-\d", drawing)) == 9
+    assert drawing.count("data-tip") == 9 * 5 + 9
+
+
+# ---------------------------------------------------------------------------------------------------------- browser
+
+LOOK = """(page, view) => {
+  const table = page.querySelector("table"), bodies = [...page.querySelectorAll("tbody")];
+  const column = i => [...table.tBodies[0].rows].map(row => Number(row.cells[i].dataset.n));
+  const before = column(0), heading = table.querySelector("th button");
+  heading.click(); heading.click();
+  const mark = [...page.querySelectorAll("[data-tip]")].find(m => m.getBoundingClientRect().width);
+  mark.dispatchEvent(new view.PointerEvent("pointerover", {bubbles: true, clientX: 40, clientY: 40}));
+  const tip = page.getElementById("tip");
+  const shown = figures => [...figures].filter(f => f.getBoundingClientRect().height > 50).length;
+  return {
+    width: view.innerWidth, content: page.documentElement.scrollWidth,
+    before, after: column(0), sorted: heading.parentElement.getAttribute("aria-sort"),
+    tip: tip.hidden ? null : tip.textContent, expected: mark.dataset.tip,
+    tip_inside: tip.getBoundingClientRect().right <= view.innerWidth,
+    wide: shown(page.querySelectorAll(".wide")), narrow: shown(page.querySelectorAll(".narrow")),
+    figures: page.querySelectorAll("figure").length, rows: bodies.map(body => body.rows.length),
+    text: page.body.innerText,
+  };
+}"""
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "seen", "hidden"), [(1200, "wide", "narrow"), (390, "narrow", "wide")])
+def test_a_browser_shows_the_report_sorts_its_tables_and_tells_numbers_on_hover(
+    run, page, tmp_path, width, seen, hidden
+):
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    found, complaints = look(file, LOOK, width, tmp_path)
+    assert complaints == []
+    assert "failed" not in found, found
+    assert found["width"] == width
+    assert found["content"] <= width, "the page scrolls sideways"
+    assert found["before"] == [1, 8, 21, 22, 30]
+    assert (found["after"], found["sorted"]) == ([30, 22, 21, 8, 1], "descending")
+    assert found["tip"] == found["expected"] != ""
+    assert found["tip_inside"]
+    assert (found[seen], found[hidden]) == (found["figures"], 0)
+    assert found["figures"] == 6
+    for said in ("Relay map", "Needle heat map", "Loss by position", "Gradient field", "bit-identical", "A heading"):
+        assert said in found["text"]
+    assert "NaN" not in found["text"]
+    assert "undefined" not in found["text"]
+
+
+@needs_browser
+def test_a_browser_shows_a_comparison_on_a_phone(comparison, tmp_path):
+    file = tmp_path / "comparison.html"
+    file.write_text(comparison, encoding="utf-8")
+    script = LOOK.replace("Number(row.cells[i].dataset.n)", "row.cells[i].innerText")
+    found, complaints = look(file, script, 390, tmp_path)
+    assert complaints == []
+    assert found["content"] <= 390
+    assert found["after"] == sorted(found["before"], reverse=True)
+    assert {"the-twin", "Settings that differ."} <= set(re.split(r"\n|\t", found["text"]))
+
+
+@needs_browser
+def test_complaints_of_the_browser_are_heard(tmp_path):
+    file = tmp_path / "broken.html"
+    file.write_text("<p>text</p><script>missing.call()</script>")
+    found, complaints = look(file, "page => page.body.innerText", 390, tmp_path)
+    assert found == "text"
+    assert any("missing is not defined" in line for line in complaints)
+
+
+def test_tables_can_be_read_without_scripts(page):
+    assert "<button" not in page
+    assert page.count("<th ") > 20
+    assert re.search(r'<td data-n="21">21</td>', page)
+
+
+# ------------------------------------------------------------------------------------------------------------ wandb
+
+
+def test_numbers_of_a_table_stay_numbers_for_a_tracker():
+    rows = [[Cell("16", 16), Cell("needle"), Cell("")], [Cell("8", 8), Cell("noise"), Cell("0.5", 0.5)]]
+    made = as_table(Sheet("", ["distance", "task", "u90"], rows))
+    assert made == {"columns": ["distance", "task", "u90"], "data": [[16, "needle", None], [8, "noise", 0.5]]}
+
+
+def test_wandb_gets_the_same_tables_and_pictures_into_the_runs_own_page(monkeypatch, capsys, run, tmp_path):
+    own = shutil.copytree(run, tmp_path / "run")
+    (own / "run.json").write_text(json.dumps({"wandb_id": "abcd1234"}))
+    assert call(monkeypatch, own, "--wandb") == 0
+    (logged,) = (own / "wandb").glob("offline-run-*-abcd1234")
+    assert str(logged) in capsys.readouterr().out
+    media = logged / "files" / "media"
+    pictures = {re.sub(r"_\d+_\w+\.png$", "", file.name) for file in media.rglob("*.png")}
+    tables = {re.sub(r"_\d+_\w+\.table\.json$", "", file.name) for file in media.rglob("*.table.json")}
+    assert pictures == {"recall", "loss", "training", "relay_map", "heat_map", "gradient_field"}
+    assert {"recall_needle", "relay_fronts", "heat", "cliff", "predictions", "loss_by_context"} <= tables
+    (file,) = media.rglob("recall_needle_*.table.json")
+    assert [row[0] for row in json.loads(file.read_text())["data"]] == [1, 8, 21, 22, 30]

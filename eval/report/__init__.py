@@ -1,0 +1,1 @@
+"""One page that says what was measured: `python -m eval.report RUN [RUN ...]`."""
