@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from torch import Tensor
 
 from data.packing import TokenStore, prepare_tokens
 from data.recall_vocabulary import recall_vocabulary
@@ -33,6 +33,7 @@ from training.export import replace_export, write_hf
 from training.metrics import Metrics
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
 from training.optimizer import SummedOptimizer
+from training.parallel import load_whole_weights, spread, whole, whole_weights
 from training.plan import plan_text
 from training.precision import make_deterministic, set_up_threads
 from training.probe import Probe, horizon
@@ -42,6 +43,7 @@ from training.ranks import ask_main, gather_from_ranks, join_ranks, local_proces
 from training.run_folder import check_tokenizer, decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings import Settings
+from training.shards import stored_in_shards
 from training.signals import STOPPED, StopRequest, TrainingFault
 
 
@@ -114,8 +116,7 @@ class Trainer:
         self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None)
         if settings.training.compile:
             self.decoder.compile_layers()
-        self.accelerator = Accelerator(mixed_precision="bf16" if self.facts["precision"] == "bf16" else "no")
-        self.wrapped = self.accelerator.prepare(self.scorer)
+        self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
         self.optimizer = SummedOptimizer(
             self.scorer.named_parameters(), [o.name for o in self.objectives], settings.training.optimizer
         )
@@ -134,12 +135,13 @@ class Trainer:
         return (tokenizer, *prepare_tokens(self.settings, tokenizer))
 
     def _resume(self, path: Path) -> None:
-        saved, tensors = load_state(path)
+        like = dict(self.scorer.named_parameters())
+        saved, tensors = load_state(path, like)
         check_tokenizer(path, saved["tokenizer_sha256"], self.tokenizer.sha256)
-        self.decoder.load_state_dict(hub.load(path / "hf").state_dict())
+        load_whole_weights(self.decoder, hub.load(path / "hf").state_dict())
         self.optimizer.load_state_tensors(tensors)
         if self.scorer.relay_head is not None:
-            self.scorer.relay_head.weight.data.copy_(tensors["relay_head"])
+            load_whole_weights(self.scorer.relay_head, {"weight": tensors["relay_head"]})
         self.state = State(**saved["progress"] | {"curriculum": CurriculumState(**saved["progress"]["curriculum"])})
         if self.ranks.process_index < len(saved["random"]):
             set_random_states(saved["random"][self.ranks.process_index])
@@ -243,7 +245,8 @@ class Trainer:
     def _validate(self) -> None:
         """Held-out text and recall; every rank measures its share."""
         paused = time.perf_counter()
-        bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
+        with whole(self.wrapped):
+            bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         self.state.validation_bits_per_byte, self.state.horizon = bits, horizon(recall)
         if self.ranks.is_main_process:
             self.metrics.write("validation", self.state.step, bits_per_byte=bits)
@@ -261,12 +264,20 @@ class Trainer:
         if self.state.step == self.saved_step:
             return
         random_states = gather_from_ranks(get_random_states())
-        ask_main(lambda: self._write_checkpoint(random_states))
+        weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        tensors = stored_in_shards(self.dir / "checkpoints", self.state.step, self._trainer_tensors())
+        ask_main(lambda: self._write_checkpoint(random_states, weights, tensors))
         self.saved_step = self.state.step
         gc.collect()
         self.began += time.perf_counter() - paused
 
-    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+    def _trainer_tensors(self) -> dict[str, Tensor]:
+        head = self.scorer.relay_head
+        return self.optimizer.state_tensors() | ({} if head is None else {"relay_head": head.weight})
+
+    def _write_checkpoint(
+        self, random_states: list[dict[str, Any]], weights: dict[str, Tensor], tensors: dict[str, Tensor] | Path
+    ) -> None:
         state = {
             "progress": asdict(self.state),
             "random": random_states,
@@ -274,15 +285,14 @@ class Trainer:
             "settings_sha256": self.facts["settings_sha256"],
             "wandb_id": self.facts["wandb_id"],
         }
-        tensors = self.optimizer.state_tensors()
-        if self.scorer.relay_head is not None:
-            tensors["relay_head"] = self.scorer.relay_head.weight
-        save_checkpoint(self.dir, self.state.step, state, tensors, partial(write_hf, self.decoder, self.tokenizer))
+        write = partial(write_hf, self.decoder, weights, self.tokenizer)
+        save_checkpoint(self.dir, self.state.step, state, tensors, write)
         prune(self.dir, self.settings.training.keep_checkpoints)
 
     def close(self) -> int:
         """Export the last checkpoint as runs/NAME/hf and say where everything is."""
-        ask_main(lambda: replace_export(self.decoder, self.tokenizer, self.dir / "hf"))
+        weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        ask_main(lambda: replace_export(self.decoder, weights, self.tokenizer, self.dir / "hf"))
         s, R = self.state, reach(self.config.specs)
         self.ranks.print(
             f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"

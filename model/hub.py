@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face's formats: a stack that Mistral can express is saved as Mistral, and only that one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,15 +25,21 @@ def is_mistral(config: WindreachConfig) -> bool:
     return plain and set(config.specs) == {first}
 
 
-def save_hf(model: WindreachForCausalLM, path: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` (tied output matrix left out, as transformers does)."""
+def save_hf(
+    model: WindreachForCausalLM, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors` (tied output matrix left out, as transformers does).
+
+    `state_dict` replaces the model's own weights, where these are sharded over processes.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = _exported(model.config)
     config.architectures = ["MistralForCausalLM" if config.model_type == "mistral" else "WindreachForCausalLM"]
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(path)
-    weights = {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in model.state_dict().items()}
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    weights = {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in state_dict.items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight")
     save_file(weights, path / _WEIGHTS, metadata={"format": "pt"})

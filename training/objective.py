@@ -24,6 +24,7 @@ from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
 from training.curriculum import Curriculum
+from training.parallel import without_exchange
 from training.ranks import sum_over_ranks
 from training.settings import Settings
 
@@ -254,7 +255,7 @@ def differentiate(
     totals = torch.zeros(2 * len(terms), dtype=torch.float64)
     for number, micro_batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
-        with nullcontext() if last else accelerator.no_sync(wrapped):  # ranks exchange gradients once, at the end
+        with nullcontext() if last else without_exchange(accelerator, wrapped):
             scores = wrapped(**micro_batch.to(accelerator.device).arguments())
             loss = weighted_loss(scores, objective.term_weights, dict(zip(terms, counts, strict=True)), ranks)
             accelerator.backward(loss)
