@@ -10,7 +10,6 @@ from data.tokenizer import Tokenizer
 from model import hub
 from model.decoder import WindreachForCausalLM
 
-
 Weights = Mapping[str, Tensor]
 
 

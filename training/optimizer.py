@@ -100,8 +100,7 @@ class SummedOptimizer:
                 for name, p in zip(self.names, self.parameters, strict=True):
                     if p in mine and (state := saved.get((objective, name))):
                         optimizer.state[p] = {
-                            moment: as_placed(t, p) if t.ndim and not isinstance(t, DTensor) else t.to(p.device)
-                            for moment, t in state.items()
+                            moment: as_placed(t, p) if t.ndim else t.to(p.device) for moment, t in state.items()
                         }
 
 

@@ -2,12 +2,13 @@
 
 Under FSDP2 a parameter is a `DTensor`: each process keeps some rows of it and of its moments, and has the whole one
 only while its layer computes. `accelerate` reads the launch file; the sharding itself is torch's `fully_shard`, called
-here because accelerate's own call refuses processes on CPUs and rounds the summed loss to bfloat16.
+here because accelerate's own call knows no CPU processes, and in bf16 rounds the residual stream and the summed loss.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.decoder import DecoderLayer
 from model.errors import UserError
+
+Tensors = dict[str, Tensor]
 
 
 def spread(module: nn.Module, precision: str) -> tuple[Accelerator, nn.Module]:
@@ -37,21 +40,22 @@ def without_exchange(accelerator: Accelerator, module: nn.Module) -> AbstractCon
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def whole(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
     """Every process holds all weights inside, in the precision of training: it may compute what the others don't."""
     units = [m for m in module.modules() if isinstance(m, FSDPModule)]
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        with accelerator.autocast() if units else nullcontext():
+            yield
     finally:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not module and _reshards(), recurse=False)
 
 
-def whole_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+def whole_weights(module: nn.Module, keep: bool) -> Tensors:
     """The state dict without shards. All processes take part; those that do not `keep` it get an empty one."""
     weights = {}
     for name, tensor in module.state_dict().items():
@@ -62,17 +66,15 @@ def whole_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy a state dict without shards into a module that may be sharded; names and shapes must be the same."""
-    mine = module.state_dict()
-    assert mine.keys() == weights.keys(), mine.keys() ^ weights.keys()
-    for name, tensor in mine.items():
-        tensor.copy_(as_placed(weights[name], tensor))
+def load_whole(tensors: Tensors, saved: Tensors) -> None:
+    """Copy tensors without shards into those of the same names, which may be sharded."""
+    for name, tensor in tensors.items():
+        tensor.copy_(as_placed(saved[name], tensor))
 
 
 def as_placed(full: Tensor, like: Tensor) -> Tensor:
-    """`full` on the device of `like`, and where that is sharded this process's part of it; nothing is exchanged."""
-    if not isinstance(like, DTensor):
+    """`full` on the device of `like`; where that is sharded, this process's part of it. Nothing is exchanged."""
+    if not isinstance(like, DTensor) or isinstance(full, DTensor):
         return full.to(like.device)
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
@@ -105,23 +107,19 @@ def _reshards() -> bool:
 def _shard(module: nn.Module, plugin: FullyShardedDataParallelPlugin, device: str, bf16: bool) -> None:
     """A unit for each layer; embedding, head and final norm are the root's, which stays whole until its backward pass.
 
-    In bf16 the weights are exchanged and used in bfloat16, gradients are summed in float32, and so is the loss.
+    In bf16 the layers' weights are exchanged in bfloat16, what autocast would round them to; the residual stream, the
+    root's weights and the sums of gradients stay in float32, as they are without shards.
     """
-    options = {
-        "mesh": init_device_mesh(device, (torch.distributed.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None,
-            reduce_dtype=torch.float32,
-            output_dtype=torch.float32 if bf16 else None,
-            cast_forward_inputs=False,  # rotary tables stay exact
-        ),
-    }
+    root: dict[str, Any] = {"mesh": init_device_mesh(device, (torch.distributed.get_world_size(),))}
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        options["offload_policy"] = plugin.cpu_offload
+        root["offload_policy"] = plugin.cpu_offload
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     for layer in module.modules():
         if isinstance(layer, DecoderLayer):
-            fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
-    fully_shard(module, reshard_after_forward=False, **options)
+            fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, mp_policy=policy, **root)
+    fully_shard(module, reshard_after_forward=False, **root)
+    if bf16:
+        module.forward = torch.autocast(device, torch.bfloat16)(module.forward)
 
 
 @contextmanager

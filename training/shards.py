@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from model.errors import UserError
@@ -43,7 +44,8 @@ def stored_in_shards(checkpoints: Path, step: int, tensors: dict[str, Tensor]) -
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of the shards in `folder`; one named `.../NAME` is placed over the processes as `like[NAME]` is."""
     reader = HuggingFaceStorageReader(str(folder))
-    tensors = {name: _room(name, saved.size, like) for name, saved in reader.read_metadata().state_dict_metadata.items()}
+    saved = reader.read_metadata().state_dict_metadata.items()
+    tensors = {name: _room(name, t.size, like) for name, t in saved if isinstance(t, TensorStorageMetadata)}
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return tensors
 
