@@ -95,7 +95,7 @@ def _sharding() -> FullyShardedDataParallelPlugin | None:
     if plugin.activation_checkpointing:
         raise UserError(
             "fsdp_config.fsdp_activation_checkpointing is true in the accelerate config file; "
-            "remove it and set training.gradient_checkpointing: true"
+            "remove it and set training.activation_checkpointing: true"
         )
     return plugin
 
