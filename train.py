@@ -9,14 +9,13 @@ Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal after a checkpo
 import argparse
 import gc
 import math
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from accelerate import Accelerator
 
 from data.packing import TokenStore, prepare_tokens
 from data.recall_vocabulary import recall_vocabulary
@@ -28,15 +27,17 @@ from model.windows import reach
 from training.build import model_config
 from training.checkpoint import load_state, prune, save_checkpoint
 from training.config_file import load_settings
-from training.curriculum import Curriculum, CurriculumState
+from training.curriculum import Curriculum
 from training.export import replace_export, write_hf
 from training.metrics import Metrics
 from training.nonfinite import keep_batch, stop_after
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
 from training.optimizer import SummedOptimizer
+from training.parallel import Tensors, load_whole, spread, whole, whole_weights
 from training.plan import plan_text
 from training.precision import make_deterministic, set_up_threads
 from training.probe import Probe, horizon
+from training.profiling import ProfileWindow
 from training.progress import TrainingProgress
 from training.random_state import get_random_states, seed_everything, set_random_states
 from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, lost_rank_is_fault, sum_over_ranks
@@ -44,14 +45,17 @@ from training.resume import FACTS_SAVED, check_checkpoint, check_same_batches
 from training.run_folder import decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings import Settings
+from training.shards import stored_in_shards
 from training.signals import STOPPED, StopRequest, TrainingFault
+from training.state import State
 
 
 def main() -> int:
     arguments = parse_arguments()
     settings = load_settings(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        print(plan_text(settings))
+        if os.environ.get("RANK", "0") == "0":  # of the processes launched, one speaks
+            print(plan_text(settings))
         return 0
     try:
         with lost_rank_is_fault():
@@ -69,19 +73,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     return parser.parse_intermixed_args()
-
-
-@dataclass
-class State:
-    """What a checkpoint saves besides tensors. `step` counts finished steps, so it is also the index of the next."""
-
-    step: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    horizon: int = 0
-    validation_bits_per_byte: float | None = None
-    curriculum: CurriculumState = field(default_factory=lambda: CurriculumState(0))
 
 
 class Trainer:
@@ -112,11 +103,13 @@ class Trainer:
         self.objectives = self._objectives(self.ranks.num_processes)
         self.probe = Probe(settings, self.heldout_store, self.vocabulary, self.curriculum)
 
-        self.scorer = Scorer(self.decoder, recall.values if recall.enabled and recall.relay_loss_weight else None)
+        values = recall.values if recall.enabled and recall.relay_loss_weight else None
+        self.scorer = Scorer(self.decoder, values, settings.training.z_loss_weight)
+        if settings.training.activation_checkpointing:
+            self.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         if settings.training.compile:
             self.decoder.compile_layers()
-        self.accelerator = Accelerator(mixed_precision="bf16" if self.facts["precision"] == "bf16" else "no")
-        self.wrapped = self.accelerator.prepare(self.scorer)
+        self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
         self.optimizer = SummedOptimizer(
             self.scorer.named_parameters(), [o.name for o in self.objectives], settings.training.optimizer
         )
@@ -138,13 +131,12 @@ class Trainer:
         return objectives(self.settings, self.train_store, self.vocabulary, self.curriculum, processes)
 
     def _resume(self, path: Path) -> None:
-        saved, tensors = load_state(path)
+        saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_checkpoint(path, saved, self.facts)
-        self.decoder.load_state_dict(hub.load(path / "hf").state_dict())
+        load_whole(self.decoder.state_dict(), hub.load(path / "hf").state_dict())
         self.optimizer.load_state_tensors(tensors)
-        if self.scorer.relay_head is not None:
-            self.scorer.relay_head.weight.data.copy_(tensors["relay_head"])
-        self.state = State(**saved["progress"] | {"curriculum": CurriculumState(**saved["progress"]["curriculum"])})
+        load_whole(self.scorer.auxiliary(), tensors)
+        self.state = State.of(saved["progress"])
         to_come = range(self.state.curriculum.distance, self.curriculum.last_distance + 1)
         check_same_batches(path, self._objectives(len(saved["random"])), self.objectives, to_come)
         if self.ranks.process_index < len(saved["random"]):
@@ -159,12 +151,22 @@ class Trainer:
         last = self.settings.training.max_steps
         main, step = self.ranks.is_main_process, self.state.step
         self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
-        with self.metrics, TrainingProgress(last, step, show=main) as self.progress:
+        self.progress = TrainingProgress(last, step, show=main)
+        window = ProfileWindow(self.settings.training.profile, self.dir, main, self.progress.say)
+        with self.metrics, self.progress, window:
             gc.collect()
             gc.freeze()
             gc.disable()  # a full collection in mid-step costs more than the loop's few cycles
             self._start_clock()
             while self.state.step < last:
+        saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
+        check_checkpoint(path, saved, self.facts)
+        load_whole(self.decoder.state_dict(), hub.load(path / "hf").state_dict())
+        self.optimizer.load_state_tensors(tensors)
+        load_whole(self.scorer.auxiliary(), tensors)
+        self.state = State.of(saved["progress"])
+        to_come = range(self.state.curriculum.distance, self.curriculum.last_distance + 1)
+        check_same_batches(path, self._objectives(len(saved["random"])), self.objectives, to_come)
                 if any(sum_over_ranks([float(bool(self.stop))])):
                     self._save()
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
@@ -248,7 +250,8 @@ class Trainer:
     def _validate(self) -> None:
         """Held-out text and recall; every rank measures its share."""
         paused = time.perf_counter()
-        bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
+        with whole(self.accelerator, self.wrapped):
+            bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         self.state.validation_bits_per_byte, self.state.horizon = bits, horizon(recall)
         if self.ranks.is_main_process:
             self.metrics.write("validation", self.state.step, bits_per_byte=bits)
@@ -266,25 +269,32 @@ class Trainer:
         if self.state.step == self.saved_step:
             return
         random_states = gather_from_ranks(get_random_states())
-        ask_main(lambda: self._write_checkpoint(random_states))
+        weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
+        stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
+        ask_main(lambda: self._write_checkpoint(random_states, weights, stored))
         self.saved_step = self.state.step
         gc.collect()
         self.began += time.perf_counter() - paused
 
-    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+    def _write_checkpoint(self, random_states: list[dict[str, Any]], weights: Tensors, stored: Tensors | Path) -> None:
         state = {
             "progress": asdict(self.state),
             "random": random_states,
-        } | {k: self.facts[k] for k in FACTS_SAVED}
-        tensors = self.optimizer.state_tensors()
-        if self.scorer.relay_head is not None:
-            tensors["relay_head"] = self.scorer.relay_head.weight
-        save_checkpoint(self.dir, self.state.step, state, tensors, partial(write_hf, self.decoder, self.tokenizer))
+        saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
+        check_checkpoint(path, saved, self.facts)
+        load_whole(self.decoder.state_dict(), hub.load(path / "hf").state_dict())
+        self.optimizer.load_state_tensors(tensors)
+        load_whole(self.scorer.auxiliary(), tensors)
+        self.state = State.of(saved["progress"])
+        to_come = range(self.state.curriculum.distance, self.curriculum.last_distance + 1)
+        check_same_batches(path, self._objectives(len(saved["random"])), self.objectives, to_come)
         prune(self.dir, self.settings.training.keep_checkpoints)
 
     def close(self) -> int:
         """Export the last checkpoint as runs/NAME/hf and say where everything is."""
-        ask_main(lambda: replace_export(self.decoder, self.tokenizer, self.dir / "hf"))
+        weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        ask_main(lambda: replace_export(self.decoder, weights, self.tokenizer, self.dir / "hf"))
         s, R = self.state, reach(self.config.specs)
         self.ranks.print(
             f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"

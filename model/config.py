@@ -11,6 +11,7 @@ from model.windows import LayerSpec
 class WindreachConfig(MistralConfig):
     """`MistralConfig` plus `layers`: one dict of `LayerSpec` fields per layer (default: all sliding).
 
+    qk_norm: RMSNorm of each head's queries and keys before they are rotated, as in Qwen3.
     attention_backend: `auto`, or one of `model.backends.BACKENDS`.
     Raises UserError for shapes that can't be built.
     """
@@ -18,6 +19,7 @@ class WindreachConfig(MistralConfig):
     model_type = "windreach"
 
     layers: list[dict[str, Any]] | None = None
+    qk_norm: bool = False
     attention_backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:

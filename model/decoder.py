@@ -4,12 +4,14 @@ Legend: B batch, T positions, H heads, G kv heads, D head size, E hidden size.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -25,6 +27,14 @@ from model.windows import LayerSpec
 Rotary = tuple[Tensor, Tensor]
 
 
+class RMSNorm(nn.RMSNorm):
+    """Sharded training hands out bfloat16 weights beside a float32 stream, for which torch has no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: WindreachConfig, spec: LayerSpec, backend: str) -> None:
         super().__init__()
@@ -35,10 +45,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(e, g * d, bias=False)
         self.o_proj = nn.Linear(h * d, e, bias=False)
         self.sink_logits = nn.Parameter(torch.zeros(h)) if spec.sink else None
+        self.q_norm = RMSNorm(d, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_bte: Tensor, rotary: Rotary | None, places: Places, cache: RingLayer | None) -> Tensor:
         b, t, _ = x_bte.shape
         q, k, v = (x.view(b, t, -1, self.head_dim).transpose(1, 2) for x in self._project(x_bte))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is None:
@@ -78,8 +92,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, spec, backend)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x_bte: Tensor, rotary: Rotary | None, places: Places, cache: RingLayer | None = None) -> Tensor:
         x_bte = x_bte + self.self_attn(self.input_layernorm(x_bte), rotary, places, cache)
@@ -95,7 +109,11 @@ class WindreachModel(nn.Module):
         self.backend = choose_backend(config.attention_backend, config.specs, config.head_dim)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, spec, self.backend) for spec in config.specs)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = (
+            False  # this and the next are set by transformers' activation_checkpointing_enable
+        )
+        self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
 
     def forward(
         self,
@@ -120,7 +138,10 @@ class WindreachModel(nn.Module):
         streams = [x]
         for i, (layer, spec) in enumerate(zip(self.layers, self.config.specs)):
             cache = None if past_key_values is None else past_key_values.layers[i]
-            x = layer(x, rotary[spec], of_kind[spec], cache)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer, x, rotary[spec], of_kind[spec], cache)
+            else:
+                x = layer(x, rotary[spec], of_kind[spec], cache)
             if output_hidden_states:
                 streams.append(x)
         return BaseModelOutputWithPast(
@@ -195,6 +216,7 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _is_stateful = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__(config)

@@ -1,12 +1,14 @@
 """Checkpoints in Hugging Face's formats: a stack that Mistral can express is saved as Mistral, and only that one."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig
+from transformers import MistralConfig, PreTrainedConfig, Qwen3Config
 
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
@@ -15,41 +17,59 @@ from model.flops import count_parameters as count_parameters
 from model.windows import LayerSpec
 
 _WEIGHTS = "model.safetensors"
+_ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM", "windreach": "WindreachForCausalLM"}
 
 
 def is_mistral(config: WindreachConfig) -> bool:
     """Whether every layer is the same plain sliding (or full) layer, which is all that a Mistral config can say."""
-    first = config.specs[0]
-    plain = first == LayerSpec("full") or (first.kind == "sliding" and first == LayerSpec("sliding", first.window))
-    return plain and set(config.specs) == {first}
+    return not config.qk_norm and _is_plain(config.specs) and len(set(config.specs)) == 1
 
 
-def save_hf(model: WindreachForCausalLM, path: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` (tied output matrix left out, as transformers does)."""
+def is_qwen3(config: WindreachConfig) -> bool:
+    """Whether heads are normalised, and layers plain, sliding with one window or full, which a Qwen3 config can say."""
+    windows = {spec.window for spec in config.specs if spec.kind == "sliding"}
+    return config.qk_norm and _is_plain(config.specs) and len(windows) <= 1
+
+
+def _is_plain(specs: Iterable[LayerSpec]) -> bool:
+    return all(s == (LayerSpec("full") if s.kind == "full" else LayerSpec("sliding", s.window)) for s in specs)
+
+
+def save_hf(
+    model: WindreachForCausalLM, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors` (tied output matrix left out, as transformers does).
+
+    `state_dict` replaces the model's own weights, where these are sharded over processes.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = _exported(model.config)
-    config.architectures = ["MistralForCausalLM" if config.model_type == "mistral" else "WindreachForCausalLM"]
+    config.architectures = [_ARCHITECTURES[config.model_type]]
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(path)
-    weights = {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in model.state_dict().items()}
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    weights = {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in state_dict.items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight")
     save_file(weights, path / _WEIGHTS, metadata={"format": "pt"})
 
 
-def _exported(config: WindreachConfig) -> MistralConfig:
+def _exported(config: WindreachConfig) -> PreTrainedConfig:
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
-    if not is_mistral(config):
+    if not is_mistral(config) and not is_qwen3(config):
         return WindreachConfig(**fields)
-    fields.pop("layers")
-    fields.pop("attention_backend")
-    fields["sliding_window"] = config.specs[0].window
-    return MistralConfig(**fields)
+    for ours in ("layers", "attention_backend", "qk_norm"):
+        fields.pop(ours)
+    fields["sliding_window"] = next((s.window for s in config.specs if s.kind == "sliding"), None)
+    if is_mistral(config):
+        return MistralConfig(**fields)
+    layer_types = [f"{s.kind}_attention" for s in config.specs]
+    return Qwen3Config(**fields, layer_types=layer_types, use_sliding_window=fields["sliding_window"] is not None)
 
 
 def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
-    """Read `config.json` of a mistral, ministral or windreach checkpoint. Raises UserError for any other."""
+    """Read `config.json` of a mistral, ministral, qwen3 or windreach checkpoint. Raises UserError for any other."""
     file = Path(path) / "config.json"
     try:
         fields = json.loads(file.read_text())
@@ -61,11 +81,23 @@ def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
     if kind == "ministral":
         window = fields["sliding_window"]
         fields["layers"] = [_spec_of(name, window) for name in fields.pop("layer_types")]
+    elif kind == "qwen3":
+        fields = _from_qwen3(Qwen3Config(**fields), file)
     elif kind not in ("mistral", "windreach"):
-        raise UserError(f"{file}: model_type is {kind!r}; this loader knows mistral, ministral and windreach")
+        raise UserError(f"{file}: model_type is {kind!r}; this loader knows mistral, ministral, qwen3 and windreach")
     for name in ("architectures", "transformers_version", "layer_types"):
         fields.pop(name, None)
     return WindreachConfig(**{**fields, "attention_backend": backend})
+
+
+def _from_qwen3(config: Qwen3Config, file: Path) -> dict[str, Any]:
+    if config.attention_bias:
+        raise UserError(f"{file}: attention_bias is true; the decoder has no biases")
+    fields = config.to_dict()
+    for theirs in ("model_type", "attention_bias", "use_sliding_window", "max_window_layers", "layer_types"):
+        fields.pop(theirs, None)
+    fields["layers"] = [_spec_of(name, config.sliding_window) for name in config.layer_types]
+    return fields | {"qk_norm": True}
 
 
 def _spec_of(layer_type: str, window: int) -> dict[str, object]:

@@ -25,6 +25,7 @@ def model_config(settings: Settings, vocab_size: int) -> WindreachConfig:
         max_position_embeddings=m.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
         rms_norm_eps=m.rms_norm_eps,
+        qk_norm=m.qk_norm,
         tie_word_embeddings=m.tie_word_embeddings,
         attention_backend=m.attention_backend,
     )

@@ -2,7 +2,7 @@
 
 checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json": {"sha256": ..., "bytes": ...}}}
                         hf/                  a complete Hugging Face checkpoint with its tokenizer
-                        trainer.safetensors  optimizer moments, relay head
+                        trainer.safetensors  optimizer moments, relay head; shard-*.safetensors where they are sharded
                         state.json           step, token counts, curriculum, RNG states, settings hash, wandb id
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.errors import UserError
+from training.shards import PATTERN, read_shards
 
 PREFIX = "step-"
 MANIFEST = "manifest.json"
@@ -29,16 +30,19 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], write_hf: Callable[[Path], None]
+    run_dir: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor] | Path, write_hf: Callable[[Path], None]
 ) -> None:
-    """Write a checkpoint that is there completely or not at all. Full disk or no permission: `UserError`."""
+    """Write a checkpoint that is there completely or not at all. Full disk or no permission: `UserError`.
+
+    `tensors`: the trainer's; or a folder beside the checkpoints that holds their shards already (`training.shards`).
+    """
     path = checkpoint_path(run_dir, step)
     aside = path.with_name(f".writing-{path.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "hf").mkdir(parents=True)
         write_hf(aside / "hf")
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside / "trainer.safetensors")
+        _put_tensors(tensors, aside)
         write_json(aside / "state.json", state)
         write_json(aside / MANIFEST, {"step": step, "files": _hashes(aside)})
         _sync_tree(aside)
@@ -96,9 +100,10 @@ def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | No
     return None
 
 
-def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """state.json and the trainer's tensors of a verified checkpoint."""
-    return json.loads((path / "state.json").read_text()), load_file(path / "trainer.safetensors")
+def load_state(path: Path, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """state.json and the trainer's tensors of a verified checkpoint; shards are placed as the parameters `like` are."""
+    state, whole = json.loads((path / "state.json").read_text()), path / "trainer.safetensors"
+    return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -128,6 +133,15 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def _put_tensors(tensors: dict[str, Tensor] | Path, folder: Path) -> None:
+    if not isinstance(tensors, Path):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "trainer.safetensors")
+        return
+    for shard in tensors.glob(PATTERN):
+        shard.rename(folder / shard.name)
+    shutil.rmtree(tensors)
 
 
 def _step_of(path: Path) -> int:

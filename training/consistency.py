@@ -104,6 +104,9 @@ def _steps(s: Settings) -> Iterator[Problem]:
     if warmup >= t.max_steps:
         what = f"the run has training.max_steps = {t.max_steps}, so its full rate is never reached"
         yield _problem("training.schedule.warmup_steps", warmup, what, "lower it", "training.max_steps")
+    if t.profile is not None and t.profile.start_step >= t.max_steps:
+        what, remedy = f"the run has training.max_steps = {t.max_steps}, so nothing is recorded", "lower it"
+        yield _problem("training.profile.start_step", t.profile.start_step, what, remedy, "training.max_steps")
 
 
 def _lengths(s: Settings) -> Iterator[Problem]:

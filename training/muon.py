@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from training.parallel import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen by Jordan and others (2024) for the slope at zero
 ITERATIONS = 5
@@ -26,17 +30,17 @@ class BatchedMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            sharded = [p for p in group["params"] if p.grad is not None]
+            if not sharded:
                 continue
-            grads = [p.grad for p in params]
-            momenta = [self._momentum(p) for p in params]
+            params, grads = [local(p) for p in sharded], [local(p.grad) for p in sharded]
+            momenta = [local(self._momentum(p)) for p in sharded]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for shape, members in _by_shape(params).items():
+            for shape, members in _by_shape(sharded).items():
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                step = _shared_out(torch.stack([updates[i] for i in members])).float()
+                step = _orthogonal(torch.stack([updates[i] for i in members]), sharded[members[0]]).float()
                 torch._foreach_add_([params[i] for i in members], list(step.unbind()), alpha=-rate)
 
     def _momentum(self, p: Tensor) -> Tensor:
@@ -52,6 +56,31 @@ def _by_shape(params: list[Tensor]) -> dict[torch.Size, list[int]]:
     for i, p in enumerate(params):
         found[p.shape].append(i)
     return found
+
+
+def _orthogonal(updates: Tensor, like: Tensor) -> Tensor:
+    """`orthogonalise` for updates of parameters that are placed as `like`; the work is shared out over the ranks."""
+    if not isinstance(like, DTensor):
+        return _shared_out(updates)
+    return _from_rows(updates, like.shape[0], like.device_mesh.get_group())
+
+
+def _from_rows(rows: Tensor, height: int, group: dist.ProcessGroup) -> Tensor:
+    """(N, own rows, B) of N matrices of `height` rows, cut by rows over the ranks -> the same rows, orthogonalised.
+
+    Each rank is sent whole matrices, its share of N, and sends their rows back: what it holds never exceeds its share.
+    """
+    ranks, (n, own, width) = dist.get_world_size(group), rows.shape
+    share, most = -(-n // ranks), -(-height // ranks)  # matrices a rank, rows a rank: the last ones may have fewer
+    sent = F.pad(rows, (0, 0, 0, most - own, 0, share * ranks - n))
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=group)
+    matrices = got.view(ranks, share, most, width).transpose(0, 1).reshape(share, ranks * most, width)
+    done = F.pad(orthogonalise(matrices[:, :height]), (0, 0, 0, ranks * most - height))
+    back = done.view(share, ranks, most, width).transpose(0, 1).contiguous()
+    got = torch.empty_like(back)
+    dist.all_to_all_single(got, back, group=group)
+    return got.view(ranks * share, most, width)[:n, :own]
 
 
 def _shared_out(matrices: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -23,7 +22,9 @@ from data.recall_vocabulary import RecallVocabulary
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
+from training.cross_entropy import cross_entropy
 from training.curriculum import Curriculum
+from training.parallel import without_exchange
 from training.ranks import sum_over_ranks
 from training.settings import Settings
 
@@ -180,9 +181,9 @@ class Scorer(nn.Module):
     decoder: WindreachForCausalLM
     relay_head: nn.Linear | None
 
-    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None):
+    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None, z_loss_weight: float = 0.0):
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.z_loss_weight = decoder, z_loss_weight
         self.relay_head = nn.Linear(decoder.config.hidden_size, relay_values, bias=False) if relay_values else None
         if self.relay_head is not None:
             nn.init.zeros_(self.relay_head.weight)
@@ -198,11 +199,15 @@ class Scorer(nn.Module):
                 scores[term] = _score_relay(self._relay_logits(out.hidden_states, index), labels)
             else:
                 hidden_ne = out.last_hidden_state.flatten(0, 1).index_select(0, index)
-                scores[term] = _score(self.decoder.lm_head(hidden_ne), labels)
+                scores[term] = cross_entropy(hidden_ne, self.decoder.lm_head.weight, labels, self.z_loss_weight)
         if self.relay_head is not None and "relay" not in targets:
             term, (loss, right) = next(iter(scores.items()))
             scores[term] = loss + 0.0 * self.relay_head.weight.sum(), right  # ranks wait for a gradient of every weight
         return scores
+
+    def auxiliary(self) -> dict[str, Tensor]:
+        """What is trained and saved, but not part of the decoder."""
+        return {} if self.relay_head is None else {"relay_head": self.relay_head.weight}
 
     def _relay_logits(self, streams: tuple[Tensor, ...] | None, index: Tensor) -> Tensor:
         """(N, values) at `index` into the positions of all streams (B, T, E): the embedding, then after each layer."""
@@ -255,7 +260,7 @@ def differentiate(
     totals = torch.zeros(2 * len(terms), dtype=torch.float64)
     for number, micro_batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
-        with nullcontext() if last else accelerator.no_sync(wrapped):  # ranks exchange gradients once, at the end
+        with nullcontext() if last else without_exchange(accelerator, wrapped):
             scores = wrapped(**micro_batch.to(accelerator.device).arguments())
             loss = weighted_loss(scores, objective.term_weights, dict(zip(terms, counts, strict=True)), ranks)
             accelerator.backward(loss)
@@ -278,15 +283,8 @@ def weighted_loss(
     return torch.stack(parts).sum()
 
 
-def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-    with torch.no_grad():
-        right = (logits.argmax(-1) == labels).sum()
-    return loss, right
-
-
 def _score_relay(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_score`; where there is no value yet (label: their number) nothing may be read: all values equally likely."""
+    """As `cross_entropy`; where there is no value yet (label: their number) all values are to be equally likely."""
     logits, n = logits.float(), logits.shape[-1]
     normaliser = logits.logsumexp(-1)
     known = labels < n

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.muon import BatchedMuon
+from training.parallel import as_placed, local
 from training.settings import OptimizerSettings
 
 Named = list[tuple[str, nn.Parameter]]
@@ -51,7 +53,8 @@ class SummedOptimizer:
         self._gradients[objective] = [p.grad for p in self.parameters]
         present = [g for g in self._gradients[objective] if g is not None]
         norm = nn.utils.get_total_norm(present)
-        torch._foreach_mul_(present, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        torch._foreach_mul_([local(g) for g in present], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         for p in self.parameters:
             p.grad = None
         return norm
@@ -96,7 +99,9 @@ class SummedOptimizer:
                 mine = {p for group in optimizer.param_groups for p in group["params"]}
                 for name, p in zip(self.names, self.parameters, strict=True):
                     if p in mine and (state := saved.get((objective, name))):
-                        optimizer.state[p] = {moment: tensor.to(p.device) for moment, tensor in state.items()}
+                        optimizer.state[p] = {
+                            moment: as_placed(t, p) if t.ndim else t.to(p.device) for moment, t in state.items()
+                        }
 
 
 def _optimizers(named: Named, s: OptimizerSettings) -> list[torch.optim.Optimizer]:

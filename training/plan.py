@@ -70,7 +70,7 @@ def parameters(config: WindreachConfig) -> dict[str, int]:
         "embedding": embedding,
         "attention": k * 2 * e * d * (h + g) + h * sum(spec.sink for spec in config.specs),
         "feed-forward": k * 3 * e * config.intermediate_size,
-        "norms": (2 * k + 1) * e,
+        "norms": (2 * k + 1) * e + 2 * k * d * config.qk_norm,
         "output": 0 if config.tie_word_embeddings else embedding,
     }
 

@@ -31,6 +31,7 @@ FREE = (
     "training.probe_distances",
     "training.probe_items",
     "training.max_skipped_steps",
+    "training.profile",
     "data.cache_dir",
 )
 

@@ -73,6 +73,7 @@ class ModelSettings(Strict):
     max_position_embeddings: PositiveInt = Field(131072, description="longest row in tokens, written into exports")
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
     rms_norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square")
+    qk_norm: bool = Field(False, description="RMSNorm of each head's queries and keys, as in Qwen3; exported as such")
     tie_word_embeddings: bool = Field(False, description="the output matrix is the embedding")
     attention_backend: Literal["auto", "reference", "blocked", "flex", "flash", "xformers"] = Field(
         "auto", description="how attention is done; auto is blocked on a CPU and flex on CUDA"
@@ -196,6 +197,13 @@ class ScheduleSettings(Strict):
     min_lr_ratio: Fraction = Field(0.05, description="last learning rate as a share of the peak")
 
 
+class ProfileSettings(Strict):
+    """A window of steps under torch.profiler."""
+
+    start_step: int = Field(ge=0, le=2**53, description="first step recorded, counted from 0", examples=[20])
+    steps: PositiveInt = Field(3, description="steps recorded")
+
+
 class TrainingSettings(Strict):
     """The loop."""
 
@@ -205,6 +213,10 @@ class TrainingSettings(Strict):
         default_factory=lambda: [(0.0, 1.0)], description="weight of the text update over the run"
     )
     micro_batch_tokens: PositiveInt | None = Field(None, description="tokens a rank; default: no accumulation")
+    activation_checkpointing: bool = Field(
+        False, description="keep only each layer's input, compute the rest again: less memory, a third more work"
+    )
+    z_loss_weight: NonNegative = Field(0.0, description="of log(Z)^2 a token, against drifting logits; 1e-4 is usual")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where its matmul is much faster")
     compile: bool = Field(True, description="compile the layers with torch.compile")
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
@@ -213,6 +225,7 @@ class TrainingSettings(Strict):
     max_skipped_steps: PositiveInt = Field(10, description="steps in a row with a loss that is not finite, then stop")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="AdamW, moments of its own per objective")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="learning rate over the run")
+    profile: ProfileSettings | None = Field(None, description="steps to record with torch.profiler")
     log_every_steps: PositiveInt = Field(10, description="steps from one log line to the next")
     validate_every_steps: PositiveInt = Field(200, description="steps from one validation and probe to the next")
     validation_tokens: PositiveInt = Field(32768, description="held-out tokens a validation reads")

@@ -192,7 +192,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
 def test_other_architectures_are_refused(tmp_path: Path, kind: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(
-        UserError, match=rf"model_type is {kind!r}; this loader knows mistral, ministral and windreach$"
+        UserError, match=rf"model_type is {kind!r}; this loader knows mistral, ministral, qwen3 and windreach$"
     ):
         load(tmp_path)
 

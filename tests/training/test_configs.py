@@ -14,6 +14,8 @@ from training.schema import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+SIZES = {"cpu": (1, 1), "ddp-cpu-2": (2, 1), "fsdp2-cpu-2": (2, 1), "gpu-8": (8, 1), "fsdp2": (8, 1),
+         "fsdp2-nodes": (32, 4)}  # fmt: skip
 
 
 def name(path: Path) -> str:
@@ -50,6 +52,25 @@ def test_launch_file_is_one_that_accelerate_reads(path: Path) -> None:
     config = load_config_from_file(str(path))
     assert config.mixed_precision == "no"  # training.precision decides
     assert f"configs/accelerate/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=name)
+def test_launch_file_starts_the_processes_and_the_sharding_that_its_name_says(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment that `accelerate launch` would give to the processes, made by its own code."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import prepare_multi_gpu_env
+
+    arguments, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    )
+    assert (arguments.num_processes, arguments.num_machines) == SIZES[path.stem]
+    assert arguments.use_fsdp == path.stem.startswith("fsdp2")
+    if arguments.use_fsdp:
+        environment = prepare_multi_gpu_env(arguments)
+        assert environment["ACCELERATE_USE_FSDP"] == "true"
+        assert (environment["FSDP_VERSION"], environment["FSDP_RESHARD_AFTER_FORWARD"]) == ("2", "true")
 
 
 def test_every_key_of_base_is_a_default() -> None:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.optimizer import SummedOptimizer
+from tests.model.tiny import tiny_model
+from training.optimizer import SummedOptimizer, decayed
 from training.settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(lr=0.01, weight_decay=0.1, max_grad_norm=1.0)
@@ -143,6 +144,22 @@ def test_muon_orthogonalises_the_matrices_of_the_layers_and_leaves_the_rest_to_a
     second.load_state_tensors({k: v.clone() for k, v in first.state_tensors().items()})
     steps(halves, second, both, 2, 4)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+def test_matrices_decay_and_norms_embeddings_and_sinks_do_not() -> None:
+    model = tiny_model([{"window": 5, "sink": True}], qk_norm=True)
+    names = {name for name, p in model.named_parameters() if decayed(name, p)}
+    matrices = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    assert names == {f"model.layers.0.{m}.weight" for m in matrices} | {"lm_head.weight"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = SummedOptimizer(model.named_parameters(), ["text"], SETTINGS)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.take("text", 1.0)
+    optimizer.step(0.5, {"text": 1.0})
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in names else 1.0))
 
 
 def test_dropped_gradients_leave_weights_and_moments_alone() -> None:

@@ -1,0 +1,83 @@
+"""The loss in chunks is the loss at once, in value and gradient, without its memory."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import training.cross_entropy
+from training.cross_entropy import at_once, cross_entropy, in_chunks
+
+N, E, V = 37, 8, 29
+
+
+def case(n: int = N, v: int = V, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, E, generator=generator, requires_grad=True)
+    weight = torch.randn(v, E, generator=generator, requires_grad=True)
+    return hidden, weight, torch.randint(v, (n,), generator=generator)
+
+
+def outcome(loss: Tensor, right: Tensor, hidden: Tensor, weight: Tensor, scale: float = 0.25) -> tuple[Tensor, ...]:
+    """Loss, hits and both gradients, taken through a factor as training does."""
+    return (loss.detach(), right, *torch.autograd.grad(scale * loss, (hidden, weight)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 50), st.integers(2, 40), st.integers(1, 60), st.sampled_from([0.0, 0.01]), st.integers(0, 99))
+def test_chunks_of_any_size_equal_the_loss_at_once(n: int, v: int, rows: int, z_weight: float, seed: int) -> None:
+    hidden, weight, labels = case(n, v, seed)
+    chunks = outcome(*in_chunks(hidden, weight, labels, z_weight, rows), hidden, weight)
+    whole = outcome(*at_once(F.linear(hidden, weight), labels, z_weight), hidden, weight)
+    for a, b in zip(chunks, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_both_multiply_in_bfloat16_and_sum_in_float32() -> None:
+    hidden, weight, labels = case(n=200)
+    with torch.autocast("cpu", torch.bfloat16):
+        chunks, whole = in_chunks(hidden, weight, labels, 0.0, 64), at_once(F.linear(hidden, weight), labels, 0.0)
+    assert chunks[0].dtype == whole[0].dtype == torch.float32
+    assert torch.equal(chunks[1], whole[1])
+    torch.testing.assert_close(chunks[0], whole[0], rtol=1e-5, atol=0)
+    for a, b in zip(outcome(*chunks, hidden, weight)[2:], outcome(*whole, hidden, weight)[2:], strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize(("at_most", "chunked"), [(5 * V, True), (N * V, False)])
+def test_many_logits_are_never_there_at_once_and_few_are(
+    monkeypatch: pytest.MonkeyPatch, at_most: int, chunked: bool
+) -> None:
+    monkeypatch.setattr(training.cross_entropy, "LOGITS_AT_ONCE", at_most)
+    hidden, weight, labels = case()
+    with Largest() as largest:
+        outcome(*cross_entropy(hidden, weight, labels), hidden, weight)
+    assert largest.elements == (N * E if chunked else N * V)  # chunked: the gradient of the hidden states
+
+
+def test_z_loss_pulls_the_normaliser_to_one_and_is_not_in_the_reported_loss() -> None:
+    hidden, weight, labels = case()
+    plain, _ = cross_entropy(hidden, weight, labels)
+    loss, _ = cross_entropy(hidden, weight, labels, z_weight=0.5)
+    assert torch.equal(loss, plain)
+    explicit = plain + 0.5 * F.linear(hidden, weight).logsumexp(-1).square().sum()
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, explicit)), strict=True):
+        torch.testing.assert_close(a, b)

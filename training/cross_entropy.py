@@ -1,0 +1,87 @@
+"""The loss of the output matrix, without the logits of all positions at once where these are many.
+
+Legend: N scored positions, E hidden size, V vocabulary.
+The z-loss (Chowdhery and others, PaLM, 2022) adds weight x log(Z)^2 a token, Z the softmax's normaliser: it keeps the
+logits from drifting. It acts through the gradient alone; the loss returned is plain cross-entropy, whatever the weight.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; the softmax and its gradient hold about three times that
+
+Score = tuple[Tensor, Tensor]
+
+
+def cross_entropy(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0) -> Score:
+    """The summed loss in nats, and how many labels were the most likely of all tokens (both 0-d)."""
+    rows = max(1, LOGITS_AT_ONCE // len(weight_ve))
+    if len(hidden_ne) > rows:
+        return in_chunks(hidden_ne, weight_ve, labels_n, z_weight, rows)
+    return at_once(F.linear(hidden_ne, weight_ve), labels_n, z_weight)
+
+
+def at_once(logits_nv: Tensor, labels_n: Tensor, z_weight: float) -> Score:
+    loss = F.cross_entropy(logits_nv.float(), labels_n, reduction="sum")
+    if z_weight:
+        z = z_weight * logits_nv.float().logsumexp(-1).square().sum()
+        loss = loss + (z - z.detach())
+    with torch.no_grad():
+        right = (logits_nv.argmax(-1) == labels_n).sum()
+    return loss, right
+
+
+def in_chunks(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float, rows: int) -> Score:
+    """As `at_once`, `rows` positions at a time: only their logits exist at any moment."""
+    device = hidden_ne.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden_ne.dtype
+    loss, right = _Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, dtype)
+    return loss, right
+
+
+class _Chunks(torch.autograd.Function):
+    """The gradient is taken with the loss, while the chunk's logits are there: nothing is computed twice.
+
+    It is linear in the incoming gradient, a number, which the backward pass multiplies in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, rows: int, dtype: torch.dtype
+    ) -> Score:
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        right = labels.new_zeros(())
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(dtype)
+            for i in range(0, len(hidden), rows):
+                h, wanted = hidden[i : i + rows].to(dtype), labels[i : i + rows, None]
+                logits = (h @ w.mT).float()
+                right += (logits.argmax(-1, keepdim=True) == wanted).sum()
+                part, d_logits = _loss_and_gradient(logits, wanted, z_weight)
+                loss += part
+                d_logits = d_logits.to(dtype)
+                d_hidden[i : i + rows] = d_logits @ w
+                d_weight += d_logits.mT @ h
+        ctx.gradients = d_hidden, d_weight
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.gradients
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, wanted: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of float32 logits, and the gradient of it and of the z-loss, in the logits' memory."""
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    loss = (normaliser - logits.gather(1, wanted)).sum()
+    gradient = logits.sub_(normaliser).exp_()
+    if z_weight:
+        gradient.mul_(1 + 2 * z_weight * normaliser)
+    return loss, gradient.scatter_(1, wanted, gradient.gather(1, wanted) - 1)
