@@ -159,19 +159,12 @@ class Trainer:
             gc.disable()  # a full collection in mid-step costs more than the loop's few cycles
             self._start_clock()
             while self.state.step < last:
-        saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
-        check_checkpoint(path, saved, self.facts)
-        load_whole(self.decoder.state_dict(), hub.load(path / "hf").state_dict())
-        self.optimizer.load_state_tensors(tensors)
-        load_whole(self.scorer.auxiliary(), tensors)
-        self.state = State.of(saved["progress"])
-        to_come = range(self.state.curriculum.distance, self.curriculum.last_distance + 1)
-        check_same_batches(path, self._objectives(len(saved["random"])), self.objectives, to_come)
                 if any(sum_over_ranks([float(bool(self.stop))])):
                     self._save()
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
                     return False
-                self._step()
+                with window.around(self.state.step):
+                    self._step()
         return True
 
     def _step(self) -> None:
@@ -281,14 +274,9 @@ class Trainer:
         state = {
             "progress": asdict(self.state),
             "random": random_states,
-        saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
-        check_checkpoint(path, saved, self.facts)
-        load_whole(self.decoder.state_dict(), hub.load(path / "hf").state_dict())
-        self.optimizer.load_state_tensors(tensors)
-        load_whole(self.scorer.auxiliary(), tensors)
-        self.state = State.of(saved["progress"])
-        to_come = range(self.state.curriculum.distance, self.curriculum.last_distance + 1)
-        check_same_batches(path, self._objectives(len(saved["random"])), self.objectives, to_come)
+        } | {k: self.facts[k] for k in FACTS_SAVED}
+        write = partial(write_hf, self.decoder, weights, self.tokenizer)
+        save_checkpoint(self.dir, self.state.step, state, stored, write)
         prune(self.dir, self.settings.training.keep_checkpoints)
 
     def close(self) -> int:

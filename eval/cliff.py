@@ -22,6 +22,7 @@ from torch import Tensor
 from eval.forward import last_logits
 from eval.models import Examined
 from model import hub, windows
+from model.backends import BACKENDS
 from model.cache import RingCache
 from model.errors import UserError
 from model.windows import LayerSpec

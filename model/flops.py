@@ -1,9 +1,27 @@
 """What a configuration costs: parameters, FLOPs and cache bytes, without allocating a weight."""
 
-import torch
-
 from model.config import WindreachConfig
 from model.windows import keys_per_query
+
+
+def parameters(config: WindreachConfig) -> dict[str, int]:
+    """Parameters by part; tied embeddings are counted once.
+
+    >>> parameters(WindreachConfig())["embedding"] == 32000 * 4096
+    True
+    """
+    e, d, k = config.hidden_size, config.head_dim, config.num_hidden_layers
+    h, g = config.num_attention_heads, config.num_key_value_heads
+    assert d is not None
+    embedding = config.vocab_size * e
+    return {
+        "embedding": embedding,
+        "attention": k * 2 * e * d * (h + g),
+        "sinks": h * sum(spec.sink for spec in config.specs),
+        "feed-forward": k * 3 * e * config.intermediate_size,
+        "norms": (2 * k + 1) * e + 2 * k * d * config.qk_norm,
+        "output": 0 if config.tie_word_embeddings else embedding,
+    }
 
 
 def count_parameters(config: WindreachConfig) -> int:
@@ -12,28 +30,30 @@ def count_parameters(config: WindreachConfig) -> int:
     >>> count_parameters(WindreachConfig())
     7241732096
     """
-    from model.decoder import WindreachForCausalLM
+    return sum(parameters(config).values())
 
-    with torch.device("meta"):
-        model = WindreachForCausalLM(config)
-    tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    own = {id(p): p.numel() for p in model.parameters()}
-    untied = model.lm_head.weight is not model.model.embed_tokens.weight
-    return sum(own.values()) - (tied if untied else 0)
+
+def forward_flops(config: WindreachConfig, seq_len: int) -> dict[str, float]:
+    """FLOPs of a forward pass by part, per token of a document of `seq_len` tokens, 2 per multiply-add.
+
+    Matrices: 2 per weight; the embedding look-up costs none. `attention`: 4 * H * D per *visible* key (scores and
+    mixture). A backend may multiply more pairs than are visible (blocks twice to three times as many, the reference
+    all T x T): that is its waste, not work of the model.
+    """
+    e, i, d = config.hidden_size, config.intermediate_size, config.head_dim
+    h, g, k = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    counts = {spec: keys_per_query(spec, seq_len) for spec in set(config.specs)}
+    return {
+        "projections": 2 * k * e * d * (2 * h + 2 * g),
+        "feed-forward": 2 * k * 3 * e * i,
+        "attention": sum(4 * h * d * counts[spec] for spec in config.specs),
+        "output": 2 * e * config.vocab_size,
+    }
 
 
 def flops_per_token(config: WindreachConfig, seq_len: int, training: bool = True) -> float:
-    """FLOPs per token of a document of `seq_len` tokens, 2 per multiply-add; only visible keys are counted.
-
-    Matrices: 2 per weight, the output matrix included, the embedding look-up not. Attention: 4 * H * D per visible
-    key (scores and mixture). A training step costs three forward passes.
-    """
-    e, i, d = config.hidden_size, config.intermediate_size, config.head_dim
-    h, g = config.num_attention_heads, config.num_key_value_heads
-    matrices = config.num_hidden_layers * (e * d * (2 * h + 2 * g) + 3 * e * i) + e * config.vocab_size
-    counts = {spec: keys_per_query(spec, seq_len) for spec in set(config.specs)}
-    attention = sum(4 * h * d * counts[spec] for spec in config.specs)
-    return (2 * matrices + attention) * (3 if training else 1)
+    """FLOPs per token by the count of `forward_flops`. A training step costs three forward passes."""
+    return sum(forward_flops(config, seq_len).values()) * (3 if training else 1)
 
 
 def cache_bytes(config: WindreachConfig, dtype_bytes: int = 2, batch: int = 1, length: int | None = None) -> int:

@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -34,8 +33,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, MistralForCausalLM, StaticCache
 from transformers.models.mistral.modeling_mistral import eager_attention_forward
 from transformers.utils import logging as transformers_logging
@@ -50,6 +47,7 @@ from model.places import Places
 from model.windows import LayerSpec, visible
 from training.build import model_config
 from training.config_file import load_settings
+from training.memory import PeakBytes
 from training.precision import measure, set_up_threads
 from training.settings import Settings
 
@@ -107,29 +105,6 @@ def _why_not(work: Work) -> str:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of new storages alive at once while it is on; kernels' own scratch memory is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in known:
-                self._watch(leaf.untyped_storage())
-        return out
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) not in self.alive:
-            self.alive[id(storage)] = storage.nbytes()
-            weakref.finalize(storage, self.alive.pop, id(storage), None)
-            self.peak = max(self.peak, sum(self.alive.values()))
 
 
 def peak_bytes(work: Work) -> int:

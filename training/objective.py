@@ -108,7 +108,7 @@ class TextObjective:
 
     def plan(self, distance: int) -> Plan:
         t = self.settings.training
-        return _plan(t.tokens_per_step, self.settings.data.seq_len, t.micro_batch_tokens, self.ranks)
+        return step_plan(t.tokens_per_step, self.settings.data.seq_len, t.micro_batch_tokens, self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch:
         batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
@@ -141,7 +141,7 @@ class RecallObjective:
         t, recall = self.settings.training, self.settings.recall
         full = recall.seq_len or self.curriculum.last_distance + 2 * self.curriculum.window
         tokens = (recall.tokens_per_step or t.tokens_per_step) * self.curriculum.batch_factor(distance)
-        return _plan(tokens, self.curriculum.row_length(distance, full), t.micro_batch_tokens, self.ranks)
+        return step_plan(tokens, self.curriculum.row_length(distance, full), t.micro_batch_tokens, self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch:
         batch = recall_batch(
@@ -296,7 +296,12 @@ def _score_relay(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss.sum(), right
 
 
-def _plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:
+def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:
+    """The plan nearest to `tokens` a step, every rank with the same number of rows and at least one.
+
+    >>> step_plan(tokens=64, seq_len=16, micro_batch_tokens=None, ranks=3)
+    Plan(rows=3, seq_len=16, micro_rows=1)
+    """
     rows = max(1, round(tokens / (seq_len * ranks))) * ranks
     micro_rows = max(1, micro_batch_tokens // seq_len) if micro_batch_tokens else rows // ranks
     return Plan(rows, seq_len, min(micro_rows, rows // ranks))

@@ -5,20 +5,19 @@ Nothing is allocated, read from the network or written. The only thing measured 
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from model.backends import BACKENDS, choose_backend, serving
 from model.config import WindreachConfig
-from model.flops import cache_bytes, flops_per_token
+from model.flops import cache_bytes, flops_per_token, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.build import model_config
-from training.consistency import last_distance, recall_seq_len
-from training.curriculum import Curriculum
+from training.cluster import Processor, Setup, active_steps, attention_form, memory, recall_plans, work
+from training.consistency import last_distance
 from training.precision import Machine, measure, set_up_threads
-from training.schedule import interpolate
 from training.settings import Settings
 
 CACHE_DTYPE_BYTES = 2  # bfloat16
@@ -56,25 +55,6 @@ def vocab_size(settings: Settings) -> int:
     return load_tokenizer(tokenizer.model_file).vocab_size
 
 
-def parameters(config: WindreachConfig) -> dict[str, int]:
-    """Parameters by part.
-
-    >>> sum(parameters(WindreachConfig()).values())
-    7241732096
-    """
-    e, d, k = config.hidden_size, config.head_dim, config.num_hidden_layers
-    h, g = config.num_attention_heads, config.num_key_value_heads
-    assert d is not None
-    embedding = config.vocab_size * e
-    return {
-        "embedding": embedding,
-        "attention": k * 2 * e * d * (h + g) + h * sum(spec.sink for spec in config.specs),
-        "feed-forward": k * 3 * e * config.intermediate_size,
-        "norms": (2 * k + 1) * e + 2 * k * d * config.qk_norm,
-        "output": 0 if config.tie_word_embeddings else embedding,
-    }
-
-
 def _measure(settings: Settings) -> Machine:
     """Matmul rates with as many threads as a run of one process would use."""
     set_up_threads(settings.training.num_threads, local_processes=1)
@@ -92,8 +72,8 @@ def _layer_lines(config: WindreachConfig, seq_len: int) -> Lines:
         count = config.specs.count(spec)
         kind = copy.copy(config)
         kind.layers, kind.num_hidden_layers = [vars(spec)] * count, count
-        size = _size(cache_bytes(kind, CACHE_DTYPE_BYTES, length=seq_len))
-        held = f"{size} of cache" if spec.window else f"{size} of cache at {seq_len:,} tokens, growing"
+        held_bytes = size(cache_bytes(kind, CACHE_DTYPE_BYTES, length=seq_len))
+        held = f"{held_bytes} of cache" if spec.window else f"{held_bytes} of cache at {seq_len:,} tokens, growing"
         yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; backend {backend}; {held} (bf16, one sequence)"
 
 
@@ -137,61 +117,34 @@ def _token_lines(settings: Settings, config: WindreachConfig) -> Lines:
     t, seq_len = settings.training, settings.data.seq_len
     flops = flops_per_token(config, seq_len)
     yield "FLOPs", f"{flops:,.0f} per token of a step in rows of {seq_len:,}, visible keys only"
-    text = round(_active(t.text_weight) * t.max_steps) * t.tokens_per_step
+    text = active_steps(settings, t.text_weight) * t.tokens_per_step
     yield "text", f"{t.tokens_per_step:,} tokens per step x {t.max_steps:,} steps = {text:,} tokens"
     if settings.recall.enabled:
-        (n0, row0), (n1, row1) = _recall_share(settings)
-        steps = round(_active(settings.recall.weight) * t.max_steps)
+        first, last = recall_plans(settings, ranks=1)
+        steps = active_steps(settings, settings.recall.weight)
         yield (
             "recall",
             (
-                f"{n0:,} tokens per step in rows of {row0:,} at first, {n1:,} in rows of {row1:,} "
-                f"at D = {last_distance(settings):,}; {n0 * steps:,} to {n1 * steps:,} tokens"
+                f"{first.tokens:,} tokens per step in rows of {first.seq_len:,} at first, {last.tokens:,} in rows of "
+                f"{last.seq_len:,} at D = {last_distance(settings):,}; "
+                f"{first.tokens * steps:,} to {last.tokens * steps:,} tokens"
             ),
         )
 
 
-def _active(points: Sequence[tuple[float, float]]) -> float:
-    """Share of a run in which a weight is above zero."""
-    return sum(interpolate(points, i, 1000) > 0 for i in range(1000)) / 1000
-
-
-def _recall_share(settings: Settings) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Recall tokens per step and per row, at the first and at the last distance."""
-    recall, last = settings.recall, last_distance(settings)
-    curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, last)
-    shares = []
-    for distance in (curriculum.start().distance, last):
-        row = curriculum.row_length(distance, recall_seq_len(settings))
-        tokens = (recall.tokens_per_step or settings.training.tokens_per_step) * curriculum.batch_factor(distance)
-        shares.append((max(1, round(tokens / row)) * row, row))
-    return shares[0], shares[1]
-
-
 def _memory_lines(settings: Settings, config: WindreachConfig, precision: str) -> Lines:
-    """Weights, gradients and moments are exact for one process; activations are an estimate."""
-    n, objectives = sum(parameters(config).values()), 1 + settings.recall.enabled
-    tokens = settings.training.micro_batch_tokens or settings.training.tokens_per_step
+    """Of one process; compiled layers keep somewhat less than what is counted."""
+    here = Processor("here", 1.0, float("inf"), "", attention_form(config, "cpu"))
+    m = memory(settings, config, Setup(here, precision))
     parts = {
-        "weights": 4 * n,
-        "gradients": 4 * n * objectives,
-        "Adam's moments": 8 * n * objectives,
-        "activations, roughly": tokens * activation_bytes_per_token(config, 2 if precision == "bf16" else 4),
+        "weights": m.weights,
+        "gradients": m.gradients,
+        "optimizer": m.optimizer,
+        "activations": m.activations,
+        "logits and scratch": m.logits_and_scratch,
     }
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    yield "memory", f"{_size(sum(parts.values()))} for one process that holds everything ({listed})"
-
-
-def activation_bytes_per_token(config: WindreachConfig, dtype_bytes: int) -> int:
-    """What the backward pass of a token needs: inputs of matrices and norms, queries, keys, values, logits.
-
-    Attention scores come on top where a backend keeps them: two windows of float32 a head.
-    """
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    assert config.head_dim is not None
-    per_layer = dtype_bytes * (4 * config.hidden_size + heads * config.head_dim + 3 * config.intermediate_size)
-    scores = [4 * config.num_attention_heads * 2 * (spec.ring_slots or 0) for spec in config.specs]
-    return config.num_hidden_layers * per_layer + sum(scores) + 2 * 4 * config.vocab_size
+    listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
+    yield "memory", f"{size(m.total)} for one process that holds everything ({listed})"
 
 
 def _time_lines(settings: Settings, config: WindreachConfig, machine: Machine) -> Lines:
@@ -200,24 +153,14 @@ def _time_lines(settings: Settings, config: WindreachConfig, machine: Machine) -
     yield "precision", f"{precision} (training.precision is {settings.training.precision}; {rates})"
     measured = _rate_of_earlier_run(settings)
     if measured is not None:
-        seconds = _tokens(settings) / measured
-        yield "time", f"{_duration(seconds)} at {measured:,.0f} tokens/s, the last rate in {_metrics(settings)}"
+        seconds = sum(w.tokens for w in work(settings, 1)) / measured
+        yield "time", f"{duration(seconds)} at {measured:,.0f} tokens/s, the last rate in {_metrics(settings)}"
         return
-    seconds = _tokens(settings) * flops_per_token(config, settings.data.seq_len) / machine.rate(precision)
+    seconds = sum(w.flops(config) for w in work(settings, 1)) / machine.rate(precision)
     yield (
         "time",
-        f"{_duration(seconds)} if all were bare {precision} matmuls at the rate measured just now; steps are slower",
+        f"{duration(seconds)} if all were bare {precision} matmuls at the rate measured just now; steps are slower",
     )
-
-
-def _tokens(settings: Settings) -> float:
-    """Tokens of the whole run, recall rows at the mean of their first and last size."""
-    t, recall = settings.training, settings.recall
-    total = _active(t.text_weight) * t.max_steps * t.tokens_per_step
-    if recall.enabled:
-        (first, _), (last, _) = _recall_share(settings)
-        total += _active(recall.weight) * t.max_steps * (first + last) / 2
-    return total
 
 
 def _metrics(settings: Settings) -> Path:
@@ -233,17 +176,17 @@ def _rate_of_earlier_run(settings: Settings) -> float | None:
     return rows[-1]["tokens_per_second"] if rows else None
 
 
-def _size(n_bytes: int) -> str:
+def size(n_bytes: float) -> str:
     """
-    >>> _size(536870912), _size(3 * GIB)
+    >>> size(536870912), size(3 * GIB)
     ('512 MiB', '3.0 GiB')
     """
     return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:,.3g} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """
-    >>> _duration(90), _duration(7200), _duration(1e9)
+    >>> duration(90), duration(7200), duration(1e9)
     ('2 minutes', '2.0 hours', '11,574 days')
     """
     if seconds < 3600:

@@ -5,7 +5,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,7 +84,7 @@ def test_a_full_layer_is_said_to_leave_no_distance_to_test(examined: Examined, t
 
 
 def test_why_a_path_can_not_be_had_is_shown(examined: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cliff, "attention", SimpleNamespace(BACKENDS=("reference", "nothing")))
+    monkeypatch.setattr(cliff, "BACKENDS", ("reference", "nothing"))
     monkeypatch.setattr(cliff, "DENSE_LIMIT", 30)
     result, said = measured(examined)
     reasons = {row["path"]: row["unavailable"] for row in result["cliff"] if "unavailable" in row}

@@ -1,0 +1,43 @@
+"""What data sheets promise of a GPU. Dense figures, without structured sparsity."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """bf16_flops: dense tensor-core FLOP/s in bfloat16 with float32 sums. memory: bytes, a GB being 1e9."""
+
+    bf16_flops: float
+    memory: float
+    source: str
+
+
+GPUS = {
+    "a10": Gpu(125e12, 24e9, "NVIDIA A10 data sheet"),
+    "a100-40": Gpu(312e12, 40e9, "NVIDIA A100 data sheet"),
+    "a100-80": Gpu(312e12, 80e9, "NVIDIA A100 data sheet"),
+    "b200": Gpu(2250e12, 180e9, "NVIDIA HGX B200 data sheet, an eighth of the board, half of the sparse figure"),
+    "h100": Gpu(989.4e12, 80e9, "NVIDIA H100 (SXM5) data sheet, half of the sparse figure"),
+    "h100-pcie": Gpu(756e12, 80e9, "NVIDIA H100 (PCIe) data sheet, half of the sparse figure"),
+    "h200": Gpu(989.4e12, 141e9, "NVIDIA H200 (SXM) data sheet, half of the sparse figure"),
+    "l4": Gpu(121e12, 24e9, "NVIDIA L4 data sheet, half of the sparse figure"),
+    "l40s": Gpu(362e12, 48e9, "NVIDIA L40S data sheet"),
+    "mi300x": Gpu(1307.4e12, 192e9, "AMD Instinct MI300X data sheet"),
+    "rtx-3090": Gpu(71e12, 24e9, "NVIDIA GA102 white paper"),
+    "rtx-4090": Gpu(165.2e12, 24e9, "NVIDIA Ada white paper"),
+}
+CPU = "cpu"
+
+
+def gpu_named(name: str) -> Gpu:
+    """A row of the table. Raises UserError for a name that is not in it."""
+    if name in GPUS:
+        return GPUS[name]
+    near = get_close_matches(name.lower(), [*GPUS, CPU], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"--gpu {name}: no such GPU in the table; {hint}known: {', '.join(GPUS)}, and {CPU} for this machine"
+    )
