@@ -108,7 +108,7 @@ class Slots:
         return torch.cat((torch.arange(self.first, device=index.device), self._slots_of(index)))
 
     def look_back(self, backend: str) -> None:
-        """Places of the chunk's queries and of the keys it attends over, [held, by age | chunk], ready for `backend`."""
+        """Places of the chunk's queries and of the keys it attends over, [held, by age | chunk], for `backend`."""
         assert self.chunk.documents is not None
         self.held = self.by_age()
         positions = torch.cat((self.positions[:, self.held], self.chunk.positions), 1)

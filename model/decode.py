@@ -1,8 +1,8 @@
 """One token a row through all layers, where calls cost more than arithmetic: what a small model's decoding is made of.
 
-The layers' own `forward` makes some sixty calls of a layer; here they are about twenty. Products with the same input are
-one, queries and keys are turned together, keys and values are a single write, and what the layers of a kind share
-(slots, mask, rotary tables) is made once. Every shape but that of full layers stays the same from token to token.
+The layers' own `forward` makes some sixty calls a layer, and here they are about twenty. Products of one input are one,
+queries and keys are turned together, keys and values are a single write, and what the layers of a kind share (slots,
+mask, rotary tables) is made once. Every shape but those of full layers stays the same from token to token.
 
 Legend: B rows, E hidden size, H heads, G kv heads, R = H / G, S slots, D head size.
 """
