@@ -152,14 +152,17 @@ class RingLayer(CacheLayerMixin):
         self._hold(torch.empty(0, 0, 0, 0))
 
     def _hold(self, held: Tensor) -> None:
-        self.held, self.rows = held, held.flatten(0, 1)
+        self.held = held
         self.keys, self.values = held.transpose(1, 2).chunk(2, dim=1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room for keys and values (B, G, T, D) of what the slots hold; more when those have grown."""
+        self.make_room(key_states, 2 * key_states.shape[1], key_states.shape[3])
+
+    def make_room(self, like: Tensor, heads: int, head_dim: int) -> None:
+        """Room for all slots, of the dtype and device of `like`; they grow from time to time in a full layer."""
         b, slots = self.slots.positions.shape
         if not self.is_initialized:
-            self._hold(key_states.new_zeros(b, 0, 2 * key_states.shape[1], key_states.shape[3]))
+            self._hold(like.new_zeros(b, 0, heads, head_dim))
             self.is_initialized = True
         if self.held.shape[1] < slots:
             self._hold(F.pad(self.held, (0, 0, 0, 0, 0, slots - self.held.shape[1])))
@@ -176,13 +179,8 @@ class RingLayer(CacheLayerMixin):
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Put the chunk (B, G, T, D) into its slots; of one longer than the ring only the newest tokens stay."""
-        self.put(self.slots.to_write(torch.cat((keys, values), 1).transpose(1, 2)))
-
-    def put(self, both: Tensor) -> None:
-        """Keys and values (N, 2G, D) of the tokens that the slots' `targets` are for."""
-        if self.held.shape[1] < self.slots.positions.shape[1]:
-            self.lazy_initialization(*both.unsqueeze(2).chunk(2, dim=1))
-        self.rows.index_copy_(0, self.slots.targets, both)
+        new = self.slots.to_write(torch.cat((keys, values), 1).transpose(1, 2))
+        self.held.view(-1, *new.shape[1:]).index_copy_(0, self.slots.targets, new)
 
     def select(self, rows: Tensor) -> None:
         self._hold(self.held.index_select(0, rows))

@@ -95,6 +95,7 @@ class WindreachModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, spec, self.backend) for spec in config.specs)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.compiled_step = False
 
     def forward(
         self,
@@ -158,7 +159,7 @@ class WindreachModel(nn.Module):
         if watched or self.backend == "reference":
             return None
         if cache.step is None and plain(self.layers):
-            cache.step = Step(self.layers)
+            cache.step = Step(self.layers, self.compiled_step)
         return cache.step
 
     def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
@@ -264,6 +265,10 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         """Compile layer by layer: layers of one kind share one compilation."""
         for layer in self.model.layers:
             layer.compile()
+
+    def compile_decoding(self) -> None:
+        """Compile the step of single tokens, when the next cache comes to it. Each batch size is compiled anew."""
+        self.model.compiled_step = True
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         """`generate` gets a ring unless it brings a cache or wants none."""
