@@ -19,12 +19,13 @@ from model.blocks import block_bias, blocked
 from model.errors import UserError
 from model.flex import flex, flex_mask
 from model.pieces import by_pieces, flash, pieces_of, xformers
-from model.places import Places, see, stretches
-from model.tiles import tiled
+from model.places import Places, see, split, stretches
+from model.tiles import causal_after, tiled
 from model.windows import LayerSpec
 
 TILES_FROM = 128  # tokens of window; below, blocks are faster (both timed at n = 4,096 and 16,384)
 _KERNELS = {"flash": flash, "xformers": xformers}
+MASKED_QUERIES = 256  # of a chunk behind a cache at a time, where a mask is needed: it grows with what the cache holds
 
 
 def prepare(spec: LayerSpec, places: Places, backend: str, rows: int = 1) -> Places:
@@ -115,10 +116,37 @@ def attend_after(
 ) -> Tensor:
     """Attention of a chunk over what a cache holds: keys in order of age, of which the last T are the chunk's own."""
     t, before = q_bhtd.shape[2], k_bgsd.shape[2] - q_bhtd.shape[2]
-    if backend != "reference" and 2 * (spec.ring_slots or t) < t:
+    if backend == "reference":
+        return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
+    if _pads_in_front(spec, backend, t):
         whole = F.pad(q_bhtd, (0, 0, before, 0))
+        if spec.kind == "chunked":  # its blocks begin where positions say, which the first key held need not be
+            return blocked(whole, k_bgsd, v_bgsd, spec, k, sink_h)[:, :, before:]
         return attend(whole, k_bgsd, v_bgsd, spec, k, "blocked", sink_h)[:, :, before:]
-    return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
+    if spec.kind == "full" and k.documents is None and sink_h is None and q_bhtd.device.type == "cpu":
+        return causal_after(q_bhtd, k_bgsd, v_bgsd)
+    parts = zip(q_bhtd.split(MASKED_QUERIES, 2), split(q, MASKED_QUERIES))
+    return torch.cat([_attend_masked(part, k_bgsd, v_bgsd, spec, at, k, sink_h) for part, at in parts], 2)
+
+
+def prepare_after(spec: LayerSpec, q: Places, k: Places, backend: str) -> Places:
+    """`prepare` for the keys of a chunk that `attend_after` serves."""
+    return prepare(spec, k, "blocked") if _pads_in_front(spec, backend, q.positions.shape[1]) else k
+
+
+def _pads_in_front(spec: LayerSpec, backend: str, t: int) -> bool:
+    """Whether a chunk behind a cache is served as the end of a whole sequence, its queries padded in front."""
+    return backend != "reference" and 2 * (spec.ring_slots or t) < t and not spec.global_tokens
+
+
+def _attend_masked(
+    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, q: Places, k: Places, sink_h: Tensor | None
+) -> Tensor:
+    """What `attend_between` computes, without its float32 scores where the kernel of PyTorch can do it."""
+    if sink_h is not None:
+        return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
+    gqa = q_bhtd.shape[1] != k_bgsd.shape[1]
+    return F.scaled_dot_product_attention(q_bhtd, k_bgsd, v_bgsd, see(spec, q, k)[:, None], enable_gqa=gqa)
 
 
 def _attend_dilated(

@@ -5,138 +5,200 @@ With W = 3 and tokens a b c d e arriving one by one, slot = index mod 3:
     a        a b      a b c    d b c    d e c
     0        0 1      0 1 2    3 1 2    3 4 2     <- index held by each slot
 
-A query attends over [ring | its own chunk] and only then is the chunk written: the early queries of a chunk still
-need keys that its late ones overwrite. Full layers grow by doubling; global tokens keep slots of their own.
+A chunk attends over [cache | chunk] and only then is it written: its early queries still need keys that its late ones
+overwrite. A single token is written first: what it overwrites is W old, and out of its sight.
+
+Global tokens stand in slots of their own in front of the ring, and never in the ring: of each row, the first tokens of
+its latest document. Full layers have a slot for every token and grow in blocks.
+
+Layers of one kind hold the same tokens in the same slots. Which ones, `Slots` says, once for all of them.
 
 Legend: B batch, G kv heads, S slots, T new tokens, D head size.
 """
 
-from typing import Any, NamedTuple
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from model.attention import prepare_after
 from model.config import WindreachConfig
 from model.errors import UserError
 from model.places import Places
-from model.windows import LayerSpec
+from model.windows import LayerSpec, cache_slots
 
-EMPTY = -2  # document id of a slot that nothing was written to: no query has it
+if TYPE_CHECKING:
+    from model.decode import Step
+
+EMPTY = -2  # document id of a slot that holds nothing: no query has it
+
+
+class Slots:
+    """Which token each slot of one kind of layers holds: positions and document ids (B, S), and how many were seen.
+
+    W = 3 and one global token, which has the slot in front; five tokens of a document came as one chunk:
+
+        >>> slots = Slots(LayerSpec("sliding", window=3, global_tokens=1))
+        >>> slots.begin(Places(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.long)))
+        >>> slots.commit()
+        >>> slots.positions.tolist()
+        [[0, 3, 4, 2]]
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec, self.ring = spec, spec.ring_slots
+        self.first = 0 if self.ring is None else spec.global_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        self.seen = self.oldest = 0  # tokens that came; the first of them that the ring still holds
+        self.positions = self.documents = torch.empty(0, 0, dtype=torch.long)
+
+    def begin(self, chunk: Places) -> None:
+        """Make room for a chunk (B, T), and find what it attends over and where its tokens go."""
+        assert chunk.documents is not None
+        self.chunk = chunk
+        self._make_room(chunk.positions)
+        b, t = chunk.positions.shape
+        index = torch.arange(self.seen, self.seen + t, device=self.positions.device)
+        slots = self._slots_of(index).expand(b, t)
+        newest = min(t, self.ring or t)
+        self.passed = slots[:, -newest:]
+        kept = (index >= self.seen + t - newest).expand(b, t)
+        if self.first:
+            first = (chunk.positions < self.first) & (chunk.documents >= 0)
+            slots = torch.where(first, chunk.positions, slots)
+            kept = torch.where(first, chunk.documents == chunk.documents.amax(1, keepdim=True), kept)
+        self.kept = None if t == 1 or (newest == t and not self.first) else kept.flatten()
+        rows = torch.arange(b, device=slots.device)[:, None] * self.positions.shape[1]
+        self.targets = self.to_write(slots + rows)
+
+    def to_write(self, x: Tensor) -> Tensor:
+        """Of a chunk's (B, T, …), flat, what the slots `targets` (of all rows, counted through) will hold."""
+        flat = x.flatten(0, 1)
+        return flat if self.kept is None else flat[self.kept]
+
+    def commit(self) -> None:
+        """Write the chunk's places. A slot of the ring that a global token passed over holds nothing."""
+        assert self.chunk.documents is not None
+        self.documents.scatter_(1, self.passed, EMPTY)
+        self.positions.view(-1).index_copy_(0, self.targets, self.to_write(self.chunk.positions))
+        self.documents.view(-1).index_copy_(0, self.targets, self.to_write(self.chunk.documents))
+        self.seen += self.chunk.positions.shape[1]
+        self.oldest = max(self.oldest, self.seen - (self.ring or self.seen))
+
+    def _slots_of(self, index: Tensor) -> Tensor:
+        return index if self.ring is None else self.first + index % self.ring
+
+    def _make_room(self, like: Tensor) -> None:
+        needed = cache_slots(self.spec, self.seen + like.shape[1])
+        if self.seen == 0:
+            self.positions = like.new_zeros(len(like), needed)
+            self.documents = torch.full_like(self.positions, EMPTY)
+        missing = max(0, needed - self.positions.shape[1])
+        if missing:
+            self.positions = F.pad(self.positions, (0, missing))
+            self.documents = F.pad(self.documents, (0, missing), value=EMPTY)
+
+    def by_age(self) -> Tensor:
+        """The slots that were written to: global ones, then the others from the oldest token on."""
+        index = torch.arange(self.oldest, self.seen, device=self.positions.device)
+        return torch.cat((torch.arange(self.first, device=index.device), self._slots_of(index)))
+
+    def look_back(self, backend: str) -> None:
+        """Places of the chunk's queries and of the keys it attends over, [held, by age | chunk], for `backend`."""
+        assert self.chunk.documents is not None
+        self.held = self.by_age()
+        positions = torch.cat((self.positions[:, self.held], self.chunk.positions), 1)
+        documents = torch.cat((self.documents[:, self.held], self.chunk.documents), 1)
+        self.queries, keys = self.chunk, Places(positions, documents)
+        if bool((documents == documents[:1, :1]).all()) and bool(documents[0, 0] >= 0):  # one alone needs no ids
+            self.queries, keys = Places(self.chunk.positions), Places(positions)
+        self.keys = prepare_after(self.spec, self.queries, keys, backend)
+
+    def can_forget(self, tokens: int) -> bool:
+        """Whether the W - 1 tokens before the new end are all still held."""
+        return self.ring is None or self.oldest <= max(0, self.seen - tokens - (self.ring - 1))
+
+    def forget(self, tokens: int, next_positions: Tensor) -> None:
+        """Give up each row's newest tokens; its next one will have the place `next_positions` (B,)."""
+        index = torch.arange(self.seen - tokens, self.seen, device=self.positions.device)
+        self.documents[:, self._slots_of(index)] = EMPTY
+        gone = self.positions[:, : self.first] >= next_positions[:, None]
+        self.documents[:, : self.first].masked_fill_(gone, EMPTY)
+        self.seen -= tokens
+
+    def select(self, rows: Tensor) -> None:
+        self.positions, self.documents = (x.index_select(0, rows) for x in (self.positions, self.documents))
 
 
 class RingLayer(CacheLayerMixin):
-    """Keys and values (B, G, S, D) of one layer, with positions and document ids (B, S) per slot."""
+    """Keys and values of one layer side by side, (B, S, 2G, D), so that a token is a single write."""
 
     is_compileable = False
+    keys: Tensor  # (B, G, S, D), a view of `held`
+    values: Tensor
 
-    def __init__(self, spec: LayerSpec) -> None:
+    def __init__(self, slots: Slots) -> None:
         super().__init__()
-        self.spec = spec
-        self.is_sliding = spec.ring_slots is not None
-        self.seen = 0
+        self.slots = slots
+        self.is_sliding = slots.ring is not None
+        self.clear()
+
+    def clear(self) -> None:
+        self.is_initialized = False
+        self._hold(torch.empty(0, 0, 0, 0))
+
+    def _hold(self, held: Tensor) -> None:
+        self.held = held
+        self.keys, self.values = held.transpose(1, 2).chunk(2, dim=1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        b, g, t, d = key_states.shape
-        slots = self.spec.ring_slots
-        slots = max(64, t) if slots is None else slots + self.spec.global_tokens
-        self.keys = key_states.new_zeros(b, g, slots, d)
-        self.values = value_states.new_zeros(b, g, slots, d)
-        self.positions = torch.zeros(b, slots, dtype=torch.long, device=key_states.device)
-        self.documents = torch.full((b, slots), EMPTY, dtype=torch.long, device=key_states.device)
-        self.is_initialized = True
+        self.make_room(key_states, 2 * key_states.shape[1], key_states.shape[3])
+
+    def make_room(self, like: Tensor, heads: int, head_dim: int) -> None:
+        """Room for all slots, of the dtype and device of `like`; they grow from time to time in a full layer."""
+        b, slots = self.slots.positions.shape
+        if not self.is_initialized:
+            self._hold(like.new_zeros(b, 0, heads, head_dim))
+            self.is_initialized = True
+        if self.held.shape[1] < slots:
+            self._hold(F.pad(self.held, (0, 0, 0, 0, 0, slots - self.held.shape[1])))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not the way in: keys without places can't be masked. The decoder calls `view` and `write`."""
         raise UserError("RingCache serves Windreach models only; other models bring their own cache")
 
-    def view(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor, Places]:
-        """[ring | chunk]: keys and values (B, G, S + T, D) and their places, before anything is written.
+    def view(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[held, by age | chunk]: keys and values (B, G, S + T, D), before anything is written."""
+        self.lazy_initialization(keys, values)
+        held = self.held.index_select(1, self.slots.held).transpose(1, 2).chunk(2, dim=1)
+        return torch.cat((held[0], keys), 2), torch.cat((held[1], values), 2)
 
-        For a single token the ring stays in the order of its slots; for a chunk it is put in order of age.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        if keys.shape[1] != self.keys.shape[1] or keys.shape[3] != self.keys.shape[3]:
-            raise UserError("the cache was filled by another model (its heads have other shapes); use a new one")
-        assert places.documents is not None
-        held = (self.keys, self.values, self.positions, self.documents)
-        new = (keys, values, places.positions, places.documents)
-        seen_keys, seen_values, positions, documents = (
-            torch.cat((self._held(x, x.ndim // 2, keys.shape[2] > 1), y), x.ndim // 2)
-            for x, y in zip(held, new, strict=True)
-        )
-        return seen_keys, seen_values, Places(positions, documents)
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Put the chunk (B, G, T, D) into its slots; of one longer than the ring only the newest tokens stay."""
+        new = self.slots.to_write(torch.cat((keys, values), 1).transpose(1, 2))
+        self.held.view(-1, *new.shape[1:]).index_copy_(0, self.slots.targets, new)
 
-    def _held(self, x: Tensor, dim: int, by_age: bool) -> Tensor:
-        """The slots that were written, of `x` with its slots along `dim`."""
-        slots = x.shape[dim]
-        if by_age and self.is_sliding and self.seen > slots:
-            return x.roll(-(self.seen % slots), dim)
-        return x.narrow(dim, 0, min(self.seen, slots))
-
-    def write(self, keys: Tensor, values: Tensor, places: Places) -> None:
-        """Put the chunk into its slots; of a chunk longer than the ring only the newest tokens stay."""
-        t = keys.shape[2]
-        index = torch.arange(self.seen, self.seen + t, device=keys.device)
-        ring = self.spec.ring_slots
-        if ring is not None:
-            keep = slice(max(0, t - ring), t)
-            self._put(index[keep] % ring, keys[:, :, keep], values[:, :, keep], places, keep)
-            self._put_globals(keys, values, places)
-        else:
-            self._grow(self.seen + t)
-            self._put(index, keys, values, places, slice(0, t))
-        self.seen += t
-
-    def _put(self, slots: Tensor, keys: Tensor, values: Tensor, places: Places, keep: slice) -> None:
-        assert places.documents is not None
-        self.keys[:, :, slots] = keys
-        self.values[:, :, slots] = values
-        self.positions[:, slots] = places.positions[:, keep]
-        self.documents[:, slots] = places.documents[:, keep]
-
-    def _put_globals(self, keys: Tensor, values: Tensor, places: Places) -> None:
-        """The first tokens of a row's document, beside the ring, once they leave it they are still there."""
-        if not self.spec.global_tokens:
-            return
-        raise UserError("the ring cache does not hold global tokens yet; generate with use_cache=False")
-
-    def _grow(self, needed: int) -> None:
-        have = self.keys.shape[2]
-        if needed <= have:
-            return
-        more = max(needed, 2 * have) - have
-        self.keys, self.values = (torch.cat((x, x.new_zeros(*x.shape[:2], more, x.shape[3])), 2) for x in self._kv())
-        self.positions = torch.cat((self.positions, self.positions.new_zeros(self.positions.shape[0], more)), 1)
-        self.documents = torch.cat((self.documents, self.documents.new_full((self.documents.shape[0], more), EMPTY)), 1)
-
-    def _kv(self) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
+    def select(self, rows: Tensor) -> None:
+        self._hold(self.held.index_select(0, rows))
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.slots.seen
 
     def get_max_length(self) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def reset(self) -> None:
-        self.seen = 0
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow beams: row i becomes the old row beam_idx[i]."""
-        if self.is_initialized:
-            self.keys, self.values = (x.index_select(0, beam_idx) for x in self._kv())
-            self.positions, self.documents = (x.index_select(0, beam_idx) for x in (self.positions, self.documents))
+        return self.slots.seen + query_length, 0
 
     @property
     def bytes(self) -> int:
         """Bytes of keys and values held."""
-        return sum(x.numel() * x.element_size() for x in self._kv()) if self.is_initialized else 0
+        return self.held.nbytes
 
 
 class Tail(NamedTuple):
@@ -154,11 +216,30 @@ class Tail(NamedTuple):
 
 
 class RingCache(Cache):
-    """One `RingLayer` per layer; pass it as `past_key_values`. `tail` continues each row's count."""
+    """One `RingLayer` per layer; pass it as `past_key_values`. `tail` continues each row's count.
+
+    It belongs to the model that fills it first, until `reset`. What it holds was computed with that model's weights:
+    a cache is no longer of use once they have changed.
+    """
 
     def __init__(self, config: WindreachConfig) -> None:
-        super().__init__(layers=[RingLayer(spec) for spec in config.specs])
+        self.slots = {spec: Slots(spec) for spec in config.specs}
+        super().__init__(layers=[RingLayer(self.slots[spec]) for spec in config.specs])
+        self._forget_owner()
+
+    def _forget_owner(self) -> None:
         self.tail: Tail | None = None
+        self.step: Step | None = None
+        self.owner: weakref.ref[nn.Module] | None = None
+
+    def serve(self, model: nn.Module, specs: tuple[LayerSpec, ...]) -> None:
+        """Become the cache of `model`. Raises UserError when it is another's."""
+        if tuple(layer.slots.spec for layer in self.layers) != specs:
+            raise UserError("the cache was made for other layers; make it from this model's config: RingCache(config)")
+        if self.owner is None:
+            self.owner = weakref.ref(model)
+        elif self.owner() is not model:
+            raise UserError("the cache was filled by another model; use a new one, or reset() it")
 
     def tail_for(self, documents: Tensor) -> Tail:
         """Where the rows of `documents` (B, T) go on."""
@@ -167,18 +248,52 @@ class RingCache(Cache):
             raise UserError(f"the cache holds {len(tail.positions)} rows, but the input has {len(documents)}")
         return tail
 
+    def begin(self, chunk: Places) -> None:
+        for slots in self.slots.values():
+            slots.begin(chunk)
+
+    def commit(self) -> None:
+        for slots in self.slots.values():
+            slots.commit()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.tail is not None:
-            self.tail = Tail(*(x.index_select(0, beam_idx) for x in self.tail))
+        """Follow beams: row i becomes the old row beam_idx[i]."""
+        if self.tail is None:
+            return
+        self.tail = Tail(*(x.index_select(0, beam_idx) for x in self.tail))
+        for slots in self.slots.values():
+            slots.select(beam_idx)
+        for layer in self.layers:
+            layer.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """A ring has overwritten what a shorter sequence would need: refused."""
-        raise UserError("a ring cache can't be cropped: the tokens that a shorter sequence needs are overwritten")
+        """Forget the newest `-tokens_to_remove` tokens of each row, as if they had not come.
+
+        Raises UserError where what a shorter sequence needs is overwritten (a ring can go back by one token, or
+        anywhere while it has not turned), and where a document would have to be taken up again.
+        """
+        tokens = -tokens_to_remove
+        seen = self.get_seq_length()
+        if not 0 <= tokens <= seen:
+            raise UserError(f"crop({tokens_to_remove}): give minus the tokens to remove, of which there are {seen}")
+        if tokens == 0 or self.tail is None:
+            return
+        if tokens == seen:
+            return self.reset()
+        if not all(slots.can_forget(tokens) for slots in self.slots.values()):
+            raise UserError(
+                f"a ring cache can't be cropped by {tokens} tokens: those that a shorter sequence needs are overwritten"
+            )
+        if not bool((self.tail.positions > tokens).all()):
+            raise UserError(f"the cache can't be cropped by {tokens} tokens: a row's document began after them")
+        self.tail = self.tail._replace(positions=self.tail.positions - tokens)
+        for slots in self.slots.values():
+            slots.forget(tokens, self.tail.positions)
 
     def reset(self) -> None:
-        super().reset()
-        self.tail = None
+        for part in (*self.slots.values(), *self.layers):
+            part.clear()
+        self._forget_owner()
 
     @property
     def bytes(self) -> int:

@@ -19,12 +19,13 @@ from model.attention import attend, attend_after, prepare
 from model.backends import choose_backend
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
+from model.decode import Step, plain
 from model.errors import UserError
-from model.places import Places, restarts
-from model.rope import rotary_tables, rotate
+from model.places import Places, restarts, split
+from model.rope import Rotary, rotary_tables, rotate
 from model.windows import LayerSpec
 
-Rotary = tuple[Tensor, Tensor]
+PREFILL_TOKENS = 1024  # that pass through the layers at a time behind a cache: any number gives the same logits
 
 
 class RMSNorm(nn.RMSNorm):
@@ -58,9 +59,9 @@ class Attention(nn.Module):
         if cache is None:
             out = attend(q, k, v, self.spec, places, self.backend, self.sink_logits)
         else:
-            seen_k, seen_v, seen_places = cache.view(k, v, places)
-            out = attend_after(q, seen_k, seen_v, self.spec, places, seen_places, self.backend, self.sink_logits)
-            cache.write(k, v, places)
+            (seen_k, seen_v), at = cache.view(k, v), cache.slots
+            out = attend_after(q, seen_k, seen_v, self.spec, at.queries, at.keys, self.backend, self.sink_logits)
+            cache.write(k, v)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
 
     def _project(self, x_bte: Tensor) -> tuple[Tensor, ...]:
@@ -114,6 +115,7 @@ class WindreachModel(nn.Module):
             False  # this and the next are set by transformers' activation_checkpointing_enable
         )
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
+        self.compiled_step = False
 
     def forward(
         self,
@@ -130,25 +132,58 @@ class WindreachModel(nn.Module):
             kind = type(past_key_values).__name__
             raise UserError(f"past_key_values is a {kind}; pass a model.cache.RingCache or none")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            past_key_values.serve(self, self.config.specs)
         places = _places(x, documents, attention_mask, position_ids, past_key_values)
-        rotary = self._rotary(places.positions)
-        of_kind = dict.fromkeys(self.config.specs, places)
         if past_key_values is None:
-            of_kind = {spec: prepare(spec, places, self.backend, len(x)) for spec in of_kind}
-        streams = [x]
-        for i, (layer, spec) in enumerate(zip(self.layers, self.config.specs)):
-            cache = None if past_key_values is None else past_key_values.layers[i]
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer, x, rotary[spec], of_kind[spec], cache)
-            else:
-                x = layer(x, rotary[spec], of_kind[spec], cache)
-            if output_hidden_states:
-                streams.append(x)
+            streams = self._whole(x, places, output_hidden_states)
+        elif (step := self._step(x, past_key_values, output_hidden_states)) is not None:
+            past_key_values.begin(places)
+            streams = [step(x[:, 0], self._rotary(places.positions), past_key_values)[:, None]]
+        else:
+            streams = self._in_slices(x, places, past_key_values, output_hidden_states)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=self.norm(streams[-1]),
             past_key_values=past_key_values,
             hidden_states=tuple(streams) if output_hidden_states else None,
         )
+
+    def _whole(self, x: Tensor, places: Places, keep: bool) -> list[Tensor]:
+        """The residual stream (B, T, E) after the last layer, or (`keep`) before the first and after each."""
+        of_kind = {spec: prepare(spec, places, self.backend, len(x)) for spec in dict.fromkeys(self.config.specs)}
+        rotary, streams = self._rotary(places.positions), [x]
+        for layer, spec in zip(self.layers, self.config.specs):
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer, x, rotary[spec], of_kind[spec])
+            else:
+                x = layer(x, rotary[spec], of_kind[spec])
+            streams = [*streams, x] if keep else [x]
+        return streams
+
+    def _in_slices(self, x: Tensor, places: Places, cache: RingCache, keep: bool) -> list[Tensor]:
+        """The same behind a cache, however long the chunk, in memory that grows with a slice of it."""
+        slices = zip(x.split(PREFILL_TOKENS, 1), split(places, PREFILL_TOKENS))
+        return [torch.cat(stream, 1) for stream in zip(*(self._behind(*part, cache, keep) for part in slices))]
+
+    def _behind(self, x: Tensor, places: Places, cache: RingCache, keep: bool) -> list[Tensor]:
+        cache.begin(places)
+        for slots in cache.slots.values():
+            slots.look_back(self.backend)
+        rotary, streams = self._rotary(places.positions), [x]
+        for layer, spec, ring in zip(self.layers, self.config.specs, cache.layers):
+            x = layer(x, rotary[spec], places, ring)
+            streams = [*streams, x] if keep else [x]
+        cache.commit()
+        return streams
+
+    def _step(self, x: Tensor, cache: RingCache, keep: bool) -> Step | None:
+        """The short way for a single token, where there is nothing but inference of the layers as they are."""
+        watched = x.shape[1] > 1 or keep or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        if watched or self.backend == "reference" or self.config.qk_norm:
+            return None
+        if cache.step is None and plain(self.layers):
+            cache.step = Step(self.layers, self.compiled_step)
+        return cache.step
 
     def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
         """Rotary tables of each layer kind; kinds of the same theta share one."""
@@ -254,6 +289,10 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         """Compile layer by layer: layers of one kind share one compilation."""
         for layer in self.model.layers:
             layer.compile()
+
+    def compile_decoding(self) -> None:
+        """Compile the step of single tokens, when the next cache comes to it. Each batch size is compiled anew."""
+        self.model.compiled_step = True
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         """`generate` gets a ring unless it brings a cache or wants none."""

@@ -1,7 +1,7 @@
 """What a configuration costs: parameters, FLOPs and cache bytes, without allocating a weight."""
 
 from model.config import WindreachConfig
-from model.windows import keys_per_query
+from model.windows import cache_slots, keys_per_query
 
 
 def parameters(config: WindreachConfig) -> dict[str, int]:
@@ -59,5 +59,4 @@ def flops_per_token(config: WindreachConfig, seq_len: int, training: bool = True
 def cache_bytes(config: WindreachConfig, dtype_bytes: int = 2, batch: int = 1, length: int | None = None) -> int:
     """Bytes of keys and values that generation holds; `length` is needed when a layer is full."""
     per_slot = 2 * batch * config.num_key_value_heads * config.head_dim * dtype_bytes
-    slots = [s.ring_slots if s.ring_slots is not None else (length or 0) for s in config.specs]
-    return per_slot * (sum(slots) + sum(s.global_tokens for s in config.specs))
+    return per_slot * sum(cache_slots(spec, length or 0) for spec in config.specs)

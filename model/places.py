@@ -54,3 +54,10 @@ def stretches(documents_bt: Tensor) -> dict[tuple[int, int], list[int]]:
             if ids[first] >= 0:
                 found.setdefault((first, end), []).append(row)
     return found
+
+
+def split(places: Places, size: int) -> list[Places]:
+    """Places of `size` tokens at a time."""
+    positions = places.positions.split(size, 1)
+    documents = [None] * len(positions) if places.documents is None else places.documents.split(size, 1)
+    return [Places(*part) for part in zip(positions, documents)]

@@ -7,6 +7,8 @@ Source: Su et al., "RoFormer", arXiv 2104.09864.
 import torch
 from torch import Tensor
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines
+
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (B, T, D) in float32, of positions (B, T)."""

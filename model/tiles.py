@@ -120,6 +120,20 @@ def tiled(
     return out.view(b, h, t, d)
 
 
+def causal_after(q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:
+    """Full attention of T queries over S keys, of which the last T are their own: what stands before, and a tile."""
+    b, h, t, d = q_bhtd.shape
+    before, g = k_bgsd.shape[2] - t, k_bgsd.shape[1]
+    q = q_bhtd.reshape(b * g, h // g, t, d)
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, h // g, -1, -1) for x in (k_bgsd, v_bgsd))
+    out, lse = _flash(q, k[:, :, before:], v[:, :, before:], 0.0, True)
+    if before:
+        far, far_lse = _flash(q, k[:, :, :before], v[:, :, :before], 0.0, False)
+        total = torch.logaddexp(lse, far_lse)
+        out = out * (lse - total).exp()[..., None] + far * (far_lse - total).exp()[..., None]
+    return out.to(q.dtype).reshape(b, h, t, d)
+
+
 class _Tiles(torch.autograd.Function):
     """q (B * G, R, T, D), k and v (B * G, T, D), sinks (G * R,) or none. Tiles are merged in float32 at least."""
 

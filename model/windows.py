@@ -27,6 +27,7 @@ from model.errors import UserError
 
 KINDS = ("sliding", "full", "chunked", "dilated")
 MOST_PLACES = 1 << 21  # followed through chunked layers: about two seconds
+FULL_BLOCK = 256  # tokens by which the cache of a full layer grows
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,17 @@ class LayerSpec:
     def ring_slots(self) -> int | None:
         """Tokens a cache must keep to serve the next query; None when all of them (`full`)."""
         return None if self.window is None else self.window * self.dilation
+
+
+def cache_slots(spec: LayerSpec, length: int) -> int:
+    """Tokens that a cache has room for after `length` of them: a ring and its global tokens, or whole blocks.
+
+    >>> cache_slots(LayerSpec("sliding", window=4, global_tokens=2), 1000), cache_slots(LayerSpec("full"), 1000)
+    (6, 1024)
+    """
+    if spec.ring_slots is None:
+        return -(-length // FULL_BLOCK) * FULL_BLOCK
+    return spec.ring_slots + spec.global_tokens
 
 
 def visible(spec: LayerSpec, q_pos: Tensor, k_pos: Tensor) -> Tensor:

@@ -1,15 +1,23 @@
 """The ring serves what a full forward computes, in constant memory, however the tokens arrive."""
 
+import copy
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
+from model import attention, decode, decoder
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import cache_bytes
-from tests.model.tiny import tiny_config, tiny_model, token_ids
+from model.windows import reach
+from scripts.bench import peak_bytes
+from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37
 STACKS = {
@@ -20,7 +28,13 @@ STACKS = {
     "sinks": [{"window": W, "sink": True}] * 2,
     "one": [{"window": 1}, {"window": W}, {"window": 3, "rope": False}],
     "full": [{"kind": "full"}] * 2,
-}
+    "hybrid": [*[{"window": W}] * 3, {"kind": "full", "rope": False}],
+    "global": [{"window": W, "global_tokens": 2}, {"window": W, "global_tokens": 7}],
+    "everything": [
+        {"kind": "chunked", "window": W, "global_tokens": 3, "sink": True}, {"kind": "full", "sink": True},
+        {"kind": "dilated", "window": 3, "dilation": 2, "global_tokens": 2}, {"window": W, "rope_theta": 100.0},
+    ],
+}  # fmt: skip
 
 
 def with_sinks(model: WindreachForCausalLM) -> WindreachForCausalLM:
@@ -83,11 +97,11 @@ def test_left_padded_row_is_what_it_is_alone_for_any_chunking(stack: str, chunk:
 
 
 @pytest.mark.parametrize("chunk", [1, W - 1, W, W + 1, 2 * W + 3, T])
-@pytest.mark.parametrize("stack", ["sliding", "mixed", "chunked"])
+@pytest.mark.parametrize("stack", ["sliding", "mixed", "chunked", "global", "everything"])
 def test_packed_documents_stay_apart_in_the_ring_also_when_a_border_falls_between_chunks(
     stack: str, chunk: int
 ) -> None:
-    model, ids = tiny_model(STACKS[stack]), token_ids(1, T)
+    model, ids = with_sinks(tiny_model(STACKS[stack])), token_ids(1, T)
     lengths = [chunk, 1, T - chunk - 1] if chunk < T - 1 else [11, 1, 25]
     documents = torch.repeat_interleave(torch.tensor([0, 1, 0]), torch.tensor(lengths))[None]
     together = through_ring(model, list(ids.split(chunk, 1)), documents=documents)
@@ -96,7 +110,7 @@ def test_packed_documents_stay_apart_in_the_ring_also_when_a_border_falls_betwee
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stack", ["sliding", "chunked", "dilated", "one"])
+@pytest.mark.parametrize("stack", ["sliding", "chunked", "dilated", "one", "global"])
 def test_bytes_do_not_grow_and_are_those_that_were_foretold(stack: str) -> None:
     model = tiny_model(STACKS[stack])
     cache, held = RingCache(model.config), set()
@@ -104,6 +118,13 @@ def test_bytes_do_not_grow_and_are_those_that_were_foretold(stack: str) -> None:
         model(chunk, past_key_values=cache)
         held.add(cache.bytes)
     assert held == {cache_bytes(model.config, dtype_bytes=4, batch=2)}
+
+
+def test_full_layers_grow_in_blocks_to_the_bytes_that_were_foretold() -> None:
+    model, cache = tiny_model(STACKS["mixed"]), RingCache(tiny_config(STACKS["mixed"]))
+    for n in (250, 6, 1, 255, 1):
+        through_ring(model, [token_ids(2, n)], cache)
+        assert cache.bytes == cache_bytes(model.config, dtype_bytes=4, batch=2, length=cache.get_seq_length())
 
 
 def test_reordered_rows_go_on_as_the_rows_they_were_copied_from() -> None:
@@ -146,22 +167,208 @@ def test_what_a_ring_cannot_do_is_refused() -> None:
     cache = RingCache(model.config)
     through_ring(model, [token_ids(2, T)], cache)
     assert refusal(cache, model, rows=3) == "the cache holds 2 rows, but the input has 3"
-    assert refusal(cache, tiny_model(num_key_value_heads=1), rows=2) == (
-        "the cache was filled by another model (its heads have other shapes); use a new one"
+    assert refusal(cache, tiny_model(seed=1), rows=2) == (
+        "the cache was filled by another model; use a new one, or reset() it"
     )
-    with pytest.raises(UserError, match=r"^a ring cache can't be cropped: the tokens .* are overwritten$"):
-        cache.crop(-1)
+    assert refusal(cache, tiny_model([{"window": W + 1}] * 3), rows=2) == (
+        "the cache was made for other layers; make it from this model's config: RingCache(config)"
+    )
     with pytest.raises(
         UserError, match=r"^RingCache serves Windreach models only; other models bring their own cache$"
     ):
         cache.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8), 0)
 
 
-def test_global_tokens_are_refused_by_the_ring_and_served_without_it() -> None:
-    model = tiny_model([{"window": W, "global_tokens": 2}] * 2)
-    message = "the ring cache does not hold global tokens yet; generate with use_cache=False"
-    assert refusal(RingCache(model.config), model, rows=1) == message
-    assert model.generate(token_ids(1, T), max_new_tokens=3, do_sample=False, use_cache=False).shape == (1, T + 3)
+@pytest.mark.parametrize("more", [1, W + 2])
+@pytest.mark.parametrize(
+    ("stack", "length", "cut"),
+    [
+        ("full", T, 20),
+        ("hybrid", W, W - 2),
+        ("mixed", T, 1),
+        ("chunked", T, 1),
+        ("dilated", W, 2),
+        ("everything", W, 3),
+    ],
+)
+def test_cropped_cache_goes_on_as_if_the_tokens_had_not_come(stack: str, length: int, cut: int, more: int) -> None:
+    model, ids = with_sinks(tiny_model(STACKS[stack])), token_ids(2, length + T)
+    cache = RingCache(model.config)
+    through_ring(model, list(ids[:, :length].split(1, 1)), cache)
+    cache.crop(-cut)
+    assert cache.get_seq_length() == length - cut
+    other = token_ids(2, T, seed=1)
+    with torch.no_grad():
+        expected = model(torch.cat((ids[:, : length - cut], other), 1)).logits[:, length - cut :]
+    torch.testing.assert_close(through_ring(model, list(other.split(more, 1)), cache), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_cropping_that_can_not_be_honoured_is_refused() -> None:
+    model = tiny_model()
+    cache = RingCache(model.config)
+    through_ring(model, [token_ids(2, T)], cache)
+    gone = r"^a ring cache can't be cropped by 2 tokens: those that a shorter sequence needs are overwritten$"
+    with pytest.raises(UserError, match=gone):
+        cache.crop(-2)
+    cache.crop(-1)
+    with pytest.raises(UserError, match=gone.replace("by 2 tokens", "by 1 tokens")):
+        cache.crop(-1)
+    with pytest.raises(UserError, match=rf"^crop\(1\): give minus the tokens to remove, of which there are {T - 1}$"):
+        cache.crop(1)
+    cache.crop(-(T - 1))
+    assert cache.get_seq_length() == cache.bytes == 0
+
+
+def test_a_document_can_not_be_cropped_away_and_the_one_before_taken_up_again() -> None:
+    model = tiny_model(STACKS["full"])
+    cache = RingCache(model.config)
+    documents = torch.tensor([[0] * 9 + [1] * 4, [0] * 13])
+    through_ring(model, [token_ids(2, 13)], cache, documents=documents)
+    cache.crop(-3)
+    with pytest.raises(UserError, match=r"^the cache can't be cropped by 1 tokens: a row's document began after them$"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_turns_through_one_cache_generate_what_one_prompt_does(stack: str) -> None:
+    model, cache = with_sinks(tiny_model(STACKS[stack])), RingCache(tiny_config(STACKS[stack]))
+    (text, mask), how = left_padded(), {"do_sample": False, "max_new_tokens": 7}
+    for seed in (1, 2, 3):
+        anew = model.generate(text, attention_mask=mask, use_cache=False, **how)
+        text = model.generate(text, attention_mask=mask, past_key_values=cache, **how)
+        assert torch.equal(text, anew)
+        text = torch.cat((text, token_ids(3, 2 * W, seed=seed)), 1)
+        mask = torch.cat((mask, torch.ones(3, text.shape[1] - mask.shape[1], dtype=torch.long)), 1)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("stack", ["hybrid", "global", "everything"])
+def test_beams_and_samples_are_those_without_a_cache(stack: str, how: dict) -> None:
+    model, (ids, mask) = with_sinks(tiny_model(STACKS[stack])), left_padded()
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        how = {"do_sample": False, "max_new_tokens": 12, **how}
+        drawn.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **how))
+    assert torch.equal(*drawn)
+
+
+def test_single_tokens_take_the_short_way_and_it_computes_what_the_layers_do() -> None:
+    model, ids = tiny_model(STACKS["everything"]), token_ids(2, T)
+    short, watched = RingCache(model.config), RingCache(model.config)
+    logits = through_ring(model, list(ids.split(1, 1)), short)
+    assert short.step is not None
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(through_ring(model, list(ids.split(1, 1)), watched), logits, atol=1e-5, rtol=1e-4)
+    assert watched.step is None  # a hook must see its module run
+
+
+def test_an_adapter_inside_a_layer_is_not_passed_by() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, ids = tiny_model(), token_ids(2, T)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    model.model.layers[0].self_attn.q_proj = Doubled(*weight.shape[::-1], bias=False)
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(through_ring(model, list(ids.split(1, 1))), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_with_large_products_are_not_held_twice_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(STACKS["mixed"]), token_ids(2, T)
+    fused = through_ring(model, list(ids.split(1, 1)))
+    monkeypatch.setattr(decode, "FUSED_WEIGHTS", 0)
+    cache = RingCache(model.config)
+    torch.testing.assert_close(through_ring(model, list(ids.split(1, 1)), cache), fused, atol=1e-5, rtol=1e-4)
+    assert cache.step.layers[0].qkv[0].data_ptr() == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+
+
+def test_a_copied_cache_goes_its_own_way() -> None:
+    model, ids = tiny_model(STACKS["everything"]), token_ids(2, T + 9)
+    cache = RingCache(model.config)
+    through_ring(model, list(ids[:, :T].split(1, 1)), cache)
+    twin = copy.deepcopy(cache)
+    through_ring(model, list(token_ids(2, 9, seed=1).split(1, 1)), twin)
+    with torch.no_grad():
+        expected = model(ids).logits[:, T:]
+    torch.testing.assert_close(through_ring(model, list(ids[:, T:].split(1, 1)), cache), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stack", ["sliding", "full", "hybrid", "everything"])
+def test_a_long_chunk_passes_in_slices(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * W + 3)
+    monkeypatch.setattr(attention, "MASKED_QUERIES", 3)
+    monkeypatch.setattr(attention, "TILES_FROM", 4)
+    model, (ids, mask) = with_sinks(tiny_model(STACKS[stack])), left_padded()
+    with torch.no_grad():
+        whole = model.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        slices = model.model(
+            ids, attention_mask=mask, output_hidden_states=True, past_key_values=RingCache(model.config)
+        ).hidden_states
+        alone = model(ids[:1]).logits
+    torch.testing.assert_close(through_ring(model, [ids[:1]]), alone, atol=1e-5, rtol=1e-4)
+    real = mask.bool()
+    for there, here in zip(whole, slices, strict=True):
+        torch.testing.assert_close(here[real], there[real], atol=1e-5, rtol=1e-4)
+
+
+def test_memory_of_a_prefill_is_that_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 64)
+    model = tiny_model()
+    peaks = []
+    for length in (512, 4096):
+        ids = token_ids(1, length)
+        with torch.inference_mode():
+            peaks.append(
+                peak_bytes(lambda ids=ids: model(ids, past_key_values=RingCache(model.config), logits_to_keep=1))
+            )
+    grown = (4096 - 512) * model.config.hidden_size * 4
+    assert peaks[1] - peaks[0] < 4 * grown  # the residual stream in and out, and the ids; no layer's own
+
+
+@pytest.mark.parametrize("stack", ["sliding", "dilated", "chunked", "sinks"])
+@pytest.mark.parametrize("chunk", [1, W - 1, W, W + 1, 2 * W + 3])
+def test_cliff_token_beyond_reach_leaves_the_logits_through_the_ring_as_they_are_to_the_bit(
+    stack: str, chunk: int
+) -> None:
+    model = with_sinks(tiny_model(STACKS[stack]))
+    far = reach(model.config.specs)
+    ids = token_ids(1, far + 12)
+    same = []
+    for distance in (far + 1, far + 11, 3):
+        other = ids.clone()
+        other[:, -1 - distance] = other[:, -1 - distance] % (VOCAB - 1) + 1
+        last = [through_ring(model, list(x.split(chunk, 1)))[:, -1] for x in (ids, other)]
+        same.append(torch.equal(*last))
+    assert same == [True, True, False]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.sampled_from(sorted(STACKS)))
+def test_any_chunking_of_any_packed_and_padded_rows_equals_the_oracle(data: st.DataObject, stack: str) -> None:
+    oracle, model = (with_sinks(tiny_model(STACKS[stack], attention_backend=b)) for b in ("reference", "blocked"))
+    cuts = sorted(data.draw(st.lists(st.integers(1, T - 1), unique=True, max_size=9)))
+    rows = [data.draw(st.lists(st.sampled_from([-1, 0, 1, 2]), min_size=4, max_size=4)) for _ in range(2)]
+    documents = torch.tensor(rows).repeat_interleave(torch.tensor([9, 4, 17, 7]), 1)
+    ids, ends = token_ids(2, T), [0, *cuts, T]
+    chunks = [ids[:, a:b] for a, b in pairwise(ends)]
+    with torch.no_grad():
+        expected = oracle(ids, documents=documents).logits
+    got = through_ring(model, chunks, documents=documents)
+    torch.testing.assert_close(got[documents >= 0], expected[documents >= 0], atol=1e-5, rtol=1e-4)
+    assert got.isfinite().all()
+
+
+@torch.no_grad()
+def test_bfloat16_goes_through_the_ring() -> None:
+    model, ids = with_sinks(tiny_model(STACKS["everything"])).bfloat16(), token_ids(2, T)
+    cache = RingCache(model.config)
+    one_by_one = through_ring(model, list(ids.split(1, 1)), cache)
+    assert cache.layers[0].keys.dtype == one_by_one.dtype == torch.bfloat16
+    expected = model.float()(ids).logits
+    assert (one_by_one.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 def test_another_kind_of_cache_is_refused() -> None:

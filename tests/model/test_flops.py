@@ -56,11 +56,11 @@ def test_flops_follow_the_window_and_stop_growing_with_the_length() -> None:
     assert wider == pytest.approx(2 * per_key * 5, rel=1e-2)
 
 
-def test_cache_of_full_layers_grows_with_the_length() -> None:
+def test_cache_of_full_layers_grows_with_the_length_in_blocks_of_256() -> None:
     config = tiny_config([{"window": 5}, {"kind": "full"}])
     per_slot = 2 * 2 * 8 * 2
-    assert cache_bytes(config, length=1000) == per_slot * 1005
-    assert cache_bytes(config, batch=3, dtype_bytes=4, length=10) == 6 * per_slot * 15
+    assert cache_bytes(config, length=1000) == per_slot * (5 + 1024)
+    assert cache_bytes(config, batch=3, dtype_bytes=4, length=10) == 6 * per_slot * (5 + 256)
 
 
 def test_counting_allocates_no_weight() -> None:
