@@ -131,7 +131,9 @@ def attend_after(
 
 def prepare_after(spec: LayerSpec, q: Places, k: Places, backend: str) -> Places:
     """`prepare` for the keys of a chunk that `attend_after` serves."""
-    return prepare(spec, k, "blocked") if _pads_in_front(spec, backend, q.positions.shape[1]) else k
+    if not _pads_in_front(spec, backend, q.positions.shape[1]):
+        return k
+    return replace(k, made=block_bias(spec, k)) if spec.kind == "chunked" else prepare(spec, k, "blocked")
 
 
 def _pads_in_front(spec: LayerSpec, backend: str, t: int) -> bool:
