@@ -67,9 +67,16 @@ def open_haystack(
     """
     if examined.settings and not (config or text):
         return from_store(examined, max_tokens)
+    return read_haystack(examined.tokenizer, text, config, max_tokens)
+
+
+def read_haystack(
+    tokenizer: Any, text: str | None = None, config: str | None = None, max_tokens: int | None = None
+) -> Haystack:
+    """The file `text`, the held-out text of a config, or the held-out novels, in the tokens of any tokenizer."""
     texts = [(Path(text).name, _read(text))] if text else _held_out_texts(config)
     name = Path(text).name if text else config or "held-out novels"
-    return Haystack(name, encode_documents(examined.tokenizer, texts, max_tokens and 4 * max_tokens))
+    return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
 
 
 def _held_out_texts(config: str | None) -> list[tuple[str, str]]:

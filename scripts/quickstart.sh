@@ -75,7 +75,9 @@ fi
 evaluate "reach --plot" reach.png eval/{reach,cliff,gradient,alpha,mask_plots,theory}.py
 evaluate "recall --n 200" recall.png eval/recall.py "$RUN/reach.json"
 evaluate loss loss.png eval/loss.py
-if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss}.json eval/report.py eval/plots.py eval/templates/*; then
+evaluate relay relay.png eval/relay.py
+evaluate "heat --n 30" heat.png eval/heat.py
+if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss,relay,heat}.json eval/report/*.py eval/plots/*.py eval/templates/*; then
   say "report"
   interruptible "$BIN/python" -m eval.report "$RUN"
 fi

@@ -11,7 +11,7 @@ import yaml
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from eval import loss, reach, recall
+from eval import loss, reach, recall, relay
 from eval.architectures import specs_of
 from eval.models import load_model
 from model import windows
@@ -119,19 +119,22 @@ def test_a_model_of_text_and_pictures_is_described_by_its_text_part():
 
 
 @pytest.mark.parametrize("kind", TO_THE_END)
-def test_recall_reach_and_loss_run_to_the_end(kind, tokenizer, text_file, tmp_path, monkeypatch, capsys):
+def test_recall_reach_loss_and_relay_map_run_to_the_end(kind, tokenizer, text_file, tmp_path, monkeypatch, capsys):
     folder = save_model(kind, tokenizer, tmp_path / kind)
     common = (folder, "--out", tmp_path, "--text", text_file, "--device", "cpu")
     assert call(monkeypatch, recall, *common, "--n", 4, "--tasks", "needle", "--distances", "1,5,20") == 0
     assert call(monkeypatch, reach, *common, "--texts", 2) == 0
     assert call(monkeypatch, loss, *common, "--max-tokens", 4000, "--rows", 4) == 0
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("recall", "reach", "loss")}
+    assert call(monkeypatch, relay, *common, "--n", 8, "--max-offset", 30) == 0
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("recall", "reach", "loss", "relay")}
     expected = windows.reach(specs_of(config_of(kind)))
     assert {result["reach"] for result in found.values()} == {expected}
     assert found["reach"]["cliff_holds"] is not False
     assert 1 < found["loss"]["bits_per_byte"] < 10
-    if expected is not None and found["reach"]["alpha"]["residual_share"]:
-        assert found["reach"]["predictions"]["mixture_mean"] < expected
+    predicted = found["reach"]["predictions"]
+    assert bool(predicted) == (expected is not None and "c" not in KINDS[kind][1])
+    assert not predicted or predicted["mixture_mean"] < expected
+    assert found["relay"]["identical_beyond_frontier"] is True  # of unbounded stacks the embedding alone
 
 
 def test_a_mistral_whose_rope_our_decoder_lacks_is_left_to_the_library(tokenizer, tmp_path):
