@@ -12,7 +12,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import attend, prepare
 from model.backends import choose_backend
@@ -119,33 +121,58 @@ class Form:
 def held(config: WindreachConfig, rows: Rows, form: Form) -> Held:
     """What forward and backward of one micro-batch hold beside weights, gradients and optimizer state.
 
-    A layer of each kind is run once. Raises UserError for tensors that no machine holds.
+    Two stacks of each kind are run: what the deeper one costs more is what a layer costs.
+    Raises UserError for tensors that no machine holds.
     """
     _check_countable(config, rows)
-    kinds = Counter(config.specs)
+    if form.checkpointing:
+        return _recomputed(config, rows, form)
+    kinds, depth = Counter(config.specs), len(config.specs)
     kept, bare = _run(config, [], rows, form)
-    layer: dict[LayerSpec, int] = {}
-    working: dict[LayerSpec, int] = {}
-    for spec in kinds:
-        kept_with, peak = _run(config, [spec], rows, form)
-        more = _attention_elsewhere(config, spec, rows, form)
-        layer[spec] = kept_with - kept + more[0]
-        working[spec] = peak - kept_with + more[1]
-    growth = _growth(config, rows, form, working[config.specs[0]]) if rows.relayed else 0
-    outside = kept + (len(config.specs) - 1) * growth
-    if not form.checkpointing:
-        layers = sum(count * layer[spec] for spec, count in kinds.items())
-        return Held(layers, outside + max(bare - kept, *working.values()))
+    costs = [_cost(config, spec, rows, form, kept) for spec in kinds]
+    layers = sum(count * cost.kept for count, cost in zip(kinds.values(), costs, strict=True))
+    outside = kept + sum(cost.shared for cost in costs) + (depth - 1) * max(cost.growth for cost in costs)
+    return Held(layers, outside + max(bare - kept, *(cost.scratch for cost in costs)))
+
+
+def _recomputed(config: WindreachConfig, rows: Rows, form: Form) -> Held:
+    """The same where every layer keeps its input alone and one at a time runs anew: the head's peak, or a layer's.
+
+    Where the relay head has asked after every layer, a gradient for each layer's output waits meanwhile.
+    """
+    _, bare = _run(config, [], rows, form)
     stream = rows.rows * rows.seq_len * config.hidden_size * form.weights.itemsize
-    again = max(layer[spec] - stream + working[spec] for spec in kinds)
-    return Held(len(config.specs) * stream, outside + max(bare - kept, again))
+    peaks = [
+        _run(config, [spec], rows, form)[1] - stream + sum(_attention_elsewhere(config, spec, rows, form))
+        for spec in set(config.specs)
+    ]
+    if not rows.relayed:
+        return Held(len(config.specs) * stream, max(bare, *peaks))
+    waiting = (len(config.specs) - 1) * stream
+    relays = held(config, rows, replace(form, checkpointing=False)).outside
+    return Held(len(config.specs) * stream, max(bare, relays, waiting + max(peaks)))
 
 
-def _growth(config: WindreachConfig, rows: Rows, form: Form, working: int) -> int:
-    """Short-lived bytes a layer more costs: the relay head is asked after every layer."""
-    first = config.specs[0]
-    kept, peak = _run(config, [first, first], rows, form)
-    return max(0, peak - kept + _attention_elsewhere(config, first, rows, form)[1] - working)
+@dataclass(frozen=True)
+class _Cost:
+    """Bytes of a layer of one kind: kept by each; shared by all of them (masks, rotary tables); short-lived at the
+    peak, and how much more of that each further layer brings (the relay head is asked after every one)."""
+
+    kept: int
+    shared: int
+    scratch: int
+    growth: int
+
+
+def _cost(config: WindreachConfig, spec: LayerSpec, rows: Rows, form: Form, outside: int) -> _Cost:
+    few, many = (5, 7) if rows.relayed else (1, 2)  # where the relay head asks, its share rules only in a deep stack
+    kept_few, peak_few = _run(config, [spec] * few, rows, form)
+    kept_many, peak_many = _run(config, [spec] * many, rows, form)
+    more_kept, more_scratch = _attention_elsewhere(config, spec, rows, form)
+    kept = (kept_many - kept_few) // (many - few)
+    growth = max(0, peak_many - kept_many - peak_few + kept_few) // (many - few) if rows.relayed else 0
+    scratch = peak_few - kept_few - (few - 1) * growth
+    return _Cost(kept + more_kept, kept_few - few * kept - outside, scratch + more_scratch, growth)
 
 
 def optimizer_bytes(config: WindreachConfig, s: OptimizerSettings, objectives: int, more: int = 0) -> int:
@@ -168,6 +195,9 @@ def _run(config: WindreachConfig, specs: list[LayerSpec], rows: Rows, form: Form
             scorer = Scorer(WindreachForCausalLM(_with_layers(config, specs)), rows.relay_values).train()
         for p in scorer.parameters():
             p.grad = torch.zeros_like(p)  # as when micro-batches accumulate
+        if form.checkpointing:
+            for layer in scorer.decoder.model.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         batch = _batch(rows, len(specs))
         return step_bytes(scorer, lambda: _loss(scorer, batch, form))
 
