@@ -58,7 +58,7 @@ class Backend:
 BACKENDS = {
     "reference": Backend("dense mask, float32 softmax: the oracle"),
     "blocked": Backend("pure PyTorch, O(n W) time and memory, any device"),
-    "flex": Backend("FlexAttention, compiled; on a CPU without gradient", least_head_dim=16),
+    "flex": Backend("FlexAttention: compiled on CUDA, forward only on a CPU", least_head_dim=16),
     "flash": Backend(
         "flash attention of torch; fp16 and bf16", sinks=False, global_tokens=False,
         head_dim_multiple=8, lacks=lambda: _needs_gpu(8),
