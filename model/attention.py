@@ -17,7 +17,6 @@ from torch import Tensor
 from model.backends import serving
 from model.blocks import block_bias, blocked
 from model.errors import UserError
-from model.flex import flex, flex_mask
 from model.pieces import by_pieces, flash, pieces_of, xformers
 from model.places import Places, see, split, stretches
 from model.tiles import causal_after, tiled
@@ -33,6 +32,8 @@ def prepare(spec: LayerSpec, places: Places, backend: str, rows: int = 1) -> Pla
     t, device = places.positions.shape[1], places.positions.device
     backend = serving(backend, device)
     if backend == "flex":
+        from model.flex import flex_mask  # here, because it takes a second and a half to import
+
         return replace(places, made=flex_mask(spec, places))
     if backend in _KERNELS:
         return places if _folds(spec) else replace(places, made=pieces_of(spec, places, rows))
@@ -86,6 +87,8 @@ def attend(
     t, device = q_bhtd.shape[2], q_bhtd.device
     backend = serving(backend, device)
     if backend == "flex":
+        from model.flex import flex
+
         return flex(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
     if _folds(spec) and not spec.global_tokens and backend != "reference":
         return _attend_dilated(q_bhtd, k_bgsd, v_bgsd, spec, places, backend, sink_h)

@@ -6,7 +6,9 @@ Legend: B batch, T query positions, S key positions, H heads, G kv heads, D head
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,13 +20,16 @@ from model.errors import UserError
 from model.places import Places
 from model.windows import LayerSpec, visible
 
-_compiled = torch.compile(flex_attention)
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """Compiled on CUDA. On a CPU the compiled kernel of torch 2.13 gave wrong numbers for short rows: not there."""
     if q.device.type != "cpu":
-        return _compiled(q, k, v, **options)
+        return _compiled()(q, k, v, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile", category=UserWarning)
         return flex_attention(q, k, v, **options)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
+from model.attention import TILES_FROM
 from model.backends import BACKENDS, choose_backend, serving
 from model.config import WindreachConfig
 from model.flops import cache_bytes, flops_per_token, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.build import model_config
-from training.cluster import Processor, Setup, active_steps, attention_form, memory, recall_plans, work
+from training.cluster import active_steps, recall_plans, relay_parameters, work
 from training.consistency import last_distance
+from training.memory import optimizer_bytes
 from training.precision import Machine, measure, set_up_threads
 from training.settings import Settings
 
@@ -133,18 +135,31 @@ def _token_lines(settings: Settings, config: WindreachConfig) -> Lines:
 
 
 def _memory_lines(settings: Settings, config: WindreachConfig, precision: str) -> Lines:
-    """Of one process; compiled layers keep somewhat less than what is counted."""
-    here = Processor("here", 1.0, float("inf"), "", attention_form(config, "cpu"))
-    m = memory(settings, config, Setup(here, precision))
+    """Of one process, in no time: activations are an estimate here, and counted on the real code by scripts/plan.py."""
+    relay, objectives = relay_parameters(settings, config), 1 + settings.recall.enabled
+    n = sum(parameters(config).values()) + relay
+    tokens = settings.training.micro_batch_tokens or settings.training.tokens_per_step
     parts = {
-        "weights": m.weights,
-        "gradients": m.gradients,
-        "optimizer": m.optimizer,
-        "activations": m.activations,
-        "logits and scratch": m.logits_and_scratch,
+        "weights": 4 * n,
+        "gradients": 4 * n * objectives,
+        "optimizer": optimizer_bytes(config, settings.training.optimizer, objectives, relay),
+        "activations, roughly": tokens * activation_bytes_per_token(config, 2 if precision == "bf16" else 4),
     }
     listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
-    yield "memory", f"{size(m.total)} for one process that holds everything ({listed})"
+    yield "memory", f"{size(sum(parts.values()))} for one process that holds everything ({listed})"
+
+
+def activation_bytes_per_token(config: WindreachConfig, dtype_bytes: int) -> int:
+    """What the backward pass of a token needs: inputs of matrices and norms, queries, keys, values, logits.
+
+    Attention scores come on top where short windows keep them: two windows of float32 a head.
+    """
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    assert config.head_dim is not None
+    per_layer = dtype_bytes * (4 * config.hidden_size + heads * config.head_dim + 3 * config.intermediate_size)
+    kept = [s.ring_slots for s in config.specs if s.ring_slots and s.ring_slots < TILES_FROM]
+    scores = 4 * config.num_attention_heads * 2 * sum(kept)
+    return config.num_hidden_layers * per_layer + scores + 2 * 4 * config.vocab_size
 
 
 def _time_lines(settings: Settings, config: WindreachConfig, machine: Machine) -> Lines:
