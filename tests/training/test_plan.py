@@ -38,7 +38,7 @@ def test_mistral_7b_is_planned_as_published() -> None:
     assert lines["parameters"].startswith("7,241,732,096 (")
     assert lines["reach"].startswith("R = 131,040 tokens")
     assert lines["W x layers"].startswith("131,072,")
-    assert lines["layers"].startswith("32 x sliding, window 4,096; backend blocked; 512 MiB of cache")
+    assert lines["layers"].startswith("32 x sliding, window 4,096; backend blocked (auto on cpu); 512 MiB of cache")
 
 
 def test_train_py_plans_mistral_7b_in_ten_seconds() -> None:
