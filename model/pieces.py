@@ -58,9 +58,10 @@ def by_pieces(
     b, h, t, d = q_bhtd.shape
     pieces = places.made if isinstance(places.made, Pieces) else pieces_of(spec, places, b)
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[pieces.index] for x in (q_bhtd, k_bgtd, v_bgtd))
-    out = q.new_zeros(b * t, h, d)
-    if len(pieces.index):
-        out = out.index_copy(0, pieces.index, kernel(q, k, v, pieces, spec.window if spec.kind == "sliding" else None))
+    if not len(pieces.index):  # nothing but padding: zeros, and gradients of zero
+        return q_bhtd * 0 + (k_bgtd.sum() + v_bgtd.sum()) * 0
+    real = kernel(q, k, v, pieces, spec.window if spec.kind == "sliding" else None)
+    out = q.new_zeros(b * t, h, d).index_copy(0, pieces.index, real)
     return out.view(b, t, h, d).transpose(1, 2)
 
 

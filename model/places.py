@@ -44,6 +44,7 @@ def restarts(position_ids: Tensor) -> Tensor | None:
 def stretches(documents_bt: Tensor) -> dict[tuple[int, int], list[int]]:
     """Where documents lie: (first, end) to the rows that have one there. Padding belongs to none.
 
+    >>> import torch
     >>> stretches(torch.tensor([[0, 0, 1, 1], [-1, -1, 5, 5]]))
     {(0, 2): [0], (2, 4): [0, 1]}
     """
