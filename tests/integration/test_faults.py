@@ -196,12 +196,14 @@ def test_wandb_that_cannot_start_is_said_once_and_training_goes_on(tmp_path: Pat
 def test_wandb_whose_service_dies_is_said_once_and_training_goes_on(tmp_path: Path, uninterrupted: Path) -> None:
     process = start(write_config(tmp_path, max_steps=STEPS), "tracking.wandb_mode=offline")
     log = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 2, "kind": "train"' in log.read_text()):
-        time.sleep(0.005)
+    while process.poll() is None and not (log.exists() and '"kind": "train"' in log.read_text()):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGSTOP)  # or it might be through before its service is found
     services = [pid for pid in children(process.pid) if b"wandb" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert services
     for pid in services:
         os.kill(pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGCONT)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert (out + errors).count("wandb failed") == 1
