@@ -1,9 +1,11 @@
 """Claims about the report: it stands alone, says what was measured, and refuses what is not there."""
 
 import json
+import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -254,6 +256,17 @@ def test_numbers_of_a_table_stay_numbers_for_a_tracker():
     assert made == {"columns": ["distance", "task", "u90"], "data": [[16, "needle", None], [8, "noise", 0.5]]}
 
 
+@pytest.fixture
+def wandb_ends() -> Iterator[None]:
+    """wandb leaves a service behind, and its address in the environment, where later tests would meet it."""
+    import wandb
+
+    yield
+    wandb.teardown()
+    assert "WANDB_SERVICE" not in os.environ
+
+
+@pytest.mark.usefixtures("wandb_ends")
 def test_wandb_gets_the_same_tables_and_pictures_into_the_runs_own_page(monkeypatch, capsys, run, tmp_path):
     own = shutil.copytree(run, tmp_path / "run")
     (own / "run.json").write_text(json.dumps({"wandb_id": "abcd1234"}))
