@@ -19,7 +19,6 @@ from typing import Any
 from accelerate import Accelerator
 
 from data.packing import TokenStore, prepare_tokens
-from data.recall_vocabulary import recall_vocabulary
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.decoder import InitOptions, build_model
@@ -28,14 +27,14 @@ from model.windows import reach
 from training.build import model_config
 from training.checkpoint import load_state, prune, save_checkpoint
 from training.config_file import load_settings
-from training.curriculum import Curriculum, CurriculumState
+from training.curriculum import Curricula, Curriculum
 from training.export import replace_export, write_hf
 from training.metrics import Metrics
-from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
+from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
 from training.optimizer import SummedOptimizer
 from training.plan import plan_text
 from training.precision import make_deterministic, set_up_threads
-from training.probe import Probe, horizon
+from training.probe import Probe
 from training.progress import TrainingProgress
 from training.random_state import get_random_states, seed_everything, set_random_states
 from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, sum_over_ranks
@@ -79,7 +78,7 @@ class State:
     skipped_in_a_row: int = 0
     horizon: int = 0
     validation_bits_per_byte: float | None = None
-    curriculum: CurriculumState = field(default_factory=lambda: CurriculumState(0))
+    curriculum: Curricula = field(default_factory=Curricula)
 
 
 class Trainer:
@@ -103,9 +102,9 @@ class Trainer:
         self.curriculum = Curriculum(
             settings.recall.curriculum, settings.model.sliding_window, reach(self.config.specs) or settings.data.seq_len
         )
-        self.state = State(curriculum=self.curriculum.start())
         recall = settings.recall
-        self.vocabulary = recall_vocabulary(self.tokenizer, recall.values) if recall.enabled else None
+        self.state = State(curriculum=Curricula.start(self.curriculum, recall.tasks))
+        self.vocabulary = task_vocabulary(settings, self.tokenizer) if recall.enabled else None
         self.objectives = objectives(
             settings, self.train_store, self.vocabulary, self.curriculum, self.ranks.num_processes
         )
@@ -140,7 +139,7 @@ class Trainer:
         self.optimizer.load_state_tensors(tensors)
         if self.scorer.relay_head is not None:
             self.scorer.relay_head.weight.data.copy_(tensors["relay_head"])
-        self.state = State(**saved["progress"] | {"curriculum": CurriculumState(**saved["progress"]["curriculum"])})
+        self.state = State(**saved["progress"] | {"curriculum": Curricula.of_json(saved["progress"]["curriculum"])})
         if self.ranks.process_index < len(saved["random"]):
             set_random_states(saved["random"][self.ranks.process_index])
         self.ranks.print(f"resumed {path} at step {self.state.step}")
@@ -182,18 +181,18 @@ class Trainer:
 
     def _differentiate(self, objective: Objective, step: int) -> Measured:
         """Gradients of one objective, clipped on their own and kept apart until the update."""
-        plan, sums = differentiate(objective, self.accelerator, self.wrapped, step, self.state.curriculum.distance)
+        distances = self.state.curriculum.distances
+        plan, sums, answered = differentiate(objective, self.accelerator, self.wrapped, step, distances)
         norm = self.optimizer.take(objective.name, objective.max_grad_norm)
         scored = sum(count for _, _, count in sums.values())
         self.state.tokens += plan.tokens
         self.tokens += plan.tokens
         self.flops += step_flops(self.config, plan, scored)
-        return Measured(sums, float(norm))
+        return Measured(sums, float(norm), answered)
 
     def _advance_curriculum(self, recall: Measured | None) -> None:
         if recall is not None:
-            _, correct, asked = recall.sums["answer"]
-            self.state.curriculum = self.curriculum.advance(self.state.curriculum, correct, asked)
+            self.state.curriculum = self.state.curriculum.advanced(self.curriculum, recall.answered)
 
     def _skip(self, measured: dict[str, Measured]) -> None:
         """A loss or gradient that is not finite never reaches the weights."""
@@ -227,13 +226,13 @@ class Trainer:
         seconds = time.perf_counter() - self.began
         columns = {k: v for name, m in measured.items() for k, v in m.columns(name).items()}
         mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
-        distance = self.state.curriculum.distance
+        curriculum = self.state.curriculum
         self.metrics.write(
-            "train", self.state.step, **columns, **schedule, distance=distance, horizon=self.state.horizon,
+            "train", self.state.step, **columns, **schedule, **curriculum.columns(), horizon=self.state.horizon,
             tokens=self.state.tokens, tokens_per_second=self.tokens / seconds, mfu=mfu, skipped=self.state.skipped,
         )  # fmt: skip
         losses = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in columns.items() if k.startswith("loss_"))
-        recall = f"  D {distance}  horizon {self.state.horizon}" if self.settings.recall.enabled else ""
+        recall = f"  D {curriculum}  horizon {self.state.horizon}" if self.settings.recall.enabled else ""
         self.progress.figures(self.state.step, f"{losses}  {self.tokens / seconds:,.0f} tok/s  MFU {mfu:.1%}{recall}")
         self._start_clock()
 
@@ -244,15 +243,12 @@ class Trainer:
         """Held-out text and recall; every rank measures its share."""
         paused = time.perf_counter()
         bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
-        self.state.validation_bits_per_byte, self.state.horizon = bits, horizon(recall)
+        self.state.validation_bits_per_byte, self.state.horizon = bits, recall.horizon
         if self.ranks.is_main_process:
             self.metrics.write("validation", self.state.step, bits_per_byte=bits)
             if recall:
-                self.metrics.write("probe", self.state.step, accuracy=recall, horizon=self.state.horizon)
-            by_distance = "".join(f"  {d}:{a:.2f}" for d, a in recall.items())
-            self.progress.say(
-                f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{by_distance or ' off'}"
-            )
+                self.metrics.write("probe", self.state.step, **recall.columns())
+            self.progress.say(f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{recall}")
         self.began += time.perf_counter() - paused
 
     def _save(self) -> None:

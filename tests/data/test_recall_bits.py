@@ -43,8 +43,8 @@ def test_the_recall_batches_of_the_quickstart(step, distance, expected):
     settings = load_settings(ROOT / "configs/quickstart.yaml")
     curriculum = Curriculum(settings.recall.curriculum, settings.model.sliding_window, 480)
     objective = RecallObjective(settings, STORE, VOCAB, curriculum, 1)
-    plan = objective.plan(distance)
-    batch = objective.micro_batch(step, plan, range(plan.rows), distance)
+    plan = objective.plan({"needle": distance})
+    batch = objective.micro_batch(step, plan, range(plan.rows), {"needle": distance})
     scored = [part for term in ("answer", "relay") for part in (batch.targets[term].index, batch.targets[term].labels)]
     assert sha256([batch.input_ids, *scored]) == expected
 
@@ -58,7 +58,7 @@ def test_the_recall_batches_of_the_quickstart(step, distance, expected):
     ],
 )
 def test_the_rows_of_each_needle_task(tasks, expected):
-    batch = recall_batch(STORE, VOCAB, 5, 7, range(12), 200, 150, tasks, RULES)
+    batch = recall_batch(STORE, VOCAB, 5, 7, range(12), 200, dict.fromkeys(tasks, 150), tasks, RULES)
     names = ("input_ids", "labels", "recall_labels", "relay_labels", "relay_layers", "distances")
     assert sha256([getattr(batch, name) for name in names]) == expected
 
