@@ -83,7 +83,7 @@ class Probe:
 
     @torch.no_grad()
     def recall(self, decoder: WindreachForCausalLM) -> "Recalled":
-        """Share of questions whose answer is the most likely of all tokens, by task and distance; none without recall."""
+        """Share of questions whose answer is the most likely of all tokens; nothing without recall."""
         groups = [(task, d, group) for task, by_distance in self.items.items() for d, group in by_distance.items()]
         right = []
         with _evaluating(decoder):

@@ -71,8 +71,11 @@ def haystack(vocab, length, seed):
     return np.random.default_rng(seed).choice(vocab.plain, length)
 
 
+NONE = st.just(0)
+
+
 @st.composite
-def items(draw, tasks=tuple(TASKS), distractors=st.just(0)):
+def items(draw, tasks=tuple(TASKS), distractors=NONE):
     """A task, its vocabulary and options, the haystack, and an item of a random length and distance."""
     task, vocab, options = draw(st.sampled_from(tasks)), draw(vocabularies()), draw(OPTIONS)
     size, older, seed = task_size(task, vocab, options), draw(distractors), draw(st.integers(0, 9999))
@@ -98,7 +101,7 @@ def test_the_answer_of_both_members_of_a_pair_can_be_read_from_the_context(drawn
 @given(items(distractors=st.integers(1, 3), tasks=[name for name, task in TASKS.items() if not task.alone]))
 @settings(deadline=None)
 def test_older_needles_do_not_change_the_answer_and_stand_before_the_needle(drawn):
-    task, vocab, options, filler, distance, made = drawn
+    task, vocab, options, _, _, made = drawn
     assert solve(task, made.tokens, vocab, options) == made.answer
     assert solve(task, made.counterfactual_tokens, vocab, options) == made.counterfactual_answer
     assert made.query_position == len(made.tokens) - 1
@@ -120,7 +123,7 @@ def test_members_of_a_pair_differ_in_the_deciding_token_alone_and_that_stands_at
 @given(items())
 @settings(deadline=None)
 def test_nothing_but_haystack_stands_outside_needle_and_query(drawn):
-    task, vocab, options, filler, _, made = drawn
+    task, vocab, _, filler, _, made = drawn
     written = np.flatnonzero(np.isin(made.tokens, vocab.reserved))
     same = np.setdiff1d(np.arange(len(filler)), written)
     np.testing.assert_array_equal(np.array(made.tokens)[same], filler[same])
@@ -144,7 +147,7 @@ def test_a_row_of_keys_holds_as_many_pairs_as_asked_with_keys_and_values_of_thei
 @given(items())
 @settings(deadline=None)
 def test_without_the_needle_the_haystack_is_back_and_the_answer_is_gone(drawn):
-    task, vocab, options, filler, _, made = drawn
+    task, _, _, filler, _, made = drawn
     kept = np.array(made.blind_tokens) == np.array(made.tokens)
     removed = np.flatnonzero(~kept)
     assert made.value_position in removed

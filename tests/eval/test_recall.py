@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from eval import loss, reach, recall, stats
+from eval import loss, reach, recall, recall_workers, stats
 from eval.haystack import open_haystack
 from eval.models import load_model
 from model.errors import cli
@@ -22,13 +22,13 @@ def examined(untrained_run):
     return load_model(str(untrained_run), "cpu")
 
 
-def order(tasks, distances, n, model=""):
-    return recall.Order(model, "cpu", None, None, tuple(tasks), tuple(distances), n, seed=0, precision="fp32")
+def order(tasks, distances, n, model="", **more):
+    return recall.Order(model, "cpu", None, None, tuple(tasks), tuple(distances), n, seed=0, precision="fp32", **more)
 
 
 @pytest.fixture(scope="module")
 def result(examined):
-    return recall.measure(examined, open_haystack(examined), order(recall.TASKS, DISTANCES, 60))
+    return recall.measure(examined, open_haystack(examined), order(recall.NEEDLES, DISTANCES, 60))
 
 
 def rows(result):
@@ -157,8 +157,8 @@ def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, untrained
 def test_processes_find_what_one_process_finds(untrained_run, examined, monkeypatch):
     asked = order(["needle"], DISTANCES, 12, model=str(untrained_run))
     alone = recall.measure(examined, open_haystack(examined), asked)
-    monkeypatch.setattr(recall, "LONG_WORK", 0)
-    monkeypatch.setattr(recall.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(recall_workers, "LONG_WORK", 0)
+    monkeypatch.setattr(recall_workers.torch, "get_num_threads", lambda: 2)
     shared = recall.measure(load_model(str(untrained_run), "cpu"), open_haystack(examined), asked)
     for a, b in zip(alone["tasks"]["needle"]["rows"], shared["tasks"]["needle"]["rows"], strict=True):
         assert {k: v for k, v in a.items() if "bits" not in k} == {k: v for k, v in b.items() if "bits" not in k}
