@@ -73,7 +73,7 @@ if outdated "$RUN/hf/config.json" "$CONFIG" train.py model/*.py data/*.py traini
 fi
 
 evaluate "reach --plot" reach.png eval/reach.py eval/theory.py
-evaluate "recall --n 200" recall.png eval/recall.py "$RUN/reach.json"
+evaluate "recall --n 200" recall.png eval/recall*.py "$RUN/reach.json"
 evaluate loss loss.png eval/loss.py
 if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss}.json eval/report.py eval/plots.py eval/templates/*; then
   say "report"

@@ -163,7 +163,7 @@ class QuestionSettings(Strict):
 
     pairs: PositiveInt = Field(4, description="keys: pairs of key and value in a row, one of which is asked")
     span_pairs: PositiveInt = Field(4, description="induction: pairs of key and value in the repeated span")
-    hops: PositiveInt = Field(2, description="variable-tracking: copies from variable to variable")
+    hops: PositiveInt = Field(2, description="variable-tracking: copies from variable to variable; in training none too")
     rules: int = Field(4, ge=2, le=2**20, description="instruction: rules to choose from; chance is 1/rules")
 
 

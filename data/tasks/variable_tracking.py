@@ -27,7 +27,7 @@ class VariableTracking(Plain):
         number = draws.deciding(n, CHAINS, len(vocab.values))
         value = np.asarray(vocab.values, dtype=np.int64)[number]
         given = np.concatenate((value[..., None], variable[..., :-1]), axis=-1)
-        hops = draws.up_to("hops", n, options.hops)[..., None]
+        hops = draws.up_to("hops", n, links)[..., None] - 1  # none at times in training: looking up comes first
         used = (np.arange(links) <= hops)[..., None, :, None]
         assignment = np.where(used, marked(vocab.needle, variable, given), LEAVE)
 
