@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from data.packing import TokenStore, prepare_tokens
-from data.recall_vocabulary import recall_vocabulary
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.decoder import InitOptions, build_model
@@ -27,16 +26,16 @@ from model.windows import reach
 from training.build import model_config
 from training.checkpoint import load_state, prune, save_checkpoint
 from training.config_file import load_settings
-from training.curriculum import Curriculum
+from training.curriculum import Curricula, Curriculum
 from training.export import replace_export, write_hf
 from training.metrics import Metrics
 from training.nonfinite import keep_batch, stop_after
-from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
+from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
 from training.optimizer import SummedOptimizer
 from training.parallel import Tensors, load_whole, spread, whole, whole_weights
 from training.plan import plan_text
 from training.precision import make_deterministic, set_up_threads
-from training.probe import Probe, horizon
+from training.probe import Probe
 from training.profiling import ProfileWindow
 from training.progress import TrainingProgress
 from training.random_state import get_random_states, seed_everything, set_random_states
@@ -97,9 +96,9 @@ class Trainer:
         self.curriculum = Curriculum(
             settings.recall.curriculum, settings.model.sliding_window, reach(self.config.specs) or settings.data.seq_len
         )
-        self.state = State(curriculum=self.curriculum.start())
         recall = settings.recall
-        self.vocabulary = recall_vocabulary(self.tokenizer, recall.values) if recall.enabled else None
+        self.state = State(curriculum=Curricula.start(self.curriculum, recall.tasks))
+        self.vocabulary = task_vocabulary(settings, self.tokenizer) if recall.enabled else None
         self.objectives = self._objectives(self.ranks.num_processes)
         self.probe = Probe(settings, self.heldout_store, self.vocabulary, self.curriculum)
 
@@ -137,7 +136,7 @@ class Trainer:
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])
-        to_come = range(self.state.curriculum.distance, self.curriculum.last_distance + 1)
+        to_come = self.state.curriculum.to_come(self.curriculum)
         check_same_batches(path, self._objectives(len(saved["random"])), self.objectives, to_come)
         if self.ranks.process_index < len(saved["random"]):
             set_random_states(saved["random"][self.ranks.process_index])
@@ -184,28 +183,28 @@ class Trainer:
 
     def _differentiate(self, objective: Objective, step: int) -> Measured:
         """Gradients of one objective, clipped on their own and kept apart until the update."""
-        plan, sums = differentiate(objective, self.accelerator, self.wrapped, step, self.state.curriculum.distance)
+        distances = self.state.curriculum.distances
+        plan, sums, answered = differentiate(objective, self.accelerator, self.wrapped, step, distances)
         norm = self.optimizer.take(objective.name, objective.max_grad_norm)
         scored = sum(count for _, _, count in sums.values())
         self.state.tokens += plan.tokens
         self.tokens += plan.tokens
         self.flops += step_flops(self.config, plan, scored)
-        return Measured(sums, float(norm))
+        return Measured(sums, float(norm), answered)
 
     def _advance_curriculum(self, recall: Measured | None) -> None:
         if recall is not None:
-            _, correct, asked = recall.sums["answer"]
-            self.state.curriculum = self.curriculum.advance(self.state.curriculum, correct, asked)
+            self.state.curriculum = self.state.curriculum.advanced(self.curriculum, recall.answered)
 
     def _skip(self, measured: dict[str, Measured]) -> None:
         """A loss or gradient that is not finite never reaches the weights."""
         self.optimizer.drop()
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
-        step, distance, in_a_row = self.state.step, self.state.curriculum.distance, self.state.skipped_in_a_row
+        step, distances, in_a_row = self.state.step, self.state.curriculum.distances, self.state.skipped_in_a_row
         for objective in (o for o in self.objectives if o.name in measured and not measured[o.name].finite):
             name = objective.name
-            kept = keep_batch(self.dir, objective, measured[name], step - 1, distance, self.tokenizer)
+            kept = keep_batch(self.dir, objective, measured[name], step - 1, distances, self.tokenizer)
             self.progress.say(f"step {step} skipped: loss or gradient of {name} is not finite; {kept}")
             self.metrics.write("skipped", step, objective=name, in_a_row=in_a_row)
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
@@ -227,13 +226,13 @@ class Trainer:
         seconds = time.perf_counter() - self.began
         columns = {k: v for name, m in measured.items() for k, v in m.columns(name).items()}
         mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
-        distance = self.state.curriculum.distance
+        curriculum = self.state.curriculum
         self.metrics.write(
-            "train", self.state.step, **columns, **schedule, distance=distance, horizon=self.state.horizon,
+            "train", self.state.step, **columns, **schedule, **curriculum.columns(), horizon=self.state.horizon,
             tokens=self.state.tokens, tokens_per_second=self.tokens / seconds, mfu=mfu, skipped=self.state.skipped,
         )  # fmt: skip
         losses = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in columns.items() if k.startswith("loss_"))
-        recall = f"  D {distance}  horizon {self.state.horizon}" if self.settings.recall.enabled else ""
+        recall = f"  D {curriculum}  horizon {self.state.horizon}" if self.settings.recall.enabled else ""
         self.progress.figures(self.state.step, f"{losses}  {self.tokens / seconds:,.0f} tok/s  MFU {mfu:.1%}{recall}")
         self._start_clock()
 
@@ -245,15 +244,12 @@ class Trainer:
         paused = time.perf_counter()
         with whole(self.accelerator, self.wrapped):
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
-        self.state.validation_bits_per_byte, self.state.horizon = bits, horizon(recall)
+        self.state.validation_bits_per_byte, self.state.horizon = bits, recall.horizon
         if self.ranks.is_main_process:
             self.metrics.write("validation", self.state.step, bits_per_byte=bits)
             if recall:
-                self.metrics.write("probe", self.state.step, accuracy=recall, horizon=self.state.horizon)
-            by_distance = "".join(f"  {d}:{a:.2f}" for d, a in recall.items())
-            self.progress.say(
-                f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{by_distance or ' off'}"
-            )
+                self.metrics.write("probe", self.state.step, **recall.columns())
+            self.progress.say(f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{recall}")
         self.began += time.perf_counter() - paused
 
     def _save(self) -> None:

@@ -29,6 +29,28 @@ class Draws:
         """(B, n) on [0, high)."""
         return (self.uniform(name, n) * high).astype(np.int64)
 
+    def distinct(self, name: str, n: int, count: int, high: int) -> NDArray[np.int64]:
+        """(B, n, count) on [0, high), without repetition within the last axis."""
+        if count == 1:
+            return self.integers(name, n, high)[..., None]
+        assert count <= high, "more distinct numbers than there are"
+        keyed = self.uniform(name, n * high).reshape(-1, n, high)
+        return np.argsort(keyed, axis=-1, kind="stable")[..., :count]
+
+    def deciding(self, n: int, count: int, high: int) -> NDArray[np.int64]:
+        """(B, n, count) distinct numbers on [0, high): of a question's values, the first of which is asked."""
+        return self.distinct("value", n, count, high)
+
+    def up_to(self, name: str, n: int, high: int) -> NDArray[np.int64]:
+        """(B, n) on [1, high]."""
+        return 1 + self.integers(name, n, high)
+
+    def of(self, chosen: NDArray[np.bool_]) -> "Draws":
+        """The draws of some rows: `chosen` (B,)."""
+        some = Draws.__new__(Draws)
+        some.keys = self.keys[chosen]
+        return some
+
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = x + _GOLDEN

@@ -20,7 +20,7 @@ ROW_TOKENS = {"cpu": 2304, "cuda": 65_536}  # tokens of a batch: what fits the c
 
 
 class Reader:
-    """Logits (B, V) that predict what follows each row, for batches (up to `rows`, T) of one length T."""
+    """Logits (B, V) that predict what follows a position of each row, for batches (up to `rows`, T) of one length T."""
 
     def __init__(self, examined: Examined, seq_len: int, precision: str, compiled: bool) -> None:
         self.examined, self.precision = examined, precision
@@ -29,12 +29,13 @@ class Reader:
             examined.model.compile_layers()
 
     @torch.inference_mode()
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        """A short batch is filled up with copies of its first row: another shape would be compiled anew."""
+    def __call__(self, input_ids: Tensor, at: int) -> Tensor:
+        """What follows position `at`. A short batch is filled up with copies of its first row: another shape would be
+        compiled anew, and so would a row cut short behind `at`."""
         missing = self.rows - len(input_ids)
         filled = torch.cat((input_ids, input_ids[:1].expand(missing, -1)))
         with self._autocast():
-            return last_logits(self.examined, filled)[: len(input_ids)]
+            return logits_at(self.examined, filled, at)[: len(input_ids)]
 
     def _autocast(self) -> AbstractContextManager[object]:
         bf16 = self.precision == "bf16"
@@ -44,6 +45,16 @@ class Reader:
 def body(model: Any) -> Any:
     """The stack below the output matrix: token ids in, hidden states out."""
     return model.model if model.base_model is model else model.base_model
+
+
+@torch.inference_mode()
+def logits_at(examined: Examined, input_ids: Tensor, at: int) -> Tensor:
+    """Logits (B, V) that predict what follows position `at` of each row of input_ids (B, T): one full forward pass."""
+    if not examined.ours:
+        return last_logits(examined, input_ids[:, : at + 1])
+    ids = input_ids.to(examined.device)
+    output = examined.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - at)
+    return output.logits[:, 0].float().cpu()
 
 
 @torch.inference_mode()

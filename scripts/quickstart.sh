@@ -73,7 +73,7 @@ if outdated "$RUN/hf/config.json" "$CONFIG" train.py model/*.py data/*.py traini
 fi
 
 evaluate "reach --plot" reach.png eval/{reach,cliff,gradient,alpha,mask_plots,theory}.py
-evaluate "recall --n 200" recall.png eval/recall.py "$RUN/reach.json"
+evaluate "recall --n 200" recall.png eval/recall*.py "$RUN/reach.json"
 evaluate loss loss.png eval/loss.py
 evaluate relay relay.png eval/relay.py
 evaluate "heat --n 30" heat.png eval/heat.py

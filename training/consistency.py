@@ -1,15 +1,16 @@
 """Settings that are right one by one and wrong together: each check yields the problems it finds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
+from data.tasks import TASKS
+from data.tasks.question import TaskOptions
 from model.windows import LayerSpec, reach
 from training.build import layer_dicts
 from training.problems import ABSENT, Keys, Problem
 from training.settings import Settings
 
 MANY_HEADS = 4096  # no divisor beyond is looked for: the search would not end for a number typed wrong
-NEEDLE_AND_QUERY = 2  # tokens of a recall row besides the distance itself: the needle's marker and the query
 
 
 def inconsistencies(settings: Settings) -> list[Problem]:
@@ -17,7 +18,7 @@ def inconsistencies(settings: Settings) -> list[Problem]:
     layers = list(_layers(settings))
     checks = [_heads, _data, _steps, _lengths]
     if settings.recall.enabled and not layers:
-        checks += [_windows_bind, _recall_distances, _recall_rows]
+        checks += [_windows_bind, _recall_tasks, _recall_distances, _recall_rows]
     return layers + list(chain.from_iterable(check(settings) for check in checks))
 
 
@@ -29,7 +30,15 @@ def last_distance(settings: Settings) -> int:
 
 def recall_seq_len(settings: Settings) -> int:
     """Tokens of the longest recall rows."""
-    return settings.recall.seq_len or last_distance(settings) + 2 * settings.model.sliding_window
+    last = last_distance(settings)
+    needed = row_tokens(settings, dict.fromkeys(settings.recall.tasks, last))
+    return settings.recall.seq_len or max(last + 2 * settings.model.sliding_window, needed)
+
+
+def row_tokens(settings: Settings, distances: Mapping[str, int]) -> int:
+    """Tokens of a recall row that surely holds a question of every task at its distance, the markers one token each."""
+    options = TaskOptions(**settings.recall.questions.model_dump())
+    return max(TASKS[task].size(options).row(distance) for task, distance in distances.items())
 
 
 def _problem(path: str, value: object, what: str, remedy: str, *rests_on: str) -> Problem:
@@ -127,6 +136,18 @@ def _windows_bind(s: Settings) -> Iterator[Problem]:
             yield _problem(path, length, what, remedy, "model.sliding_window", "model.layers", "recall.enabled")
 
 
+def _recall_tasks(s: Settings) -> Iterator[Problem]:
+    recall = s.recall
+    for name in recall.tasks:
+        option, most = TASKS[name].option, TASKS[name].most(recall.values, recall.keys)
+        asked = getattr(recall.questions, option) if option else 0
+        if most is not None and asked > most:
+            what = f"{name} allows at most {most} with recall.values = {recall.values} and recall.keys = {recall.keys}"
+            remedy = "lower it, or raise them"
+            rests_on = ("recall.tasks", "recall.values", "recall.keys")
+            yield _problem(f"recall.questions.{option}", asked, what, remedy, *rests_on)
+
+
 def _recall_distances(s: Settings) -> Iterator[Problem]:
     c = s.recall.curriculum
     farthest = reach([LayerSpec(**layer) for layer in layer_dicts(s.model)])
@@ -142,10 +163,11 @@ def _recall_distances(s: Settings) -> Iterator[Problem]:
 
 
 def _recall_rows(s: Settings) -> Iterator[Problem]:
-    needed = last_distance(s) + NEEDLE_AND_QUERY
-    rests_on = ("recall.curriculum", "model.sliding_window", "model.layers", _DEPTH, "data.seq_len")
+    last = last_distance(s)
+    name, needed = max(((task, row_tokens(s, {task: last})) for task in s.recall.tasks), key=lambda found: found[1])
+    rests_on = ("recall.curriculum", "recall.questions", "model.sliding_window", "model.layers", _DEPTH, "data.seq_len")
     if s.recall.seq_len is not None and s.recall.seq_len < needed:
-        what = f"a needle at the last distance {last_distance(s)} needs rows of {needed} tokens"
+        what = f"a question of {name} at the last distance {last} needs rows of {needed} tokens"
         remedy = "raise it, or lower recall.curriculum.max_distance"
         yield _problem("recall.seq_len", s.recall.seq_len, what, remedy, *rests_on)
     limit = s.model.max_position_embeddings

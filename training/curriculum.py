@@ -1,6 +1,7 @@
-"""The recall curriculum: distances are drawn from [1, D], and D grows while accuracy holds."""
+"""The recall curriculum: distances are drawn from [1, D], and D grows while accuracy holds. Each task has its own D."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from training.settings import CurriculumSettings
@@ -8,13 +9,10 @@ from training.settings import CurriculumSettings
 
 @dataclass(frozen=True)
 class CurriculumState:
-    """Saved with each checkpoint. `distance` is D in tokens; `accuracy` a running mean since D last grew."""
+    """Of one task, saved with each checkpoint. `distance` is D in tokens; `accuracy` the running mean since D grew."""
 
     distance: int
     accuracy: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,57 @@ class Curriculum:
         grown = max(state.distance + 1, int(state.distance * self.settings.growth))
         return CurriculumState(min(grown, self.last_distance))
 
-    def row_length(self, distance: int, full: int) -> int:
-        """Tokens per recall row at D = `distance`."""
-        enough = [n for n in self.settings.row_lengths if distance + 2 * self.window <= n < full]
+    def row_length(self, distance: int, full: int, needed: int = 0) -> int:
+        """Tokens per recall row at D = `distance`; the tasks need rows of at least `needed`."""
+        least = max(distance + 2 * self.window, needed)
+        enough = [n for n in self.settings.row_lengths if least <= n < full]
         return min(enough, default=full)
 
     def batch_factor(self, distance: int) -> int:
         return max((factor for start, factor in self.settings.larger_batches if distance >= start), default=1)
+
+
+@dataclass(frozen=True)
+class Curricula:
+    """The states of all tasks.
+
+    >>> rules = Curriculum(CurriculumSettings(growth=1.5, accuracy=0.9, smoothing=0.0), window=16, reach=480)
+    >>> after = Curricula.start(rules, ["needle", "keys"]).advanced(rules, {"needle": (9, 9), "keys": (1, 9)})
+    >>> print(after)
+    24/16
+    >>> after.columns()
+    {'distance': 24, 'distance_needle': 24, 'distance_keys': 16}
+    """
+
+    states: dict[str, CurriculumState] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, rules: Curriculum, tasks: Iterable[str]) -> "Curricula":
+        return cls({task: rules.start() for task in tasks})
+
+    @classmethod
+    def of_json(cls, saved: dict[str, Any]) -> "Curricula":
+        """From what `dataclasses.asdict` made of it."""
+        return cls({task: CurriculumState(**state) for task, state in saved["states"].items()})
+
+    @property
+    def distances(self) -> dict[str, int]:
+        """D of each task, in tokens."""
+        return {task: state.distance for task, state in self.states.items()}
+
+    def advanced(self, rules: Curriculum, answered: Mapping[str, tuple[float, float]]) -> "Curricula":
+        """The states after a step; `answered` gives each task's right answers and queries."""
+        return Curricula({task: rules.advance(state, *answered[task]) for task, state in self.states.items()})
+
+    def to_come(self, rules: Curriculum) -> Iterator[dict[str, int]]:
+        """Distances that steps may still have, all tasks alike."""
+        for distance in range(min(self.distances.values(), default=0), rules.last_distance + 1):
+            yield dict.fromkeys(self.states, distance)
+
+    def columns(self) -> dict[str, int]:
+        """For the log: the farthest D, and each task's where there are several."""
+        each = {f"distance_{task}": d for task, d in self.distances.items()} if len(self.states) > 1 else {}
+        return {"distance": max(self.distances.values())} | each
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self.distances.values()))

@@ -6,6 +6,7 @@
 Step 13 is the step that was skipped: the one that would have been the thirteenth update.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import PartialState
@@ -21,7 +22,12 @@ KEPT_FILES = 200  # in a run's folder: a run that skips for hours must not fill 
 
 
 def keep_batch(
-    run_dir: Path, objective: Objective, measured: Measured, step: int, distance: int, tokenizer: Tokenizer
+    run_dir: Path,
+    objective: Objective,
+    measured: Measured,
+    step: int,
+    distances: Mapping[str, int],
+    tokenizer: Tokenizer,
 ) -> str:
     """Write this rank's rows of a skipped step, made anew: they are a function of the step. Says where they are.
 
@@ -31,12 +37,17 @@ def keep_batch(
     folder.mkdir(exist_ok=True)
     if sum(1 for _ in folder.iterdir()) >= KEPT_FILES:
         return f"{folder} holds {KEPT_FILES} files already"
-    plan = objective.plan(distance)
+    plan = objective.plan(distances)
     ranges = plan.micro_ranges(state.process_index, state.num_processes)
-    batches = [objective.micro_batch(step, plan, rows, distance) for rows in ranges]
+    batches = [objective.micro_batch(step, plan, rows, distances) for rows in ranges]
     path = folder / f"step-{step + 1:06d}-{objective.name}-rank-{state.process_index}.safetensors"
     save_file({k: t.contiguous() for i, b in enumerate(batches) for k, t in _tensors(b, f"micro-{i}").items()}, path)
-    facts = {"step": step + 1, "objective": objective.name, "distance": distance, "rows": [r.start for r in ranges]}
+    facts = {
+        "step": step + 1,
+        "objective": objective.name,
+        "distances": dict(distances),
+        "rows": [r.start for r in ranges],
+    }
     figures = {k: repr(v) for k, v in measured.columns(objective.name).items()}  # repr: JSON has no NaN
     text = [tokenizer.decode(row) for b in batches for row in b.input_ids.tolist()]
     write_json(path.with_suffix(".json"), facts | {"measured": figures, "text": text})

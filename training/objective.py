@@ -8,7 +8,7 @@ The loss of a term is summed over its tokens and divided by their number over al
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from data.batches import Batch, recall_batch, text_batch
 from data.packing import TokenStore
 from data.recall import RowRules
-from data.recall_vocabulary import RecallVocabulary
+from data.recall_vocabulary import RecallVocabulary, TokenizerLike, recall_vocabulary
+from data.tasks import need_keys
+from data.tasks.question import UNSCORED, TaskOptions
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
+from training.consistency import recall_seq_len, row_tokens
 from training.cross_entropy import cross_entropy
 from training.curriculum import Curriculum
 from training.parallel import without_exchange
@@ -31,10 +34,14 @@ from training.settings import Settings
 
 @dataclass(frozen=True)
 class Target:
-    """Scored positions of a batch: `index` (N,) into its B*T positions, `labels` (N,) what each must predict."""
+    """Scored positions of a batch: `index` (N,) into its B*T positions, `labels` (N,) what each must predict.
+
+    `tasks` (N,), on the CPU, is the number of the objective's task that asks there.
+    """
 
     index: Tensor
     labels: Tensor
+    tasks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-        targets = {k: Target(_move(t.index, device), _move(t.labels, device)) for k, t in self.targets.items()}
+        targets = {k: Target(_move(t.index, device), _move(t.labels, device), t.tasks) for k, t in self.targets.items()}
         documents = None if self.documents is None else _move(self.documents, device)
         return MicroBatch(_move(self.input_ids, device), documents, targets)
 
@@ -89,10 +96,13 @@ class Objective(Protocol):
     points: list[tuple[float, float]]
     term_weights: Mapping[str, float]
     ranks: int
+    tasks: list[str]  # whose answers are counted apart
 
-    def plan(self, distance: int) -> Plan: ...
+    def plan(self, distances: Mapping[str, int]) -> Plan:
+        """`distances` is D of each recall task."""
+        ...
 
-    def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch: ...
+    def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch: ...
 
 
 class TextObjective:
@@ -105,12 +115,13 @@ class TextObjective:
         self.max_grad_norm = settings.training.optimizer.max_grad_norm
         self.points = settings.training.text_weight
         self.term_weights: Mapping[str, float] = {"text": 1.0}
+        self.tasks: list[str] = []
 
-    def plan(self, distance: int) -> Plan:
+    def plan(self, distances: Mapping[str, int]) -> Plan:
         t = self.settings.training
         return step_plan(t.tokens_per_step, self.settings.data.seq_len, t.micro_batch_tokens, self.ranks)
 
-    def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch:
+    def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
         return _micro_batch(batch, batch.documents, {"text": batch.labels})
 
@@ -136,14 +147,17 @@ class RecallObjective:
         self.term_weights: Mapping[str, float] = {"answer": 1.0} | {
             term: weight for term, weight in optional.items() if weight > 0
         }
+        self.tasks = [str(task) for task in recall.tasks]
 
-    def plan(self, distance: int) -> Plan:
+    def plan(self, distances: Mapping[str, int]) -> Plan:
+        """All tasks share a step's rows, so the farthest of their distances decides."""
         t, recall = self.settings.training, self.settings.recall
-        full = recall.seq_len or self.curriculum.last_distance + 2 * self.curriculum.window
-        tokens = (recall.tokens_per_step or t.tokens_per_step) * self.curriculum.batch_factor(distance)
-        return step_plan(tokens, self.curriculum.row_length(distance, full), t.micro_batch_tokens, self.ranks)
+        farthest, needed = max(distances.values()), row_tokens(self.settings, distances)
+        tokens = (recall.tokens_per_step or t.tokens_per_step) * self.curriculum.batch_factor(farthest)
+        length = self.curriculum.row_length(farthest, recall_seq_len(self.settings), needed)
+        return step_plan(tokens, length, t.micro_batch_tokens, self.ranks)
 
-    def micro_batch(self, step: int, plan: Plan, rows: range, distance: int) -> MicroBatch:
+    def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = recall_batch(
             self.store,
             self.vocabulary,
@@ -151,15 +165,24 @@ class RecallObjective:
             step,
             rows,
             plan.seq_len,
-            max_distance=distance,
+            max_distances=distances,
             tasks={str(task): share for task, share in self.settings.recall.tasks.items()},
             rules=RowRules(**self.settings.recall.rows.model_dump(), layers=self.settings.model.num_hidden_layers),
+            options=TaskOptions(**self.settings.recall.questions.model_dump()),
         )
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
         micro = _micro_batch(batch, None, {term: labels[term] for term in self.term_weights})  # one document a row
+        answer = micro.targets["answer"]
+        micro.targets["answer"] = replace(answer, tasks=batch.tasks[answer.index // plan.seq_len])
         if relay := micro.targets.get("relay"):
             micro.targets["relay"] = _after_layers(relay, batch.relay_layers)
         return micro
+
+
+def task_vocabulary(settings: Settings, tokenizer: TokenizerLike) -> RecallVocabulary:
+    """What the run's recall tasks are made of; keys only where a task uses them."""
+    recall = settings.recall
+    return recall_vocabulary(tokenizer, recall.values, recall.keys if need_keys(recall.tasks) else 0)
 
 
 def objectives(
@@ -191,7 +214,7 @@ class Scorer(nn.Module):
     def forward(
         self, input_ids: Tensor, documents: Tensor | None, targets: dict[str, tuple[Tensor, Tensor]]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per term: the summed loss in nats, and how many were right. Logits exist only at scored positions."""
+        """Per term: the summed loss in nats, and which were right (N,). Logits exist only at scored positions."""
         out = self.decoder.model(input_ids, documents=documents, output_hidden_states="relay" in targets)
         scores = {}
         for term, (index, labels) in targets.items():
@@ -223,6 +246,7 @@ class Measured:
 
     sums: dict[str, tuple[float, float, float]]
     grad_norm: float
+    answered: dict[str, tuple[float, float]] = field(default_factory=dict)  # right answers and queries of each task
 
     @property
     def finite(self) -> bool:
@@ -234,6 +258,8 @@ class Measured:
         for term in self.sums:
             name = term if term != "text" or objective == "text" else f"text_of_{objective}"
             columns |= {f"loss_{name}": self.loss(term), f"accuracy_{name}": self.accuracy(term)}
+        if len(self.answered) > 1:
+            columns |= {f"accuracy_{task}": right / max(n, 1.0) for task, (right, n) in self.answered.items()}
         return columns
 
     def loss(self, term: str) -> float:
@@ -246,27 +272,45 @@ class Measured:
 
 
 def differentiate(
-    objective: Objective, accelerator: Accelerator, wrapped: nn.Module, step: int, distance: int
-) -> tuple[Plan, dict[str, tuple[float, float, float]]]:
-    """Add the objective's gradients of this step to the parameters; returns the sums of `Measured`, over all ranks."""
-    plan = objective.plan(distance)
+    objective: Objective, accelerator: Accelerator, wrapped: nn.Module, step: int, distances: Mapping[str, int]
+) -> tuple[Plan, dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
+    """Add the objective's gradients of this step to the parameters; returns `sums` and `answered` of `Measured`."""
+    plan = objective.plan(distances)
     ranks = accelerator.num_processes
     micro_batches = [
-        objective.micro_batch(step, plan, rows, distance)
+        objective.micro_batch(step, plan, rows, distances)
         for rows in plan.micro_ranges(accelerator.process_index, ranks)
     ]
-    terms = list(objective.term_weights)
+    terms, tasks = list(objective.term_weights), objective.tasks
     counts = sum_over_ranks([float(sum(len(m.targets[t].labels) for m in micro_batches)) for t in terms])
     totals = torch.zeros(2 * len(terms), dtype=torch.float64)
+    answered = torch.zeros(2 * len(tasks), dtype=torch.float64)
     for number, micro_batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         with nullcontext() if last else without_exchange(accelerator, wrapped):
             scores = wrapped(**micro_batch.to(accelerator.device).arguments())
             loss = weighted_loss(scores, objective.term_weights, dict(zip(terms, counts, strict=True)), ranks)
             accelerator.backward(loss)
-        totals += torch.stack([x.detach().double() for t in terms for x in scores[t]]).cpu()
-    sums = sum_over_ranks(totals.tolist())
-    return plan, {t: (sums[2 * i], sums[2 * i + 1], counts[i]) for i, t in enumerate(terms)}
+        totals += torch.stack([x.detach().double().sum() for t in terms for x in scores[t]]).cpu()
+        if tasks:
+            answered += _by_task(micro_batch.targets["answer"].tasks, scores["answer"][1].cpu(), len(tasks))
+    sums = sum_over_ranks([*totals.tolist(), *answered.tolist()])
+    right, asked = sums[2 * len(terms) :][: len(tasks)], sums[2 * len(terms) + len(tasks) :]
+    return (
+        plan,
+        {t: (sums[2 * i], sums[2 * i + 1], counts[i]) for i, t in enumerate(terms)},
+        {task: (right[i], asked[i]) for i, task in enumerate(tasks)},
+    )
+
+
+def _by_task(tasks: Tensor | None, right: Tensor, n: int) -> Tensor:
+    """(2 n,) right answers of each task, then queries of each. Both arguments are (N,).
+
+    >>> _by_task(torch.tensor([0, 2, 2]), torch.tensor([True, True, False]), 3).tolist()
+    [1.0, 0.0, 1.0, 1.0, 0.0, 2.0]
+    """
+    assert tasks is not None
+    return torch.cat((torch.bincount(tasks, weights=right.double(), minlength=n), torch.bincount(tasks, minlength=n)))
 
 
 def step_flops(config: WindreachConfig, plan: Plan, scored: float) -> float:
@@ -292,7 +336,7 @@ def _score_relay(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss = torch.where(known, normaliser - picked, normaliser - logits.mean(-1) - math.log(n))
     with torch.no_grad():
         peak, best = logits.max(-1)
-        right = torch.where(known, best == labels, peak - normaliser < math.log(0.5)).sum()
+        right = torch.where(known, best == labels, peak - normaliser < math.log(0.5))
     return loss.sum(), right
 
 
@@ -318,7 +362,7 @@ def _after_layers(target: Target, layers_bt: Tensor) -> Target:
 
 def _target(labels_bt: Tensor) -> Target:
     flat = labels_bt.flatten()
-    index = (flat != -100).nonzero().squeeze(1)
+    index = (flat != UNSCORED).nonzero().squeeze(1)
     return Target(index, flat[index])
 
 

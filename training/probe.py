@@ -4,6 +4,7 @@ Layers run uncompiled here: other shapes and no gradients would compile them aga
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from accelerate import PartialState
 
 from data.batches import text_batch
 from data.packing import TokenStore
-from data.recall import UNSCORED, RecallItem, item
+from data.recall import RecallItem, item, task_size
 from data.recall_vocabulary import RecallVocabulary
+from data.tasks.question import UNSCORED, TaskOptions
 from model.decoder import WindreachForCausalLM
 from training.curriculum import Curriculum
 from training.ranks import sum_over_ranks
@@ -42,14 +44,25 @@ class Probe:
         far, window = curriculum.last_distance, curriculum.window
         distances = settings.training.probe_distances or default_distances(window, far)
         self.total_length = max(distances) + 2 * window
-        self.items = {d: self._questions(vocabulary, d) for d in distances} if vocabulary is not None else {}
+        self.items: dict[str, dict[int, list[RecallItem]]] = {}
+        if vocabulary is not None:
+            self.items = {
+                str(task): self._questions(str(task), vocabulary, distances) for task in settings.recall.tasks
+            }
 
-    def _questions(self, vocabulary: RecallVocabulary, distance: int) -> list[RecallItem]:
-        task, seed = next(iter(self.settings.recall.tasks)), self.settings.seed
-        return [
-            item(task, np.random.default_rng([seed, distance, i]), self.store, vocabulary, self.total_length, distance)
-            for i in range(self.settings.training.probe_items)
-        ]
+    def _questions(self, task: str, vocabulary: RecallVocabulary, distances: list[int]) -> dict[int, list[RecallItem]]:
+        """By distance, those that the task can have."""
+        seed, options = self.settings.seed, TaskOptions(**self.settings.recall.questions.model_dump())
+        size = task_size(task, vocabulary, options)
+        length = max(self.total_length, size.row(max(distances)))
+        return {
+            d: [
+                item(task, np.random.default_rng([seed, d, i]), self.store, vocabulary, length, d, options)
+                for i in range(self.settings.training.probe_items)
+            ]
+            for d in distances
+            if d >= size.nearest
+        }
 
     @torch.no_grad()
     def text(self, decoder: WindreachForCausalLM) -> float:
@@ -69,14 +82,44 @@ class Probe:
         return nats / math.log(2) / max(1.0, total)
 
     @torch.no_grad()
-    def recall(self, decoder: WindreachForCausalLM) -> dict[int, float]:
-        """Share of questions whose value is the most likely of all tokens, by distance; empty without recall."""
+    def recall(self, decoder: WindreachForCausalLM) -> "Recalled":
+        """Share of questions whose answer is the most likely of all tokens; nothing without recall."""
+        groups = [(task, d, group) for task, by_distance in self.items.items() for d, group in by_distance.items()]
         right = []
         with _evaluating(decoder):
-            for group in self.items.values():
+            for _, _, group in groups:
                 mine = group[self.rank :: self.ranks]
                 right.append(float(sum(_right(decoder, mine[i : i + ROWS]) for i in range(0, len(mine), ROWS))))
-        return {d: n / len(self.items[d]) for d, n in zip(self.items, sum_over_ranks(right), strict=True)}
+        found = Recalled({task: {} for task in self.items})
+        for (task, d, group), n in zip(groups, sum_over_ranks(right), strict=True):
+            found[task][d] = n / len(group)
+        return found
+
+
+class Recalled(dict[str, dict[int, float]]):
+    """Share of right answers by task and distance.
+
+    >>> print(Recalled({"needle": {16: 1.0, 32: 0.5}}))
+      16:1.00  32:0.50
+    >>> print(Recalled({"needle": {16: 1.0}, "keys": {16: 0.5}}))
+      needle  16:1.00  keys  16:0.50
+    """
+
+    @property
+    def horizon(self) -> int:
+        """Of the first task, in tokens."""
+        return horizon(next(iter(self.values()), {}))
+
+    def columns(self) -> dict[str, Any]:
+        """For the log: the first task's figures, and each one's where there are several."""
+        first = {"accuracy": next(iter(self.values()), {}), "horizon": self.horizon}
+        if len(self) < 2:
+            return first
+        return first | {"by_task": dict(self)} | {f"horizon_{task}": horizon(found) for task, found in self.items()}
+
+    def __str__(self) -> str:
+        shown = {task: "".join(f"  {d}:{a:.2f}" for d, a in found.items()) for task, found in self.items()}
+        return "".join(f"  {task}{figures}" if len(self) > 1 else figures for task, figures in shown.items()) or " off"
 
 
 def horizon(accuracy: dict[int, float], level: float = 0.9) -> int:
@@ -96,7 +139,7 @@ def horizon(accuracy: dict[int, float], level: float = 0.9) -> int:
 def _right(decoder: WindreachForCausalLM, group: list[RecallItem]) -> int:
     ids = torch.tensor([list(i.tokens) for i in group], device=_device(decoder))
     last = torch.tensor([i.query_position for i in group], device=ids.device)
-    wanted = torch.tensor([i.value for i in group], device=ids.device)
+    wanted = torch.tensor([i.answer for i in group], device=ids.device)
     hidden = decoder.model(ids).last_hidden_state[torch.arange(len(group), device=ids.device), last]
     return int((decoder.lm_head(hidden).argmax(-1) == wanted).sum())
 

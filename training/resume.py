@@ -1,6 +1,6 @@
 """What must be as it was for a run to go on from a checkpoint: text, tokenizer, and how a step is cut into rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,21 @@ def check_checkpoint(path: Path, saved: dict[str, Any], facts: dict[str, Any]) -
     check_tokenizer(path, saved["tokenizer_sha256"], facts["tokenizer_sha256"])
 
 
-def check_same_batches(path: Path, then: list[Objective], now: list[Objective], distances: Iterable[int]) -> None:
+def check_same_batches(
+    path: Path, then: list[Objective], now: list[Objective], distances: Iterable[Mapping[str, int]]
+) -> None:
     """Another number of processes is fine while every step keeps its rows: each rank takes an equal share of them.
 
-    `then` is for the processes of the checkpoint at `path`, `now` for those of this start; `distances` are all D still
-    to come. Raises `UserError` where steps would have other batches than those of the run so far.
+    `then` is for the processes of the checkpoint at `path`, `now` for those of this start; `distances` are the
+    D of each task still to come. Raises `UserError` where steps would have other batches than those of the run so far.
     """
     for before, after in zip(then, now, strict=True):
         if before.ranks == after.ranks:
             return
-        for distance in distances:
-            rows = before.plan(distance).rows
-            if rows != after.plan(distance).rows:
-                at = f" at distance {distance}" if before.name == "recall" else ""
+        for of_tasks in distances:
+            rows = before.plan(of_tasks).rows
+            if rows != after.plan(of_tasks).rows:
+                at = f" at distance {max(of_tasks.values())}" if before.name == "recall" else ""
                 raise UserError(
                     f"{path}: was saved by {_processes(before.ranks)}; {after.ranks} would train on other batches\n"
                     f"  a step has {rows} rows of {before.name}{at}, which {after.ranks} can't share equally\n"

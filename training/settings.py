@@ -18,6 +18,9 @@ Points = Annotated[
 ]
 
 
+TaskName = Literal["needle", "needle-noise", "keys", "induction", "variable-tracking", "instruction"]
+
+
 class Strict(BaseModel):
     """Frozen, and an unknown key is an error."""
 
@@ -156,14 +159,29 @@ class RowSettings(Strict):
     )
 
 
+class QuestionSettings(Strict):
+    """How large the questions of the tasks are; training draws up to that, evaluation asks for exactly that."""
+
+    pairs: PositiveInt = Field(4, description="keys: pairs of key and value in a row, one of which is asked")
+    span_pairs: PositiveInt = Field(4, description="induction: pairs of key and value in the repeated span")
+    hops: PositiveInt = Field(2, description="variable-tracking: copies in a chain; in training none too")
+    rules: int = Field(4, ge=2, le=2**20, description="instruction: rules to choose from; chance is 1/rules")
+
+
 class RecallSettings(Strict):
     """Recall documents in the training data; `enabled: false` trains on text alone."""
 
     enabled: bool = Field(True, description="off: text alone")
-    tasks: dict[Literal["needle", "needle-noise"], PositiveFloat] = Field(
-        {"needle": 1.0}, description="task: share of the recall rows"
+    tasks: dict[TaskName, PositiveFloat] = Field(
+        {"needle": 1.0},
+        min_length=1,
+        description="task: share of the recall rows; each has a curriculum of its own",
     )
     values: PositiveInt = Field(32, description="number of one-token values; chance is 1/values")
+    keys: PositiveInt = Field(
+        32, description="rare words lent as keys to keys, induction, variable-tracking, instruction; unused by needles"
+    )
+    questions: QuestionSettings = Field(QuestionSettings(), description="how large the questions of the tasks are")
     seq_len: PositiveInt | None = Field(None, description="tokens per recall row at the last D; default: last D + 2W")
     relay_loss_weight: NonNegative = Field(0.0, description="auxiliary head that reads the value at filler positions")
     text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, part of their objective")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.curriculum import CurriculumState
+from training.curriculum import Curricula
 
 
 @dataclass
@@ -16,9 +16,9 @@ class State:
     skipped_in_a_row: int = 0
     horizon: int = 0
     validation_bits_per_byte: float | None = None
-    curriculum: CurriculumState = field(default_factory=lambda: CurriculumState(0))
+    curriculum: Curricula = field(default_factory=Curricula)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "State":
         """From the JSON of a checkpoint."""
-        return cls(**saved | {"curriculum": CurriculumState(**saved["curriculum"])})
+        return cls(**saved | {"curriculum": Curricula.of_json(saved["curriculum"])})

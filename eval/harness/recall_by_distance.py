@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness starts elsewhere
 
-from data.recall import RecallItem, item, max_row_distance
+from data.recall import RecallItem, item
 from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
 from eval.architectures import specs_of
 from eval.haystack import Haystack, read_haystack
 from eval.models import HubTokenizer
-from eval.recall import protocol_distances
+from eval.recall_distances import protocol_distances
 from model import windows
 from model.errors import UserError
 
@@ -92,7 +92,7 @@ def questions(
 ) -> Iterator[RecallItem]:
     """Question `number` at every distance. Raises UserError where no text comes back as the same tokens."""
     for distance in distances:
-        assert distance <= max_row_distance(vocabulary, length)
+        assert distance <= length - 1 - len(vocabulary.needle)
         for attempt in range(number * TRIES, (number + 1) * TRIES):
             filler = haystack.filler(attempt, length, seed)
             made = item(

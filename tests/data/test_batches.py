@@ -10,11 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batches import UNSCORED, recall_batch, text_batch
+from data.batches import recall_batch, text_batch
 from data.recall import RowRules
+from data.tasks.question import UNSCORED
 from model.errors import UserError
 
 TASKS = {"needle": 3.0, "needle-noise": 1.0}
+
+
+def far(distance, tasks=TASKS):
+    """D of each task."""
+    return dict.fromkeys(tasks, distance)
 
 
 def equal(a, b):
@@ -31,7 +37,7 @@ def makers(store, vocab):
         return text_batch(store, seed, step, rows, 32, rows_per_step=8)
 
     def recall(step, rows, seed=0):
-        return recall_batch(store, vocab, seed, step, rows, 64, 40, TASKS)
+        return recall_batch(store, vocab, seed, step, rows, 64, far(40), TASKS)
 
     return text, recall
 
@@ -94,7 +100,7 @@ def test_text_batches_ask_for_no_recall(store):
 
 
 def test_recall_labels_name_the_value_that_stands_at_the_distance(store, vocab):
-    batch = recall_batch(store, vocab, 0, 0, range(32), 64, 40, TASKS)
+    batch = recall_batch(store, vocab, 0, 0, range(32), 64, far(40), TASKS)
     rows, ends = batch.distances.nonzero(as_tuple=True)
     assert len(rows) >= 32
     values = batch.input_ids[rows, ends - batch.distances[rows, ends]]
@@ -104,7 +110,7 @@ def test_recall_labels_name_the_value_that_stands_at_the_distance(store, vocab):
 
 
 def test_text_labels_of_recall_rows_score_filler_after_filler_only(store, vocab):
-    batch = recall_batch(store, vocab, 0, 0, range(64), 64, 40, {"needle": 1.0})
+    batch = recall_batch(store, vocab, 0, 0, range(64), 64, far(40), {"needle": 1.0})
     reserved = torch.isin(batch.input_ids, torch.from_numpy(vocab.reserved))
     scored = batch.labels[:, :-1] != UNSCORED
     assert scored.float().mean() > 0.7
@@ -116,34 +122,36 @@ def test_text_labels_of_recall_rows_score_filler_after_filler_only(store, vocab)
 
 
 def test_noise_is_never_scored_as_text_and_holds_plain_pieces_only(store, vocab):
-    batch = recall_batch(store, vocab, 0, 0, range(16), 64, 40, {"needle-noise": 1.0})
+    batch = recall_batch(store, vocab, 0, 0, range(16), 64, far(40), {"needle-noise": 1.0})
     assert (batch.labels == UNSCORED).all()
     assert np.isin(batch.input_ids.numpy(), [*vocab.plain, *vocab.reserved]).all()
 
 
 def test_tasks_have_their_shares_of_rows(store, vocab):
-    batch = recall_batch(store, vocab, 0, 0, range(4000), 16, 8, TASKS)
+    batch = recall_batch(store, vocab, 0, 0, range(4000), 16, far(8), TASKS)
     noise = (batch.labels == UNSCORED).all(dim=1)
     assert noise.float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
 def test_rules_are_passed_on(store, vocab):
-    batch = recall_batch(store, vocab, 0, 0, range(16), 64, 8, TASKS, RowRules(single_share=1.0))
+    batch = recall_batch(store, vocab, 0, 0, range(16), 64, far(8), TASKS, RowRules(single_share=1.0))
     assert (batch.distances > 0).sum() == 16
 
 
 def test_eight_thousand_recall_tokens_take_less_than_five_milliseconds(store, vocab):
     def once():
         start = time.perf_counter()
-        recall_batch(store, vocab, 0, 1, range(16), 512, 400, TASKS)
+        recall_batch(store, vocab, 0, 1, range(16), 512, far(400), TASKS)
         return time.perf_counter() - start
 
     assert min(once() for _ in range(20)) < 0.005
 
 
 def test_rows_too_short_for_the_distance_are_refused(store, vocab):
-    with pytest.raises(UserError, match=r"recall\.seq_len is 64 and the distance 63: rows of at least 65 tokens"):
-        recall_batch(store, vocab, 0, 0, range(1), 64, 63, TASKS)
+    with pytest.raises(
+        UserError, match=r"recall\.seq_len is 64 and the distance of needle 63: rows of at least 65 tokens"
+    ):
+        recall_batch(store, vocab, 0, 0, range(1), 64, far(63), TASKS)
 
 
 def test_text_shorter_than_a_row_is_refused(store):

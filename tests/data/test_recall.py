@@ -6,13 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.draws import Draws
-from data.recall import TASKS, UNSCORED, RowRules, clean_filler, item, max_row_distance, training_rows
+from data.recall import RowRules, clean_filler, item, training_rows
 from data.recall_vocabulary import RecallVocabulary
+from data.tasks.question import UNSCORED
 from model.errors import UserError
 
 SHORT = RecallVocabulary((90,), (91,), tuple(range(92, 100)), np.arange(90))
 LONG = RecallVocabulary((80, 81), (82, 83, 84), tuple(range(92, 100)), np.arange(80))
 VOCABULARIES = st.sampled_from([SHORT, LONG])
+TASKS = ("needle", "needle-noise")
+
+
+def max_row_distance(vocab, length):
+    return length - 1 - len(vocab.needle)
 
 
 def haystack(vocab, length, seed=0):
@@ -28,7 +34,7 @@ def test_an_item_is_its_haystack_with_one_needle_and_one_query_at_the_end(vocab,
     assert made.query_position - made.value_position == made.distance == distance
     v, n, q = made.value_position, len(vocab.needle), len(vocab.query)
     assert made.tokens[v - n : v] == vocab.needle
-    assert made.tokens[v] == made.value == made.answer_ids[0]
+    assert made.tokens[v] == made.value == made.answer
     assert made.tokens[-q:] == vocab.query
     assert made.tokens[: v - n] == tuple(filler[: v - n])
     assert made.tokens[v + 1 : 64 - q] == tuple(filler[v + 1 : 64 - q])

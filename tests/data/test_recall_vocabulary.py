@@ -52,6 +52,20 @@ def test_more_values_than_tokens_is_refused(tokenizer):
         recall_vocabulary(Foreign(WORDS), 20)
 
 
+def test_keys_are_the_rarest_words_left_and_change_no_other_token(tokenizer, vocab):
+    few, more = (recall_vocabulary(tokenizer, 32, n) for n in (3, 6))
+    assert (few.needle, few.query, few.values) == (vocab.needle, vocab.query, vocab.values)
+    assert more.keys[:3] == few.keys
+    assert set(vocab.plain) - set(few.plain) == set(few.keys) <= set(few.reserved)
+    foreign = recall_vocabulary(Foreign(WORDS), 2, 3)
+    assert (*foreign.needle, *foreign.query, *foreign.values, *foreign.keys) == (13, 12, 11, 10, 9, 8, 7)
+
+
+def test_more_keys_than_words_is_refused():
+    with pytest.raises(UserError, match=r"recall\.keys is 5, but the tokenizer offers 4 one-token words; lower it"):
+        recall_vocabulary(Foreign(WORDS), 2, 5)
+
+
 @pytest.mark.parametrize(
     "parts", [((1,), (1,), (2, 3)), ((1,), (2,), (2, 3)), ((1,), (2,), (3, 3)), ((1,), (2,), (3, 9))]
 )

@@ -1,15 +1,20 @@
 """Claims about the recall measurement, made on a model that was never trained: nothing may look like recall."""
 
+import copy
 import dataclasses
+import io
 import json
 import shutil
 import sys
 
 import pytest
+from rich.console import Console
 
-from eval import loss, reach, recall, stats
+from data.tasks import TASKS
+from eval import loss, reach, recall, recall_workers, stats
 from eval.haystack import open_haystack
 from eval.models import load_model
+from eval.recall_table import print_result
 from model.errors import cli
 from model.windows import LayerSpec
 
@@ -21,13 +26,13 @@ def examined(untrained_run):
     return load_model(str(untrained_run), "cpu")
 
 
-def order(tasks, distances, n, model=""):
-    return recall.Order(model, "cpu", None, None, tuple(tasks), tuple(distances), n, seed=0, precision="fp32")
+def order(tasks, distances, n, model="", **more):
+    return recall.Order(model, "cpu", None, None, tuple(tasks), tuple(distances), n, seed=0, precision="fp32", **more)
 
 
 @pytest.fixture(scope="module")
 def result(examined):
-    return recall.measure(examined, open_haystack(examined), order(recall.TASKS, DISTANCES, 60))
+    return recall.measure(examined, open_haystack(examined), order(recall.NEEDLES, DISTANCES, 60))
 
 
 def rows(result):
@@ -77,9 +82,101 @@ def test_the_keys_of_recall_json_are_those_of_the_protocol(result):
     json.dumps(result)
 
 
-def test_the_same_seed_gives_the_same_result(examined, result):
-    again = recall.measure(examined, open_haystack(examined), order(["needle"], DISTANCES, 60))
-    assert again["tasks"]["needle"] == result["tasks"]["needle"]
+# ------------------------------------------------------------------------------------------- all tasks and controls
+
+
+@pytest.fixture(scope="module")
+def keyed(examined):
+    """The same model, for a run of all tasks; the small tokenizer has few words to lend."""
+    settings = copy.deepcopy(examined.settings)
+    settings["recall"] |= {"tasks": dict.fromkeys(TASKS, 1.0), "keys": 8}
+    settings["recall"] |= {"questions": {"pairs": 3, "span_pairs": 2, "hops": 1, "rules": 4}}
+    return dataclasses.replace(examined, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def all_tasks(keyed):
+    asked = order(
+        TASKS, [1, 7, 20, 21, 22, 40], 16, sizes=(("pairs", (1, 3)),), controls=("distractors", "untrained")
+    )  # fmt: skip
+    return recall.measure(keyed, open_haystack(keyed), asked)
+
+
+def test_every_task_is_an_entry_and_every_size_one_of_its_own(all_tasks):
+    assert list(all_tasks["tasks"]) == [
+        "needle", "needle-noise", "keys-1", "keys-3", "induction", "variable-tracking", "instruction",
+    ]  # fmt: skip
+    for name, size in (("keys-3", {"keys": 3}), ("induction", {"span_pairs": 2}), ("variable-tracking", {"hops": 1})):
+        assert all(size.items() <= row.items() for row in all_tasks["tasks"][name]["rows"])
+    assert len({entry["total_length"] for entry in all_tasks["tasks"].values()}) == 1
+    assert all_tasks["distractors"] == 4
+
+
+def test_an_untrained_model_is_at_chance_on_every_task_with_and_without_controls(all_tasks):
+    for entry in all_tasks["tasks"].values():
+        n = sum(row["n"] for row in entry["rows"])
+        kinds = [sum(row["correct"] for row in entry["rows"])]
+        kinds += [
+            round(sum(row[key] * row["n"] for row in entry["rows"]))
+            for key in ("accuracy_without_needle", "accuracy_with_distractors")
+            if key in entry["rows"][0]
+        ]
+        for correct in kinds:
+            low, high = stats.wilson(correct, n, confidence=0.9999)
+            assert low < entry["chance"] < high or entry["task"] == "instruction"  # whose rules it has to know
+            assert low < 1 / 8 < high
+        asked, right = (sum(row[key] for row in entry["untrained"]) for key in ("n", "correct"))
+        low, high = stats.wilson(right, asked, confidence=0.9999)
+        assert low < 1 / 8 < high
+
+
+def test_chance_and_what_naming_any_answer_in_sight_would_give(all_tasks):
+    found = {name: (entry["chance"], entry["chance_in_context"]) for name, entry in all_tasks["tasks"].items()}
+    assert found["needle"] == (1 / 8, 1.0)
+    assert found["keys-3"] == (1 / 8, 1 / 3)
+    assert found["induction"] == found["variable-tracking"] == (1 / 8, 1 / 2)
+    assert found["instruction"] == (1 / 4, 1 / 4)
+
+
+def test_pairs_of_every_task_are_identical_beyond_the_reach_and_not_within(all_tasks):
+    for entry in all_tasks["tasks"].values():
+        assert entry["identical_beyond_reach"] is True
+        assert {row["pair_accuracy"] for row in entry["rows"] if row["distance"] > 21} == {0.0}
+        assert all(row["identical_pairs"] < 0.5 for row in entry["rows"] if row["distance"] <= 20)
+        assert entry["paths"]["agree"] == entry["paths"]["n"]
+        assert entry["paths"]["generated_agree"] == entry["paths"]["generated_n"]
+
+
+def test_distances_that_a_task_can_not_have_are_left_out(all_tasks):
+    nearest = {name: entry["rows"][0]["distance"] for name, entry in all_tasks["tasks"].items()}
+    assert nearest == {
+        "needle": 1, "needle-noise": 1, "keys-1": 7, "keys-3": 7, "induction": 7, "variable-tracking": 20,
+        "instruction": 7,
+    }  # fmt: skip
+
+
+def test_distractors_are_older_needles_and_keys_have_theirs_by_definition(all_tasks):
+    having = {name for name, entry in all_tasks["tasks"].items() if "accuracy_with_distractors" in entry["rows"][0]}
+    assert having == all_tasks["tasks"].keys() - {"keys-1", "keys-3"}
+
+
+def test_the_same_seed_gives_the_same_result_whatever_else_is_asked(examined, result):
+    alone = recall.measure(examined, open_haystack(examined), order(["needle"], DISTANCES, 60))
+    assert alone["tasks"]["needle"] == result["tasks"]["needle"]
+
+
+def test_the_table_and_the_paragraph_say_what_the_controls_found(all_tasks):
+    console = Console(width=140, file=io.StringIO())
+    print_result(all_tasks, console)
+    said = console.file.getvalue()
+    assert "older" in said
+    assert "any answer in sight: 0.33" in said
+    assert said.count("Untrained: 0.") == len(all_tasks["tasks"])
+
+
+def test_a_model_that_was_trained_on_no_task_is_asked_for_needles():
+    assert recall.chosen_tasks(recall.parse(["MODEL"]), {}) == ("needle", "needle-noise")
+    assert recall.chosen_tasks(recall.parse(["MODEL"]), {"keys": 1.0, "needle": 2.0}) == ("needle", "keys")
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -121,6 +218,12 @@ def test_another_tokenizer_than_the_one_trained_with_is_refused(monkeypatch, cap
     ("arguments", "said"),
     [
         (["--tasks", "needles"], "known: needle, needle-noise"),
+        (["--tasks", "keys"], "recall.keys is 32, but the tokenizer offers"),
+        (["--tasks", "keys", "--keys", "8"], "--keys 8: keys allows at most 7 with 8 values and 32 keys; lower it"),
+        (["--tasks", "keys", "--keys", "two"], "--keys 'two': give whole numbers, such as 1,4,16"),
+        (["--tasks", "keys", "--keys", "0,2"], "--keys '0,2': give numbers of at least 1"),
+        (["--tasks", "needle", "--hops", "2"], "--hops '2' is for the task variable-tracking, which is not measured"),
+        (["--controls", "blind"], "unknown control 'blind'; known: distractors, untrained"),
         (["--n", "0"], "at least 1 item"),
         (["--distances", "1,two"], "whole numbers of tokens"),
         (["--distances", "0"], "at least 1 token"),
@@ -138,8 +241,8 @@ def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, untrained
 def test_processes_find_what_one_process_finds(untrained_run, examined, monkeypatch):
     asked = order(["needle"], DISTANCES, 12, model=str(untrained_run))
     alone = recall.measure(examined, open_haystack(examined), asked)
-    monkeypatch.setattr(recall, "LONG_WORK", 0)
-    monkeypatch.setattr(recall.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(recall_workers, "LONG_WORK", 0)
+    monkeypatch.setattr(recall_workers.torch, "get_num_threads", lambda: 2)
     shared = recall.measure(load_model(str(untrained_run), "cpu"), open_haystack(examined), asked)
     for a, b in zip(alone["tasks"]["needle"]["rows"], shared["tasks"]["needle"]["rows"], strict=True):
         assert {k: v for k, v in a.items() if "bits" not in k} == {k: v for k, v in b.items() if "bits" not in k}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config
@@ -25,6 +26,32 @@ def test_killed_twice_and_resumed_every_later_step_is_bit_equal(tmp_path: Path, 
     assert losses(tmp_path) == uninterrupted["losses"]
     weights = [load_file(f / "run/hf/model.safetensors") for f in (tmp_path, uninterrupted["folder"])]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def mixed_config(folder: Path) -> Path:
+    """All tasks that rows of 64 tokens hold, each with a curriculum that moves at a pace of its own."""
+    config = write_config(folder, max_steps=24)
+    described = yaml.safe_load(config.read_text())
+    described["recall"] |= {"tasks": dict.fromkeys(["needle", "keys", "induction", "instruction"], 1.0), "keys": 8}
+    described["recall"] |= {"questions": {"span_pairs": 2, "pairs": 2, "rules": 2}}
+    config.write_text(yaml.safe_dump(described))
+    return config
+
+
+def test_a_mixture_of_tasks_is_resumed_bit_equal_with_every_curriculum_where_it_was(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    whole, killed = (tmp_path_factory.mktemp(name) for name in ("mixed", "killed"))
+    run(mixed_config(whole))
+    assert kill_after_step(killed, mixed_config(killed), 11, signal.SIGKILL) == -signal.SIGKILL
+    assert "resumed" in run(mixed_config(killed))
+    assert losses(killed) == losses(whole)
+    last = losses(whole)[24]
+    each = {name: last[f"distance_{name}"] for name in ("needle", "keys", "induction", "instruction")}
+    assert last["distance"] == max(each.values())
+    assert len(set(each.values())) > 1
+    assert {f"accuracy_{name}" for name in each} <= last.keys()
+    assert metrics(whole, "probe")[24]["by_task"].keys() == each.keys()
 
 
 def test_the_comparison_can_fail(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from training.nonfinite import KEPT_FILES, keep_batch, stop_after
 from training.objective import Measured, Objective, objectives
 from training.signals import TrainingFault
 
+FAR = {"needle": 8}
 NAN = Measured({"text": (float("nan"), 0.0, 504.0)}, float("inf"))
 
 
@@ -25,15 +26,15 @@ def both(prepared: Prepared) -> list[Objective]:
 def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
     prepared: Prepared, tmp_path: Path, both: list[Objective]
 ) -> None:
-    said = keep_batch(tmp_path, both[0], NAN, 12, 8, prepared.tokenizer)
+    said = keep_batch(tmp_path, both[0], NAN, 12, FAR, prepared.tokenizer)
     path = tmp_path / "skipped/step-000013-text-rank-0.safetensors"
     assert said == f"its batch is in {path}"
-    batch = both[0].micro_batch(12, both[0].plan(8), range(8), 8)
+    batch = both[0].micro_batch(12, both[0].plan(FAR), range(8), FAR)
     kept = load_file(path)
     assert torch.equal(kept["micro-0/input_ids"], batch.input_ids)
     assert torch.equal(kept["micro-0/text/labels"], batch.targets["text"].labels)
     facts = json.loads(path.with_suffix(".json").read_text())
-    assert (facts["step"], facts["objective"], facts["distance"], facts["rows"]) == (13, "text", 8, [0])
+    assert (facts["step"], facts["objective"], facts["distances"], facts["rows"]) == (13, "text", FAR, [0])
     assert facts["measured"] == {"accuracy_text": "0.0", "grad_norm_text": "inf", "loss_text": "nan"}
     assert facts["text"] == [prepared.tokenizer.decode(row) for row in batch.input_ids.tolist()]
 
@@ -41,7 +42,7 @@ def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
 def test_recall_rows_are_kept_with_all_that_was_asked(
     prepared: Prepared, tmp_path: Path, both: list[Objective]
 ) -> None:
-    keep_batch(tmp_path, both[1], Measured({}, float("nan")), 0, 8, prepared.tokenizer)
+    keep_batch(tmp_path, both[1], Measured({}, float("nan")), 0, FAR, prepared.tokenizer)
     kept = load_file(tmp_path / "skipped/step-000001-recall-rank-0.safetensors")
     assert {"micro-0/input_ids", "micro-0/answer/labels", "micro-0/relay/labels"} <= set(kept)
     assert "micro-0/documents" not in kept
@@ -53,7 +54,7 @@ def test_a_run_that_skips_for_hours_does_not_fill_the_disk(
     (tmp_path / "skipped").mkdir()
     for i in range(KEPT_FILES):
         (tmp_path / f"skipped/{i}").touch()
-    said = keep_batch(tmp_path, both[0], NAN, 12, 8, prepared.tokenizer)
+    said = keep_batch(tmp_path, both[0], NAN, 12, FAR, prepared.tokenizer)
     assert said == f"{tmp_path}/skipped holds {KEPT_FILES} files already"
     assert len(list((tmp_path / "skipped").iterdir())) == KEPT_FILES
 
