@@ -24,7 +24,7 @@ from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.windows import LayerSpec
 
-OUR_TYPES = {"mistral", "ministral", WindreachConfig.model_type}
+OUR_TYPES = {"mistral", "ministral", "qwen3", WindreachConfig.model_type}
 
 
 class TextTokenizer(Protocol):

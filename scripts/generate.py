@@ -106,7 +106,7 @@ def generate(examined: Examined, text: str, arguments: argparse.Namespace) -> st
     if not isinstance(model, WindreachForCausalLM):
         raise UserError(
             f"MODEL {examined.name!r} is a {model.config.model_type} model, which brings its own cache; "
-            "give a Windreach run or a checkpoint of type mistral, ministral or windreach"
+            "give a Windreach run or a checkpoint of type mistral, ministral, qwen3 or windreach"
         )
     tokenizer = examined.tokenizer
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)

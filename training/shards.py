@@ -5,6 +5,7 @@
 Any number of processes can read what another number has written, one that holds whole tensors too.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata.items()
     tensors = {name: _room(name, t.size, like) for name, t in saved if isinstance(t, TensorStorageMetadata)}
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone: so it is
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return tensors
 
 
