@@ -134,7 +134,8 @@ def _draw(ax: Axes, rows: Sequence[Row], metric: str, variable: str, others: lis
         ax.plot([x for x, _ in means], [y for _, y in means], color=color, lw=1.4, label=label)
         ax.scatter([x for x, _ in points], [y for _, y in points], color=color, s=14, zorder=3)
     ax.set_title(METRICS[metric], fontsize=9.5)
-    ax.set_ylim(bottom=0)
+    if metric != "bits_per_byte":  # of which no run comes near zero
+        ax.set_ylim(0, 1.08 * max(found[metric] for group in groups.values() for found in group) or 1)
     ax.grid(axis="y", color=GRID, lw=0.8)
     if others and len(groups) > 1:
         ax.legend(fontsize=7.5)

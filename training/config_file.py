@@ -56,7 +56,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 def _validate(draft: _Draft, path: str) -> Settings | None:
     """Field by field, then across fields. Fields that are wrong are left out of the second look."""
-    tree = without_nulls(draft.tree)
+    tree = _without_nulls(draft.tree)
     wrong: list[Keys] = []
     settings = None
     try:
@@ -156,10 +156,10 @@ def _merged(below: Any, above: Any) -> Any:
     return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
-def without_nulls(tree: Any) -> Any:
+def _without_nulls(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {k: without_nulls(v) for k, v in tree.items() if v is not None}
-    return [without_nulls(v) for v in tree] if isinstance(tree, list) else tree
+        return {k: _without_nulls(v) for k, v in tree.items() if v is not None}
+    return [_without_nulls(v) for v in tree] if isinstance(tree, list) else tree
 
 
 # -- command line -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from model.errors import UserError
-from training.config_file import load_settings, parse_file, report, without_nulls
+from training.config_file import load_settings, parse_file, report
 from training.problems import ABSENT, Problem, explain
 from training.settings import PositiveInt, Settings, Strict
 
@@ -54,7 +54,7 @@ class Axis(Strict):
     points: list[Point] = Field(default_factory=list, description="labels with the settings of each")
 
     def all_points(self) -> list[Point]:
-        made = [Point(label=v if isinstance(v, Label) else _flow(v), set={str(self.key): v}) for v in self.values]
+        made = [Point(label=_label(value), set={str(self.key): value}) for value in self.values]
         return made + self.points
 
 
@@ -129,7 +129,7 @@ def load_sweep(path: Path) -> Sweep:
     """Raises UserError: all problems at once, each with its path, value, line and remedy."""
     tree, lines = parse_file(path)
     try:
-        sweep = Sweep.model_validate(without_nulls(tree))
+        sweep = Sweep.model_validate(tree)
     except ValidationError as errors:
         found = list(explain(errors, tree, Sweep))
     else:
@@ -240,6 +240,10 @@ def _line(path: Path, lines: dict[tuple[str | int, ...], int], keys: tuple[str |
 def _flow(value: Any) -> str:
     """One line of YAML, which JSON is."""
     return json.dumps(value)
+
+
+def _label(value: Any) -> Label:
+    return value if isinstance(value, Label) and not isinstance(value, bool) else _flow(value)
 
 
 def _option(value: Any) -> str:

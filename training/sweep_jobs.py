@@ -181,7 +181,7 @@ def is_finished(run: Run, evaluate: Evaluations) -> bool:
     return finished_stages(run, evaluate) == {stage for stage, _ in stages(run, evaluate)}
 
 
-def last_words(run: Run, stage: str, lines: int = 8) -> str:
+def last_words(run: Run, stage: str, lines: int = 20) -> str:
     """The end of a stage's log."""
     log = run.folder / f"{stage}.log"
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
