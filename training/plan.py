@@ -135,7 +135,8 @@ def _token_lines(settings: Settings, config: WindreachConfig) -> Lines:
 def _memory_lines(settings: Settings, config: WindreachConfig, precision: str) -> Lines:
     """Of one process; compiled layers keep somewhat less than what is counted."""
     here = Processor("here", 1.0, float("inf"), "", attention_form(config, "cpu"))
-    m = memory(settings, config, Setup(here, precision))
+    setup = Setup(here, precision, checkpointing=settings.training.activation_checkpointing)
+    m = memory(settings, config, setup)
     parts = {
         "weights": m.weights,
         "gradients": m.gradients,
