@@ -80,8 +80,8 @@ def _notes(
         )
     if processor.attention == "accelerator":
         yield (
-            "attention is counted as the blocked backend does it on a GPU, which keeps its weights for the backward "
-            "pass; --fused-attention counts a kernel that does not"
+            f"model.attention_backend is {config.attention_backend}: on a GPU it keeps its weights for the backward "
+            "pass; auto takes a fused kernel there, which does not"
         )
     if not any(row["fits"] for row in rows):
         yield "nothing fits: take more GPUs, or lower training.micro_batch_tokens or data.seq_len"
@@ -165,9 +165,7 @@ def pace_table(found: dict[str, Any]) -> Table:
 # -- what it runs on --------------------------------------------------------------------------------------------------
 
 
-def processor_for(
-    name: str, settings: Settings, config: WindreachConfig, ranks: int, fused: bool
-) -> tuple[Processor, str]:
+def processor_for(name: str, settings: Settings, config: WindreachConfig, ranks: int) -> tuple[Processor, str]:
     """The processor and the precision of training there: GPUs of the table have bf16, this machine is measured."""
     asked = settings.training.precision
     if name == CPU:
@@ -175,13 +173,13 @@ def processor_for(
         precision = machine.choose(asked)
         return Processor(
             CPU, machine.rate(precision), _main_memory() / ranks, f"{precision} matmul measured just now",
-            "fused" if fused else attention_form(config, "cpu"),
+            attention_form(config, "cpu"),
         ), precision  # fmt: skip
     gpu = gpu_named(name)
     precision = "bf16" if asked == "auto" else asked
     if precision == "fp32":
         raise UserError(f"training.precision is fp32, but the rates known for {name} are those of bf16; set it to bf16")
-    form = "fused" if fused else attention_form(config, "cuda")
+    form = attention_form(config, "cuda")
     return Processor(name, gpu.bf16_flops, USABLE * gpu.memory, gpu.source, form), precision
 
 
@@ -204,7 +202,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="share of the peak that is reached; default: %(default)s"
     )
-    parser.add_argument("--fused-attention", action="store_true", help="count attention as a fused kernel keeps it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.gpus < 1:
@@ -218,7 +215,7 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     settings = load_settings(arguments.config, arguments.overrides)
     config = model_config(settings, vocab_size(settings))
-    processor, precision = processor_for(arguments.gpu, settings, config, arguments.gpus, arguments.fused_attention)
+    processor, precision = processor_for(arguments.gpu, settings, config, arguments.gpus)
     found = plan(settings, processor, arguments.gpus, precision, arguments.mfu)
     print_plan(found, Console())
     if arguments.json:

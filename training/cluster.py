@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.backends import choose_backend, serving
 from model.config import WindreachConfig
 from model.flops import count_parameters, forward_flops, parameters
 from training.consistency import last_distance, recall_seq_len
@@ -134,11 +133,13 @@ def recall_plans(settings: Settings, ranks: int) -> tuple[Plan, Plan]:
 
 
 def attention_form(config: WindreachConfig, device: str) -> str:
-    """How `training.memory` counts attention: as our own code does it there, or as a kernel of others."""
+    """How `training.memory` counts attention: as our own code does it there, or as a fused kernel.
+
+    On a GPU `auto` is FlexAttention, which like flash and xformers is fused; see `model.backends.serving`.
+    """
     if device == "cpu":
         return "cpu"
-    name = choose_backend(config.attention_backend, config.specs, config.head_dim)
-    return "accelerator" if serving(name, torch.device("cuda")) in ("reference", "blocked") else "fused"
+    return "accelerator" if config.attention_backend in ("reference", "blocked") else "fused"
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         _override(text, draft)
     settings = _validate(draft, str(path))
     if settings is None or draft.problems:
-        raise UserError(_report(str(path), draft.problems))
+        raise UserError(report(str(path), draft.problems))
     return settings
 
 
@@ -93,7 +93,8 @@ def _touches(problem: Problem, wrong: Keys) -> bool:
     return any(name == p or name.startswith(f"{p}.") or p.startswith(f"{name}.") for p in problem.rests_on)
 
 
-def _report(path: str, problems: list[Problem]) -> str:
+def report(path: str, problems: list[Problem]) -> str:
+    """One message of all problems in `path`."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return "\n".join([f"{path}: {count} in the settings", *map(str, problems)])
 
@@ -105,14 +106,18 @@ def _read(path: Path, draft: _Draft, chain: tuple[Path, ...]) -> None:
     """Merge `path` and what it extends into the draft; `chain` holds the files that led here."""
     if path.resolve() in [p.resolve() for p in chain]:
         raise UserError("extends runs in a circle: " + " -> ".join(map(str, (*chain, path))) + "\n  remove one of them")
-    tree, lines = _parse_file(path, chain)
+    tree, lines = parse_file(path, chain)
     for parent in _parents(path, tree):
         _read(path.parent / parent, draft, (*chain, path))
     draft.tree = _merged(draft.tree, tree)
     draft.origins |= {keys: f"{path}:{line}" for keys, line in lines.items()}
 
 
-def _parse_file(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Keys, int]]:
+def parse_file(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[Keys, int]]:
+    """The sections of a YAML file and the line of each key; `chain` holds the files that led to it.
+
+    Raises UserError where it can't be read or holds no sections.
+    """
     asked_by = f"\n  {chain[-1]} extends it; the path is relative to that file" if chain else ""
     try:
         tree, lines = yaml_text.parse(path.read_bytes())

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import attend, prepare
-from model.backends import choose_backend
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
@@ -244,7 +243,13 @@ def _batch(rows: Rows, layers: int) -> dict[str, Any]:
 def _with_layers(config: WindreachConfig, specs: list[LayerSpec]) -> WindreachConfig:
     changed = copy.copy(config)
     changed.layers, changed.num_hidden_layers = [vars(spec) for spec in specs], len(specs)
+    changed.attention_backend = _of_pytorch(config)
     return changed
+
+
+def _of_pytorch(config: WindreachConfig) -> str:
+    """The backend, if it runs on any machine; kernels of GPUs are counted as `fused`."""
+    return config.attention_backend if config.attention_backend in ("reference", "blocked") else "blocked"
 
 
 def _check_countable(config: WindreachConfig, rows: Rows) -> None:
@@ -278,7 +283,7 @@ def _attention_elsewhere(config: WindreachConfig, spec: LayerSpec, rows: Rows, f
 def _attend_bytes(config: WindreachConfig, spec: LayerSpec, rows: Rows, form: Form, device: str) -> tuple[int, int]:
     """(kept, peak less kept) of one layer's attention; on `meta` the code takes the ways of an accelerator."""
     dtype = torch.bfloat16 if form.precision == "bf16" else torch.float32
-    backend = choose_backend(config.attention_backend)
+    backend = _of_pytorch(config)
     t, heads, kv = rows.seq_len, config.num_attention_heads, config.num_key_value_heads
     with FakeTensorMode(), torch.device(device):
         q, k, v = (

@@ -49,15 +49,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def explain(errors: ValidationError, tree: Any) -> Iterator[Problem]:
-    """One problem for each of pydantic's errors."""
+def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings) -> Iterator[Problem]:
+    """One problem for each of pydantic's errors; `root` is the class that found them."""
     for error in errors.errors(include_url=False):
         keys = tuple(k for k in error["loc"] if k != "[key]")
         kind, value, facts = error["type"], error["input"], error.get("ctx", {})
         if kind == "extra_forbidden":
-            yield Problem(keys, value, "unknown key", _nearest_key(keys))
+            yield Problem(keys, value, "unknown key", _nearest_key(keys, root))
         elif kind == "missing":
-            yield Problem(keys, ABSENT, f"missing: {_described(keys)}", "add it")
+            yield Problem(keys, ABSENT, f"missing: {_described(keys, root)}", "add it")
         else:
             expected = _EXPECTED.get(kind, error["msg"]).format(**facts)
             yield Problem(keys, value, f"expected {expected}", _remedy(kind, value, facts))
@@ -113,29 +113,29 @@ def _number_hint(value: str) -> str:
     return f"write it as {plain}" if plain != value else f"it is quoted: write {plain} without quotes"
 
 
-def _nearest_key(keys: Keys) -> str:
+def _nearest_key(keys: Keys, root: type[BaseModel]) -> str:
     """Nearest right spelling beside the key, else the same name in another section."""
     *parents, name = keys
-    beside = _model_at(tuple(parents))
+    beside = _model_at(tuple(parents), root)
     names = list(beside.model_fields) if beside else []
     if near := get_close_matches(str(name), names, n=1):
         return f"did you mean {dotted((*parents, near[0]))}?"
-    elsewhere = [path for path in all_paths(Settings) if path.rpartition(".")[2] == name]
+    elsewhere = [path for path in all_paths(root) if path.rpartition(".")[2] == name]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"known here: {', '.join(names)}"
 
 
-def _described(keys: Keys) -> str:
+def _described(keys: Keys, root: type[BaseModel]) -> str:
     *parents, name = keys
-    beside = _model_at(tuple(parents))
+    beside = _model_at(tuple(parents), root)
     info = beside.model_fields.get(str(name)) if beside else None
     return (info and info.description) or "it has no default"
 
 
-def _model_at(keys: Keys) -> type[BaseModel] | None:
+def _model_at(keys: Keys, root: type[BaseModel]) -> type[BaseModel] | None:
     """The settings class of the section that `keys` lead to."""
-    found: type[BaseModel] | None = Settings
+    found: type[BaseModel] | None = root
     for key in keys:
         if found is None:
             return None

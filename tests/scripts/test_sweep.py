@@ -1,0 +1,305 @@
+"""Sweeps for real: two runs of seconds, interrupted and gone on with; and what their files may say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eval import sweep_results
+from model.errors import UserError
+from scripts.sweep import parse, plan_table, visible_devices
+from training.cluster import work
+from training.consistency import last_distance
+from training.schema import ROOT
+from training.sweep_file import Run, checked_settings, load_sweep, runs
+from training.sweep_jobs import finished_stages, is_finished, note_finished, slots, stages
+
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run_sweep(*arguments: str, expect: int = 0) -> str:
+    process = start(*arguments)
+    out, _ = process.communicate(timeout=900)
+    assert process.returncode == expect, out
+    return out
+
+
+def sweep_file(folder: Path, text: str) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(f"name: t\nconfig: {ROOT / 'configs/tiny.yaml'}\n{text}")
+    return path
+
+
+def test_a_sweep_is_interrupted_goes_on_and_is_put_side_by_side(tmp_path: Path) -> None:
+    """The first run is stopped in the middle; then it goes on, and the second one fails without ending the sweep."""
+    asked = [str(sweep_file(tmp_path, SMALL)), "--out", str(tmp_path / "out"), f"data.cache_dir={tmp_path / 'cache'}"]
+    eight, four = tmp_path / "out" / "window=8,seed=0", tmp_path / "out" / "window=4,seed=0"
+    process = start(*asked)
+    wait_for(lambda: '"kind": "train"' in text_of(eight / "metrics.jsonl"), process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, out
+    assert "SIGINT: waiting for the runs at work to write a checkpoint" in out
+    assert "window=8,seed=0: stopped in train, exit code 75" in out
+    assert json.loads(text_of(eight / "metrics.jsonl").splitlines()[-1])["step"] < 60
+
+    four.mkdir()
+    (four / "settings.yaml").write_text(text_of(eight / "settings.yaml"))
+    out = run_sweep(*asked, expect=1)
+    assert "resumed" in text_of(eight / "train.log")
+    assert "[1/2] window=8,seed=0: done" in out
+    assert "window=4,seed=0 failed in train with exit code 2" in out
+    assert "holds a run with other settings:\n  model.sliding_window: 8 there, 4 now\n" in out
+    done, failed = json.loads(text_of(tmp_path / "out" / "sweep.json"))["runs"]
+    assert (done["steps"], done["reach"], done["labels"]) == (60, 21, {"window": 8, "seed": 0})
+    assert done["bits_per_byte"] > 0
+    assert done["h90"] is not None
+    assert (failed["state"], failed["h90"]) == ("failed", None)
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
+    assert "| 8 | 0 | 21 |" in text_of(tmp_path / "out" / "sweep.md")
+    assert is_finished(found(asked)[0], load_sweep(Path(asked[0])).evaluate)
+
+
+SMALL = """
+set: {training.save_every_steps: 20, training.validate_every_steps: 60}
+grid:
+  - {axis: window, key: model.sliding_window, values: [8, 4]}
+evaluate: {recall: {n: 4, distances: [1, 8]}, loss: {max_tokens: 500, rows: 2}}
+"""
+
+
+def found(asked: list[str]) -> list[Run]:
+    path, _, out, cache = asked
+    return runs(load_sweep(Path(path)), Path(path), Path(out), [cache])
+
+
+def text_of(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 600
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# -- what a file means ------------------------------------------------------------------------------------------------
+
+
+def listed(folder: Path, text: str) -> list[Run]:
+    path = sweep_file(folder, text)
+    return runs(load_sweep(path), path, Path("out"))
+
+
+def test_runs_are_all_combinations_then_the_extra_ones_each_once_a_seed(tmp_path: Path) -> None:
+    text = """
+grid:
+  - {axis: layers, key: model.num_hidden_layers, values: [2, 4]}
+  - axis: window
+    points:
+      - {label: narrow, set: {model.sliding_window: 4}}
+      - {label: wide, set: {model.sliding_window: 8, data.seq_len: 128}}
+runs:
+  - {labels: {layers: 6}, set: {model.num_hidden_layers: 6}}
+seeds: [3, 5]
+"""
+    made = listed(tmp_path, text)
+    assert [r.name for r in made] == [
+        "layers=2,window=narrow,seed=3", "layers=2,window=narrow,seed=5", "layers=2,window=wide,seed=3",
+        "layers=2,window=wide,seed=5", "layers=4,window=narrow,seed=3", "layers=4,window=narrow,seed=5",
+        "layers=4,window=wide,seed=3", "layers=4,window=wide,seed=5", "layers=6,seed=3", "layers=6,seed=5",
+    ]  # fmt: skip
+    assert {"model.num_hidden_layers=4", "model.sliding_window=8", "data.seq_len=128", "seed=5"} <= set(
+        made[7].overrides
+    )
+    settings = checked_settings(made)
+    assert settings["layers=6,seed=5"].model.num_hidden_layers == 6
+    assert settings["layers=4,window=wide,seed=3"].name == "t-layers-4-window-wide-seed-3"
+
+
+def test_values_of_any_type_arrive_and_null_takes_the_default_back(tmp_path: Path) -> None:
+    text = """
+set: {recall.seq_len: null, training.optimizer.lr: 3e-4, model.layers: [{kind: sliding, window: 4}, {kind: full}]}
+grid: [{axis: compile, key: training.compile, values: [true, false]}]
+"""
+    settings = checked_settings(listed(tmp_path, text))["compile=true,seed=0"]
+    assert settings.recall.seq_len is None
+    assert settings.training.optimizer.lr == 3e-4
+    assert [layer.kind for layer in settings.model.layers] == ["sliding", "full"]
+    assert settings.training.compile is True
+
+
+def test_overrides_of_the_command_line_win(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, "set: {training.max_steps: 7}\nseeds: [1]\nruns: [{labels: {a: b}}]")
+    (run,) = runs(load_sweep(path), path, tmp_path, ["training.max_steps=9"])
+    assert checked_settings([run])["a=b,seed=1"].training.max_steps == 9
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_run_of_a_shipped_sweep_could_start(path: Path) -> None:
+    sweep = load_sweep(path)
+    made = runs(sweep, path, Path("out"))
+    settings = checked_settings(made)
+    assert sweep.name == path.stem
+    assert f"configs/sweeps/{path.name}" in path.read_text()
+    assert plan_table(made[:1], settings).row_count == 1
+
+
+def works_of(name: str) -> dict[str, dict[str, float]]:
+    path = ROOT / "configs" / "sweeps" / f"{name}.yaml"
+    settings = checked_settings(runs(load_sweep(path), path, Path("out")))
+    return {run: {w.name: w.tokens for w in work(s, 1)} for run, s in settings.items()}
+
+
+def test_the_law_compares_at_equal_tokens_and_up_to_the_reach_of_each() -> None:
+    tokens = works_of("law")
+    assert len(tokens) == 3 * 5 * 2
+    assert len({tuple(w.items()) for w in tokens.values()}) == 1
+    path = ROOT / "configs" / "sweeps" / "law.yaml"
+    for s in checked_settings(runs(load_sweep(path), path, Path("out"))).values():
+        assert last_distance(s) == s.model.num_hidden_layers * (s.model.sliding_window - 1)
+        assert all(3840 % n == 0 for n in (*s.recall.curriculum.row_lengths, s.recall.seq_len))
+
+
+def test_the_cost_is_compared_at_nearly_equal_tokens_in_the_shares_that_it_names() -> None:
+    totals = []
+    for name, tokens in works_of("cost").items():
+        share = float(name.split("=")[1].split(",")[0])
+        totals.append(sum(tokens.values()))
+        assert tokens.get("recall", 0) / totals[-1] == pytest.approx(share, abs=0.01)
+    assert max(totals) / min(totals) < 1.02
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"grid  \(.*sweep.yaml\)\n    there is nothing to run; add an axis to grid"),
+        ("gird: []", r"gird = \[\]  \(.*:3\)\n    unknown key; did you mean grid\?"),
+        ("grid: [{axis: a, kye: b}]", r"grid.0.kye = 'b' .*\n    unknown key; did you mean grid.0.key\?"),
+        ("grid: [{axis: a}]", "grid.0 = 'a' .*\n    the axis has no values; give key and values, or points"),
+        ("grid: [{axis: a, values: [1]}]", "no key says what they are values of; add key: a dotted path"),
+        ("grid: [{axis: a, key: seed, points: [{label: 1}]}]", r"no values are given for it; add values: \[a, b\]"),
+        ("grid: [{axis: seed, key: seed, values: [1]}]", "seeds are an axis of their own; use another name"),
+        ("runs: [{labels: {a: 1}}, {labels: {a: 1}}]", "runs = 'a=1' .*\n    two runs have these labels"),
+        ("runs: [{labels: {a: 1}}]\nseeds: [1, 1]", "a seed is here twice; name each once"),
+        ("runs: [{labels: {a: 1}}]\nseeds: [-1]", "seeds.0 = -1 .*\n    expected at least 0"),
+        ("runs: [{labels: {a: 1}}]\nevaluate: {recall: {m: 1}}", "evaluate.recall.m = 1"),
+        ("grid: [", r"sweep.yaml:\d+: "),
+    ],
+)
+def test_a_wrong_file_is_refused_with_line_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_sweep(sweep_file(tmp_path, text))
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="3 problems"):
+        load_sweep(sweep_file(tmp_path, "gird: 1\nseeds: []\nruns: [{labels: {}}]"))
+
+
+def test_runs_without_a_config_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("name: t\ngrid: [{axis: a, points: [{label: 1, config: x.yaml}, {label: 2}]}]")
+    with pytest.raises(UserError, match=r"grid.0.points.1.config  .*\n    these runs have no config; name one there"):
+        load_sweep(tmp_path / "bare.yaml")
+
+
+def test_settings_that_cannot_start_are_told_once_with_the_runs_that_have_them(tmp_path: Path) -> None:
+    made = listed(tmp_path, "grid: [{axis: lr, key: training.optimizer.ler, values: [1, 1e-3]}]\nseeds: [0, 1]")
+    with pytest.raises(UserError, match="4 of 4 runs can't start") as refused:
+        checked_settings(made)
+    assert "lr=1,seed=0 and 1 more" in str(refused.value)
+    assert "did you mean training.optimizer.lr?" in str(refused.value)
+
+
+def test_a_wrong_file_ends_with_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
+    out = run_sweep(str(sweep_file(tmp_path, "gird: 1")), expect=2)
+    assert "did you mean grid?" in out
+    assert "Traceback" not in out
+
+
+def test_no_jobs_are_refused() -> None:
+    with pytest.raises(UserError, match="--jobs 0: give at least 1"):
+        parse(["x.yaml", "--jobs", "0"])
+
+
+# -- what is done already, and where ----------------------------------------------------------------------------------
+
+
+def test_what_was_asked_otherwise_is_done_anew_with_all_that_follows_training(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, SMALL)
+    sweep = load_sweep(path)
+    run = runs(sweep, path, tmp_path / "out")[0]
+    run.folder.mkdir(parents=True)
+    for stage, command in stages(run, sweep.evaluate):
+        note_finished(run, stage, command)
+    assert is_finished(run, sweep.evaluate)
+    more_items = sweep.evaluate.model_copy(update={"recall": sweep.evaluate.recall.model_copy(update={"n": 5})})
+    assert finished_stages(run, more_items) == {"train", "loss"}
+    other = runs(sweep, path, tmp_path / "out", ["training.max_steps=9"])[0]
+    assert finished_stages(other, sweep.evaluate) == set()
+    note_finished(other, *stages(other, sweep.evaluate)[0])
+    assert finished_stages(other, sweep.evaluate) == {"train"}
+
+
+def test_jobs_share_the_cores_out_and_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.sweep_jobs._cores", lambda: [0, 1, 2, 3, 4])
+    assert [sorted(slot.cores) for slot in slots(2, [])] == [[0, 1], [2, 3]]
+    assert slots(2, [])[0].environment()["OMP_NUM_THREADS"] == "2"
+    assert all(slot.cores for slot in slots(7, []))
+    assert [slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in slots(3, ["4", "6"])] == ["4", "6", "4"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
+    assert visible_devices() == ["4", "6"]
+
+
+# -- side by side -----------------------------------------------------------------------------------------------------
+
+
+def result(window: int, seed: int, h90: int | None) -> dict:
+    none = dict.fromkeys(("h50", "u90", "bits_per_byte", "tokens_per_second", "reach", "tokens"))
+    labels = {"window": window, "kind": "sliding", "seed": seed}
+    return none | {"run": f"w{window}", "labels": labels, "state": "done", "h90": h90}
+
+
+def test_picture_draws_the_mean_over_seeds_and_leaves_out_what_is_not_there() -> None:
+    rows = [result(8, 0, 10), result(8, 1, 20), result(16, 0, 40), result(16, 1, None)]
+    figure = sweep_results.figure(rows)
+    assert figure is not None
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == "H90, tokens"
+    assert [list(x) for x in ax.lines[0].get_data()] == [[8.0, 16.0], [15.0, 40.0]]
+    assert len(ax.collections[0].get_offsets()) == 3
+    assert sweep_results.figure([result(8, 0, None)]) is None
+
+
+def test_words_stand_side_by_side() -> None:
+    rows = [result(8, 0, 10), result(8, 0, 20)]
+    rows[1]["labels"] = rows[1]["labels"] | {"kind": "full"}
+    (ax,) = sweep_results.figure(rows).axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["sliding", "full"]
+
+
+def test_markdown_has_a_line_a_run_and_the_command() -> None:
+    page = sweep_results.markdown("t", [result(8, 0, 10), result(8, 1, None)], "python scripts/sweep.py t.yaml")
+    assert "| 8 | sliding | 0 | – | 10 | – | – | – | – | – | done |" in page
+    assert "| 8 | sliding | 1 | – | – |" in page
+    assert "Made by `python scripts/sweep.py t.yaml`" in page
