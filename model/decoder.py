@@ -139,7 +139,7 @@ class WindreachModel(nn.Module):
             streams = self._whole(x, places, output_hidden_states)
         elif (step := self._step(x, past_key_values, output_hidden_states)) is not None:
             past_key_values.begin(places)
-            streams = [step(x[:, 0], self._rotary(places.positions), past_key_values)[:, None]]
+            streams = [step(x[:, 0], past_key_values)[:, None]]
         else:
             streams = self._in_slices(x, places, past_key_values, output_hidden_states)
         return BaseModelOutputWithPast(
@@ -182,7 +182,7 @@ class WindreachModel(nn.Module):
         if watched or self.backend == "reference" or self.config.qk_norm:
             return None
         if cache.step is None and plain(self.layers):
-            cache.step = Step(self.layers, self.compiled_step)
+            cache.step = Step(self.layers, self.config, self.compiled_step)
         return cache.step
 
     def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
@@ -215,7 +215,10 @@ def _places(
     if documents is None:
         index = torch.arange(t, device=x.device)[None]
         return Places(index if position_ids is None else position_ids)
-    places = _count(documents, cache)
+    if cache is not None and t == 1:
+        places, cache.tail = cache.tail_for(documents).one_more(documents)
+    else:
+        places = _count(documents, cache)
     return places if position_ids is None else Places(position_ids.expand(b, t), places.documents)
 
 
