@@ -66,7 +66,8 @@ class Slots:
         newest = min(t, self.ring or t)
         index = torch.arange(self.seen, self.seen + t, device=self.positions.device)
         slots = self._slots_of(index) + self.rows
-        self.passed, self.kept = slots[:, -newest:].flatten(), None
+        self.passed = slots[:, -newest:].flatten() if self.first else None
+        self.kept = None
         kept = (index >= self.seen + t - newest).expand(b, t)
         if self.first:
             first = (chunk.positions < self.first) & (chunk.documents >= 0)
@@ -82,12 +83,13 @@ class Slots:
         return flat if self.kept is None else flat[self.kept]
 
     def commit(self) -> None:
-        """The chunk is written. A slot of the ring that a global token passed over holds nothing."""
+        """The chunk is written: say so."""
         assert self.chunk.documents is not None
-        if self.first:
-            self.documents.view(-1).index_fill_(0, self.passed, EMPTY)
-        self.positions.view(-1).index_copy_(0, self.targets, self.to_write(self.chunk.positions))
-        self.documents.view(-1).index_copy_(0, self.targets, self.to_write(self.chunk.documents))
+        positions, documents = self.to_write(self.chunk.positions), self.to_write(self.chunk.documents)
+        write_places(self.positions, self.documents, self.passed, self.targets, positions, documents)
+        self.advance()
+
+    def advance(self) -> None:
         self.seen += self.chunk.positions.shape[1]
         self.oldest = max(self.oldest, self.seen - (self.ring or self.seen))
 
@@ -136,6 +138,17 @@ class Slots:
 
     def select(self, rows: Tensor) -> None:
         self.positions, self.documents = (x.index_select(0, rows) for x in (self.positions, self.documents))
+
+
+def write_places(
+    held_positions: Tensor, held_documents: Tensor, passed: Tensor | None, targets: Tensor, positions: Tensor,
+    documents: Tensor,
+) -> None:  # fmt: skip
+    """Put positions and document ids (N,) into slots (B, S). One that a global token passed over holds nothing."""
+    if passed is not None:
+        held_documents.view(-1).index_fill_(0, passed, EMPTY)
+    held_positions.view(-1).index_copy_(0, targets, positions)
+    held_documents.view(-1).index_copy_(0, targets, documents)
 
 
 class RingLayer(CacheLayerMixin):

@@ -139,7 +139,7 @@ class WindreachModel(nn.Module):
             streams = self._whole(x, places, output_hidden_states)
         elif (step := self._step(x, past_key_values, output_hidden_states)) is not None:
             past_key_values.begin(places)
-            streams = [step(x[:, 0], past_key_values)[:, None]]
+            streams = [step(x[:, 0], places, past_key_values)[:, None]]
         else:
             streams = self._in_slices(x, places, past_key_values, output_hidden_states)
         return BaseModelOutputWithPast(
@@ -179,7 +179,7 @@ class WindreachModel(nn.Module):
     def _step(self, x: Tensor, cache: RingCache, keep: bool) -> Step | None:
         """The short way for a single token, where there is nothing but inference of the layers as they are."""
         watched = x.shape[1] > 1 or keep or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        if watched or self.backend == "reference" or self.config.qk_norm:
+        if watched or self.backend == "reference":
             return None
         if cache.step is None and plain(self.layers):
             cache.step = Step(self.layers, self.config, self.compiled_step)
