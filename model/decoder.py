@@ -132,6 +132,8 @@ class WindreachModel(nn.Module):
             kind = type(past_key_values).__name__
             raise UserError(f"past_key_values is a {kind}; pass a model.cache.RingCache or none")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.shape[1] == 0:
+            raise UserError("the input is empty; give at least one token a row")
         if past_key_values is not None:
             past_key_values.serve(self, self.config.specs)
         places = _places(x, documents, attention_mask, position_ids, past_key_values)

@@ -1,7 +1,6 @@
 """A decoder of a few thousand weights and a tokenizer of bytes: all that the scripts need to be tried."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,9 +10,9 @@ from model.decoder import build_model
 
 
 class ByteTokenizer:
-    """Token i is byte i; 0 begins a text, 255 (no byte of UTF-8) ends it."""
+    """Token i is byte i; 0 begins a text, 255 and 254 (no bytes of UTF-8) end it and stand for what is unknown."""
 
-    vocab_size, bos_id, eos_id = 256, 0, 255
+    vocab_size, bos_id, eos_id, unk_id = 256, 0, 255, 254
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -36,8 +35,3 @@ def examined(tiny_config: WindreachConfig) -> Examined:
     return Examined(
         name="tiny", model=model, tokenizer=ByteTokenizer(), specs=tiny_config.specs, folder=None, run_dir=None
     )
-
-
-@pytest.fixture
-def arguments() -> SimpleNamespace:
-    return SimpleNamespace(max_tokens=20, temperature=0.8, top_p=0.95, greedy=False, seed=0, stop=[])
