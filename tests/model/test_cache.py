@@ -16,7 +16,7 @@ from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import cache_bytes
 from model.windows import reach
-from scripts.bench import peak_bytes
+from scripts.timing import peak_bytes
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37

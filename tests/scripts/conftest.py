@@ -7,6 +7,7 @@ import pytest
 from eval.models import Examined
 from model.config import WindreachConfig
 from model.decoder import build_model
+from training.settings import Settings
 
 
 class ByteTokenizer:
@@ -34,4 +35,16 @@ def examined(tiny_config: WindreachConfig) -> Examined:
     model = build_model(tiny_config, seed=3).eval()
     return Examined(
         name="tiny", model=model, tokenizer=ByteTokenizer(), specs=tiny_config.specs, folder=None, run_dir=None
+    )
+
+
+@pytest.fixture
+def settings() -> Settings:
+    model = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "sliding_window": 5,
+    }  # fmt: skip
+    data = {"seq_len": 40, "tokenizer": {"vocab_size": 300}}
+    return Settings.model_validate(
+        {"name": "tiny", "model": model, "data": data, "training": {"max_steps": 1000, "tokens_per_step": 80}}
     )
