@@ -46,6 +46,7 @@ class Tokenizer:
         self.vocab_size: int = self.processor.get_piece_size()
         self.bos_id: int = self.processor.bos_id()
         self.eos_id: int = self.processor.eos_id()
+        self.unk_id: int = self.processor.unk_id()
         self.sha256 = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -43,6 +43,7 @@ class HubTokenizer:
         self.hf = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
+        self.unk_id: int | None = tokenizer.unk_token_id
 
     @property
     def vocab_size(self) -> int:

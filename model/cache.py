@@ -58,35 +58,38 @@ class Slots:
         self.positions = self.documents = torch.empty(0, 0, dtype=torch.long)
 
     def begin(self, chunk: Places) -> None:
-        """Make room for a chunk (B, T), and find what it attends over and where its tokens go."""
+        """Make room for a chunk (B, T) and find where its tokens go: `targets`, slots of all rows counted through."""
         assert chunk.documents is not None
         self.chunk = chunk
         self._make_room(chunk.positions)
         b, t = chunk.positions.shape
-        index = torch.arange(self.seen, self.seen + t, device=self.positions.device)
-        slots = self._slots_of(index).expand(b, t)
         newest = min(t, self.ring or t)
-        self.passed = slots[:, -newest:]
+        index = torch.arange(self.seen, self.seen + t, device=self.positions.device)
+        slots = self._slots_of(index) + self.rows
+        self.passed = slots[:, -newest:].flatten() if self.first else None
+        self.kept = None
         kept = (index >= self.seen + t - newest).expand(b, t)
         if self.first:
             first = (chunk.positions < self.first) & (chunk.documents >= 0)
-            slots = torch.where(first, chunk.positions, slots)
+            slots = torch.where(first, chunk.positions + self.rows, slots)
             kept = torch.where(first, chunk.documents == chunk.documents.amax(1, keepdim=True), kept)
-        self.kept = None if t == 1 or (newest == t and not self.first) else kept.flatten()
-        rows = torch.arange(b, device=slots.device)[:, None] * self.positions.shape[1]
-        self.targets = self.to_write(slots + rows)
+        if newest < t or (self.first and t > 1):
+            self.kept = kept.flatten()
+        self.targets = self.to_write(slots)
 
     def to_write(self, x: Tensor) -> Tensor:
-        """Of a chunk's (B, T, …), flat, what the slots `targets` (of all rows, counted through) will hold."""
+        """Of a chunk's (B, T, …), flat, what the `targets` will hold."""
         flat = x.flatten(0, 1)
         return flat if self.kept is None else flat[self.kept]
 
     def commit(self) -> None:
-        """Write the chunk's places. A slot of the ring that a global token passed over holds nothing."""
+        """The chunk is written: say so."""
         assert self.chunk.documents is not None
-        self.documents.scatter_(1, self.passed, EMPTY)
-        self.positions.view(-1).index_copy_(0, self.targets, self.to_write(self.chunk.positions))
-        self.documents.view(-1).index_copy_(0, self.targets, self.to_write(self.chunk.documents))
+        positions, documents = self.to_write(self.chunk.positions), self.to_write(self.chunk.documents)
+        write_places(self.positions, self.documents, self.passed, self.targets, positions, documents)
+        self.advance()
+
+    def advance(self) -> None:
         self.seen += self.chunk.positions.shape[1]
         self.oldest = max(self.oldest, self.seen - (self.ring or self.seen))
 
@@ -102,6 +105,8 @@ class Slots:
         if missing:
             self.positions = F.pad(self.positions, (0, missing))
             self.documents = F.pad(self.documents, (0, missing), value=EMPTY)
+        if missing or self.seen == 0:
+            self.rows = torch.arange(len(like), device=like.device)[:, None] * needed
 
     def by_age(self) -> Tensor:
         """The slots that were written to: global ones, then the others from the oldest token on."""
@@ -133,6 +138,17 @@ class Slots:
 
     def select(self, rows: Tensor) -> None:
         self.positions, self.documents = (x.index_select(0, rows) for x in (self.positions, self.documents))
+
+
+def write_places(
+    held_positions: Tensor, held_documents: Tensor, passed: Tensor | None, targets: Tensor, positions: Tensor,
+    documents: Tensor,
+) -> None:  # fmt: skip
+    """Put positions and document ids (N,) into slots (B, S). One that a global token passed over holds nothing."""
+    if passed is not None:
+        held_documents.view(-1).index_fill_(0, passed, EMPTY)
+    held_positions.view(-1).index_copy_(0, targets, positions)
+    held_documents.view(-1).index_copy_(0, targets, documents)
 
 
 class RingLayer(CacheLayerMixin):
@@ -213,6 +229,15 @@ class Tail(NamedTuple):
         """Before the first token of rows like `documents` (B, T)."""
         zeros = torch.zeros_like(documents[:, 0])
         return cls(zeros, torch.full_like(zeros, EMPTY), zeros)
+
+    def one_more(self, documents: Tensor) -> "tuple[Places, Tail]":
+        """Places of one more token a row, of `documents` (B, 1), and the tail behind it."""
+        given = documents[:, 0]
+        real = given >= 0
+        starts = real & (given != self.documents)
+        positions, numbers = self.positions.masked_fill(starts, 0), self.numbers + starts
+        places = Places(positions[:, None], torch.where(real, numbers, -1)[:, None])
+        return places, Tail(positions + 1, torch.where(real, given, self.documents), numbers)
 
 
 class RingCache(Cache):

@@ -132,6 +132,8 @@ class WindreachModel(nn.Module):
             kind = type(past_key_values).__name__
             raise UserError(f"past_key_values is a {kind}; pass a model.cache.RingCache or none")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.shape[1] == 0:
+            raise UserError("the input is empty; give at least one token a row")
         if past_key_values is not None:
             past_key_values.serve(self, self.config.specs)
         places = _places(x, documents, attention_mask, position_ids, past_key_values)
@@ -139,7 +141,7 @@ class WindreachModel(nn.Module):
             streams = self._whole(x, places, output_hidden_states)
         elif (step := self._step(x, past_key_values, output_hidden_states)) is not None:
             past_key_values.begin(places)
-            streams = [step(x[:, 0], self._rotary(places.positions), past_key_values)[:, None]]
+            streams = [step(x[:, 0], places, past_key_values)[:, None]]
         else:
             streams = self._in_slices(x, places, past_key_values, output_hidden_states)
         return BaseModelOutputWithPast(
@@ -179,10 +181,10 @@ class WindreachModel(nn.Module):
     def _step(self, x: Tensor, cache: RingCache, keep: bool) -> Step | None:
         """The short way for a single token, where there is nothing but inference of the layers as they are."""
         watched = x.shape[1] > 1 or keep or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        if watched or self.backend == "reference" or self.config.qk_norm:
+        if watched or self.backend == "reference":
             return None
         if cache.step is None and plain(self.layers):
-            cache.step = Step(self.layers, self.compiled_step)
+            cache.step = Step(self.layers, self.config, self.compiled_step)
         return cache.step
 
     def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
@@ -215,7 +217,10 @@ def _places(
     if documents is None:
         index = torch.arange(t, device=x.device)[None]
         return Places(index if position_ids is None else position_ids)
-    places = _count(documents, cache)
+    if cache is not None and t == 1:
+        places, cache.tail = cache.tail_for(documents).one_more(documents)
+    else:
+        places = _count(documents, cache)
     return places if position_ids is None else Places(position_ids.expand(b, t), places.documents)
 
 

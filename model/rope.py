@@ -10,10 +10,14 @@ from torch import Tensor
 Rotary = tuple[Tensor, Tensor]  # cosines and sines
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Radians per position (D / 2,) in float32, from 1 down to nearly 1 / theta."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float, device=device) / head_dim)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
     """Cosines and sines, each (B, T, D) in float32, of positions (B, T)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = positions[..., None].float() * frequencies(head_dim, theta, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -3,22 +3,21 @@
     python scripts/bench.py train                                  a training step of configs/quickstart.yaml
     python scripts/bench.py train --config configs/small.yaml
     python scripts/bench.py attention --plot attention.png         against length and window, with fitted exponents
-    python scripts/bench.py decode                                 token-by-token generation
+    python scripts/bench.py decode                                 token-by-token generation, and prefill
+    python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
     python scripts/bench.py all --json bench.json
 
 `ratio` is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run says why. Bytes are the most
-that was alive at once on top of the inputs (attention), or the keys and values held (decode).
+that was alive at once on top of the inputs (attention, prefill), the keys and values held (decode), or those of the
+process (stream).
 Legend: B batch, T tokens, H heads, G kv heads, D head size, V vocabulary.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -33,131 +32,41 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import DynamicCache, MistralForCausalLM, StaticCache
 from transformers.models.mistral.modeling_mistral import eager_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from model import hub
 from model.attention import attend
-from model.cache import RingCache
-from model.config import WindreachConfig
-from model.decoder import WindreachForCausalLM, build_model
+from model.decoder import build_model
 from model.errors import UserError, cli
 from model.places import Places
 from model.windows import LayerSpec, visible
-from training.build import model_config
+from scripts.bench_decode import (
+    PREFILL_ALONE,
+    PREFILL_BESIDE,
+    bench_decode,
+    bench_prefill,
+    bench_stream,
+    prefill_growth,
+)
+from scripts.peers import mistral_twin, plain_config
+from scripts.timing import OURS, Row, Work, alternate, peak_bytes, rows_of, why_not
 from training.config_file import load_settings
-from training.memory import PeakBytes
 from training.precision import measure, set_up_threads
 from training.settings import Settings
-
-OURS = "ours"
-Work = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of bench.json. Seconds are medians; `ratio` = peer_s / ours_s; `limit` is the least ratio asked for."""
-
-    bench: str
-    case: str
-    peer: str
-    ours_s: float
-    peer_s: float | None
-    ratio: float | None
-    limit: float | None
-    ours_bytes: int | None
-    peer_bytes: int | None
-    dtype: str
-    threads: int
-    note: str = ""
-
-
-# -- timing ------------------------------------------------------------------------------------------------------------
-
-
-def alternate(works: Mapping[str, Work], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Median seconds of each work, run in turns so that a busy machine hits all alike; and why one could not run."""
-    refused = {name: reason for name, work in works.items() if (reason := _why_not(work))}
-    if OURS in refused:
-        raise RuntimeError(f"our own side of the benchmark failed: {refused[OURS]}")
-    seconds: dict[str, list[float]] = {name: [] for name in works if name not in refused}
-    gc.collect()
-    for _ in range(rounds):
-        for name, past in seconds.items():
-            _synchronize()
-            began = time.perf_counter()
-            works[name]()
-            _synchronize()
-            past.append(time.perf_counter() - began)
-    return {name: statistics.median(past) for name, past in seconds.items()}, refused
-
-
-def _why_not(work: Work) -> str:
-    """Run once to warm up: empty, or the reason it can't run here (a peer may lack a kernel, memory or a compiler)."""
-    try:
-        work()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    return ""
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_bytes(work: Work) -> int:
-    with PeakBytes() as watched:
-        work()
-    return watched.peak
-
-
-def rows_of(
-    bench: str,
-    case: str,
-    works: Mapping[str, Work],
-    rounds: int,
-    dtype: str,
-    limits: Mapping[str, float] | None = None,
-    held: Mapping[str, int | None] | None = None,
-) -> list[Row]:
-    """Time all works of a case and put each peer beside ours."""
-    seconds, refused = alternate(works, rounds)
-    held, limits, ours = held or {}, limits or {}, seconds[OURS]
-    return [
-        Row(
-            bench=bench,
-            case=case,
-            peer=peer,
-            ours_s=ours,
-            peer_s=seconds.get(peer),
-            ratio=seconds[peer] / ours if peer in seconds else None,
-            limit=limits.get(peer),
-            ours_bytes=held.get(OURS),
-            peer_bytes=held.get(peer),
-            dtype=dtype,
-            threads=torch.get_num_threads(),
-            note=refused.get(peer, ""),
-        )
-        for peer in works
-        if peer != OURS
-    ]
-
 
 # -- train -------------------------------------------------------------------------------------------------------------
 
 
 def bench_train(settings: Settings, precision: str, rounds: int, rows: int | None = None) -> list[Row]:
     """Forward, backward and AdamW on one text batch of the config: same weights, batch, loss and optimizer for all."""
-    config = _plain_config(settings)
+    config = plain_config(settings)
     tokens, seq_len = settings.training.tokens_per_step, settings.data.seq_len
     rows = rows or max(1, tokens // seq_len)
     batch = torch.randint(config.vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
     ours = build_model(config, seed=settings.seed)
     models: dict[str, Any] = {OURS: ours}
     for name, attention, compiled in PEERS_OF_TRAINING:
-        models[name] = _mistral_twin(ours, attention)
+        models[name] = mistral_twin(ours, attention)
         if compiled:
             for layer in models[name].model.layers:
                 layer.compile()
@@ -175,21 +84,6 @@ PEERS_OF_TRAINING = (
     ("transformers sdpa, layers compiled", "sdpa", True),
     ("transformers eager", "eager", False),
 )
-
-
-def _plain_config(settings: Settings) -> WindreachConfig:
-    """The decoder of the config; refused when the peer can't be built with the same function."""
-    config = model_config(settings, settings.model.vocab_size or settings.data.tokenizer.vocab_size)
-    if not hub.is_mistral(config):
-        raise UserError(f"{settings.name}: its layers are not all one sliding window, so Mistral is no peer for it")
-    return config
-
-
-def _mistral_twin(ours: WindreachForCausalLM, attention: str) -> MistralForCausalLM:
-    """`MistralForCausalLM` with our weights, by way of a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        hub.save_hf(ours, folder)
-        return MistralForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
 
 
 def _training_step(model: nn.Module, batch: Tensor, precision: str) -> Work:
@@ -253,7 +147,7 @@ def bench_attention(precision: str, rounds: int, lengths: tuple[int, ...], windo
         for backward in (False, True):
             works = _attention_works(shape, backward, precision)
             case = f"{'forward+backward' if backward else 'forward'} n={shape.n} W={shape.window}"
-            held = {name: peak_bytes(work) for name, work in works.items() if _why_not(work) == ""}
+            held = {name: peak_bytes(work) for name, work in works.items() if why_not(work) == ""}
             rows += rows_of("attention", case, works, rounds, precision, held=held)
     return rows
 
@@ -382,46 +276,6 @@ def plot_attention(rows: list[Row], file: Path) -> None:
         raise UserError(f"--plot {file}: {error.strerror}; name a file that can be written") from error
 
 
-# -- decode ------------------------------------------------------------------------------------------------------------
-
-
-def bench_decode(settings: Settings, rounds: int, prompt_tokens: int, new_tokens: int) -> list[Row]:
-    """`generate` of the same weights, greedy, in float32: our ring against the caches of transformers."""
-    config = _plain_config(settings)
-    ours = build_model(config, seed=settings.seed).eval()
-    peer = _mistral_twin(ours, "sdpa").eval()
-    prompt = torch.randint(3, config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    total = prompt_tokens + new_tokens
-    makers: dict[str, tuple[Any, Callable[[], Any]]] = {
-        OURS: (ours, lambda: RingCache(config)),
-        "transformers, dynamic cache": (peer, lambda: DynamicCache(config=peer.config)),
-        "transformers, static cache": (peer, lambda: StaticCache(config=peer.config, max_cache_len=total)),
-    }
-    last: dict[str, Any] = {}
-
-    def work(name: str) -> Work:
-        model, make = makers[name]
-
-        def run() -> None:
-            last[name] = make()
-            model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), past_key_values=last[name], do_sample=False,
-                min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0,
-            )  # fmt: skip
-
-        return run
-
-    works = {name: work(name) for name in makers}
-    held = {name: _held(last[name]) for name in makers if not _why_not(works[name])}
-    case = f"{settings.name}: {prompt_tokens} prompt tokens, then {new_tokens}, W {config.sliding_window}"
-    return rows_of("decode", case, works, rounds, "fp32", held=held)
-
-
-def _held(cache: Any) -> int:
-    """Bytes of keys and values in a cache."""
-    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor))
-
-
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
@@ -489,8 +343,17 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         found = bench_lengths(precision, tuple(arguments.long_lengths))
         console.print(table_of(found), growth(found), sep="\n")
         rows += found
+    few = min(arguments.rounds, 3)
     if arguments.bench in ("decode", "all"):
-        found = bench_decode(settings, min(arguments.rounds, 3), arguments.prompt_tokens, arguments.new_tokens)
+        batches = tuple(arguments.batches)
+        found = bench_decode(settings, few, arguments.prompt_tokens, arguments.new_tokens, batches)
+        console.print(table_of(found))
+        rows += found
+        found = bench_prefill(settings, few, arguments.prefill, tuple(arguments.prefill_lengths))
+        console.print(table_of(found), prefill_growth(found), sep="\n")
+        rows += found
+    if arguments.bench == "stream":
+        found = bench_stream(settings, arguments.tokens)
         console.print(table_of(found))
         rows += found
     return rows
@@ -502,10 +365,10 @@ def _numbers(text: str) -> list[int]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["attention", "train", "decode", "all"])
+    parser.add_argument("bench", choices=["attention", "train", "decode", "stream", "all"])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py: model.hidden_size=128")
     parser.add_argument(
-        "--config", default="configs/quickstart.yaml", help="for train and decode; default: %(default)s"
+        "--config", default="configs/quickstart.yaml", help="for train, decode and stream; default: %(default)s"
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--plot", metavar="FILE", help="of attention: time against n and W")
@@ -516,10 +379,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS, metavar="N,N", help="of attention")
     parser.add_argument("--long-lengths", type=_numbers, default=LONG, metavar="N,N", help="of attention, ours alone")
     parser.add_argument("--windows", type=_numbers, default=WINDOWS, metavar="W,W", help="of attention")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="of decode; default: %(default)s")
+    parser.add_argument("--prompt-tokens", type=int, default=48, help="of decode; default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=128, help="of decode; default: %(default)s")
+    parser.add_argument("--batches", type=_numbers, default=[1, 8], metavar="B,B", help="of decode; default: 1,8")
+    parser.add_argument("--prefill", type=int, default=PREFILL_BESIDE, help="tokens beside sdpa; default: %(default)s")
+    parser.add_argument("--prefill-lengths", type=_numbers, default=PREFILL_ALONE, metavar="N,N", help="ours alone")
+    parser.add_argument("--tokens", type=int, default=131_072, help="of stream; default: %(default)s")
     arguments = parser.parse_args(argv)
-    for name in ("rounds", "threads", "rows", "prompt_tokens", "new_tokens"):
+    for name in ("rounds", "threads", "rows", "prompt_tokens", "new_tokens", "prefill", "tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")

@@ -1,16 +1,21 @@
-"""Continue a prompt, token by token, in constant memory: keys and values live in a ring of W slots per layer.
+"""Continue a text, token by token, in constant memory: keys and values live in a ring of W slots per layer.
 
     python scripts/generate.py runs/quickstart --prompt "It was a dark night"
     python scripts/generate.py runs/quickstart --file letter.txt --max-tokens 2000 --temperature 0.7 --top-p 0.9
     cat letter.txt | python scripts/generate.py runs/quickstart --greedy --stop "THE END"
+    python scripts/generate.py runs/quickstart --interactive        each line goes on from what both of you wrote
+    python scripts/generate.py runs/quickstart --prompt "Once" --endless --compile      until Ctrl-C or SIGTERM
 
-The continuation goes to stdout, tokens/s and the bytes of the cache to stderr. Exit codes: 0 done, 2 wrong input.
+The continuation goes to stdout, tokens/s and the bytes of the cache to stderr. Exit codes: 0 done, also when an endless
+or interactive text was stopped by a signal; 2 wrong input; 130 Ctrl-C otherwise.
 """
 
 import argparse
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +29,7 @@ from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError, cli
 
-PREFILL_TOKENS = 512  # prompt tokens per forward pass; any number gives the same logits
+MAX_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,12 @@ class Sampling:
 def stream(model: WindreachForCausalLM, prompt: Sequence[int], sampling: Sampling, cache: RingCache) -> Iterator[int]:
     """Token ids without end. The cache holds the last W tokens of each layer, whatever has been read or written."""
     device = next(model.parameters()).device
-    for start in range(0, len(prompt), PREFILL_TOKENS):
-        chunk = torch.tensor([prompt[start : start + PREFILL_TOKENS]], device=device)
-        logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    ids = torch.tensor([prompt], device=device)
     while True:
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = sampling.draw(logits[0, -1])
         yield token
-        logits = model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True).logits
+        ids = torch.tensor([[token]], device=device)
 
 
 class Detokenizer:
@@ -100,40 +104,79 @@ class Stops:
         return shown
 
 
-def generate(examined: Examined, text: str, arguments: argparse.Namespace) -> str:
-    """Write the continuation of `text` to stdout as it comes; returns the line about speed and memory."""
-    model = examined.model
-    if not isinstance(model, WindreachForCausalLM):
-        raise UserError(
-            f"MODEL {examined.name!r} is a {model.config.model_type} model, which brings its own cache; "
-            "give a Windreach run or a checkpoint of type mistral, ministral, qwen3 or windreach"
+class Conversation:
+    """One text that a reader and the model write in turns; the ring goes on from turn to turn."""
+
+    def __init__(self, examined: Examined, sampling: Sampling, stops: Sequence[str]) -> None:
+        if not isinstance(examined.model, WindreachForCausalLM):
+            raise UserError(
+                f"MODEL {examined.name!r} is a {examined.model.config.model_type} model, which brings its own cache; "
+                "give a Windreach run or a checkpoint of type mistral, ministral, qwen3 or windreach"
+            )
+        self.model, self.tokenizer, self.sampling, self.stops = examined.model, examined.tokenizer, sampling, stops
+        self.cache = RingCache(self.model.config)
+        self.unread: list[int] = []  # tokens that are not yet in the cache
+        self.read = self.written = self.turns = 0
+        self.reading_seconds = self.writing_seconds = 0.0
+
+    def say(self, text: str) -> None:
+        """Add to the text what the model is to go on from. Raises UserError where the tokenizer can't spell it."""
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise UserError("the prompt is empty; give --prompt TEXT, a file or a line that says something")
+        if self.tokenizer.unk_id in ids:
+            strange = next((c for c in text if self.tokenizer.unk_id in self.tokenizer.encode(c)), text)
+            raise UserError(
+                f"the prompt holds {strange!r}, which the tokenizer of this model doesn't know; leave it out"
+            )
+        if not self.turns and not self.unread and self.tokenizer.bos_id is not None:
+            self.unread.append(self.tokenizer.bos_id)
+        self.unread += ids
+
+    def answer(self, max_tokens: int | None) -> Iterator[str]:
+        """The continuation in pieces, up to its end, a stop string or `max_tokens`; without end if that is None."""
+        self.read += len(self.unread)
+        self.turns += 1
+        words, stops = Detokenizer(self.tokenizer.decode, self.unread[-1]), Stops(self.stops)
+        began = first = time.perf_counter()
+        try:
+            for count, token in enumerate(stream(self.model, self.unread, self.sampling, self.cache), 1):
+                first = time.perf_counter() if count == 1 else first
+                self.unread, self.written = [token], self.written + 1
+                if token == self.tokenizer.eos_id and max_tokens is not None:
+                    break
+                yield stops.push(words.push(token))
+                if stops.found or count == max_tokens:
+                    break
+        finally:
+            self.reading_seconds += first - began
+            self.writing_seconds += time.perf_counter() - first
+        yield stops.held
+
+    def summary(self) -> str:
+        """Speed and memory. The first token of a turn is counted to the reading of its prompt."""
+        timed = self.written - self.turns
+        rate = f"{timed / self.writing_seconds:,.1f} tokens/s" if timed > 0 else "no speed to tell"
+        return (
+            f"{self.read:,} prompt tokens in {self.reading_seconds:.2f} s, then {self.written:,} tokens at {rate}; "
+            f"cache {self.cache.bytes:,} bytes"
         )
-    tokenizer = examined.tokenizer
-    prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
-    if not prompt:
-        raise UserError("the prompt is empty, and this tokenizer has no token to begin a text with; give --prompt TEXT")
-    greedy = arguments.greedy or arguments.temperature == 0
-    sampling = Sampling(
-        0.0 if greedy else arguments.temperature, arguments.top_p, torch.Generator().manual_seed(arguments.seed)
-    )
-    cache, words, stops = RingCache(model.config), Detokenizer(tokenizer.decode, prompt[-1]), Stops(arguments.stop)
-    count, began, first = 0, time.perf_counter(), 0.0
-    for token in stream(model, prompt, sampling, cache):
-        first = first or time.perf_counter()
-        count += 1
-        if token == tokenizer.eos_id:
-            break
-        sys.stdout.write(stops.push(words.push(token)))
+
+
+def show(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
         sys.stdout.flush()
-        if stops.found or count == arguments.max_tokens:
-            break
-    sys.stdout.write(stops.held + "\n")
-    seconds = max(time.perf_counter() - first, 1e-9)
-    rate = f"{(count - 1) / seconds:,.1f} tokens/s" if count > 1 else "one token"
-    return (
-        f"{len(prompt):,} prompt tokens in {first - began:.2f} s, then {count:,} tokens at {rate}; "
-        f"cache {cache.bytes:,} bytes"
-    )
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def converse(talk: Conversation, lines: Iterable[str], max_tokens: int) -> None:
+    """A turn for each line. Empty ones are passed over."""
+    for line in lines:
+        if line.strip():
+            talk.say(line)
+            show(talk.answer(max_tokens))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -142,42 +185,111 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="default: --file, or standard input")
     source.add_argument("--file", metavar="FILE", help="a UTF-8 file to continue")
-    parser.add_argument("--max-tokens", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, help=f"of a continuation; default: {MAX_TOKENS}")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--interactive", action="store_true", help="go on with each line of standard input")
+    length.add_argument("--endless", action="store_true", help="go on until Ctrl-C, SIGTERM or a stop string")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default: %(default)s")
     parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    parser.add_argument("--compile", action="store_true", help="compile first: some 15 s, then about twice as fast")
     parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
     arguments = parser.parse_args(argv)
-    if arguments.max_tokens < 1:
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.endless and arguments.max_tokens is not None:
+        raise UserError(f"--endless --max-tokens {arguments.max_tokens}: give one of the two")
+    if arguments.max_tokens is not None and arguments.max_tokens < 1:
         raise UserError(f"--max-tokens {arguments.max_tokens}: give at least 1")
     if not 0 <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature {arguments.temperature}: give 0 (greedy) or more")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p {arguments.top_p}: give more than 0 and at most 1")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed {arguments.seed}: give 0 or more, and less than 2^63")
     if "" in arguments.stop:
         raise UserError("--stop '': an empty text stops before the first token; leave it out")
-    return arguments
+    if arguments.device:
+        _check_device(arguments.device)
 
 
-def read_prompt(prompt: str | None, file: str | None) -> str:
-    if prompt is not None:
-        return prompt
-    if file is None and sys.stdin.isatty():
-        raise UserError("no prompt: give --prompt TEXT, --file FILE, or pipe a text in")
+def _check_device(name: str) -> None:
     try:
-        return Path(file).read_text(encoding="utf-8") if file else sys.stdin.buffer.read().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"--file {file}: {error.strerror}; give a text file that can be read") from error
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}; leave it out, or give cpu or cuda") from error
+
+
+def opening(arguments: argparse.Namespace) -> str | None:
+    """The text to begin with; None when an interactive one begins with its first line."""
+    if arguments.prompt is not None:
+        return _utf8(arguments.prompt.encode("utf-8", "surrogateescape"), "--prompt")
+    if arguments.file is not None:
+        try:
+            return _utf8(Path(arguments.file).read_bytes(), arguments.file)
+        except OSError as error:
+            raise UserError(f"--file {arguments.file}: {error.strerror}; give a text file that can be read") from error
+    if arguments.interactive:
+        return None
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give --prompt TEXT, --file FILE, --interactive, or pipe a text in")
+    return _utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def lines_of_stdin() -> Iterator[str]:
+    """Lines as they come, without their ends; a terminal gets a prompt for each."""
+    number = 0
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        number += 1
+        yield _utf8(line.rstrip(b"\r\n"), f"line {number} of standard input")
+
+
+def _utf8(text: bytes, where: str) -> str:
+    try:
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file or 'standard input'} is not UTF-8 (byte {error.start}); convert it first") from error
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def write(arguments: argparse.Namespace, talk: Conversation) -> None:
+    text = opening(arguments)
+    if text is not None:
+        talk.say(text)
+        show(talk.answer(None if arguments.endless else arguments.max_tokens or MAX_TOKENS))
+    if arguments.interactive:
+        converse(talk, lines_of_stdin(), arguments.max_tokens or MAX_TOKENS)
 
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
-    text = read_prompt(arguments.prompt, arguments.file)
-    print(f"\n{generate(load_model(arguments.model, arguments.device), text, arguments)}", file=sys.stderr)
+    examined = load_model(arguments.model, arguments.device)
+    temperature = 0.0 if arguments.greedy else arguments.temperature
+    sampling = Sampling(temperature, arguments.top_p, torch.Generator().manual_seed(arguments.seed))
+    talk = Conversation(examined, sampling, arguments.stop)
+    if arguments.compile:
+        talk.model.compile_decoding()
+    open_ended = arguments.endless or arguments.interactive
+    if open_ended:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        write(arguments, talk)
+    except KeyboardInterrupt:
+        if not open_ended:
+            raise
+    except BrokenPipeError:  # nobody reads on; what Python would still write at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"\n{talk.summary()}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import cache_bytes
 from model.windows import reach
-from scripts.bench import peak_bytes
+from scripts.timing import peak_bytes
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37
@@ -42,6 +42,14 @@ def with_sinks(model: WindreachForCausalLM) -> WindreachForCausalLM:
         for name, weight in model.named_parameters():
             if name.endswith("sink_logits"):
                 weight.copy_(torch.linspace(-1, 2, weight.numel()))
+    return model
+
+
+def with_norms(model: WindreachForCausalLM) -> WindreachForCausalLM:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(torch.linspace(0.5, 2, weight.numel()))
     return model
 
 
@@ -253,14 +261,26 @@ def test_beams_and_samples_are_those_without_a_cache(stack: str, how: dict) -> N
     assert torch.equal(*drawn)
 
 
-def test_single_tokens_take_the_short_way_and_it_computes_what_the_layers_do() -> None:
-    model, ids = tiny_model(STACKS["everything"]), token_ids(2, T)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_single_tokens_take_the_short_way_and_it_computes_what_the_layers_do(qk_norm: bool) -> None:
+    model, ids = with_norms(tiny_model(STACKS["everything"], qk_norm=qk_norm)), token_ids(2, T)
     short, watched = RingCache(model.config), RingCache(model.config)
     logits = through_ring(model, list(ids.split(1, 1)), short)
     assert short.step is not None
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(through_ring(model, list(ids.split(1, 1)), watched), logits, atol=1e-5, rtol=1e-4)
     assert watched.step is None  # a hook must see its module run
+
+
+def test_compiled_step_computes_the_same_also_while_a_full_layer_grows() -> None:
+    layers = [{"window": W, "global_tokens": 2, "sink": True}, {"kind": "full"}]
+    model, ids = with_norms(with_sinks(tiny_model(layers, qk_norm=True))), token_ids(2, 12)
+    cache, twin = RingCache(model.config), RingCache(model.config)
+    for one in (cache, twin):
+        through_ring(model, [token_ids(2, 250)], one)
+    expected = through_ring(model, list(ids.split(1, 1)), twin)
+    model.compile_decoding()
+    torch.testing.assert_close(through_ring(model, list(ids.split(1, 1)), cache), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_an_adapter_inside_a_layer_is_not_passed_by() -> None:

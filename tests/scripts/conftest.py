@@ -1,19 +1,19 @@
 """A decoder of a few thousand weights and a tokenizer of bytes: all that the scripts need to be tried."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 
 from eval.models import Examined
 from model.config import WindreachConfig
 from model.decoder import build_model
+from training.settings import Settings
 
 
 class ByteTokenizer:
-    """Token i is byte i; 0 begins a text, 255 (no byte of UTF-8) ends it."""
+    """Token i is byte i; 0 begins a text, 255 and 254 (no bytes of UTF-8) end it and stand for what is unknown."""
 
-    vocab_size, bos_id, eos_id = 256, 0, 255
+    vocab_size, bos_id, eos_id, unk_id = 256, 0, 255, 254
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -39,5 +39,12 @@ def examined(tiny_config: WindreachConfig) -> Examined:
 
 
 @pytest.fixture
-def arguments() -> SimpleNamespace:
-    return SimpleNamespace(max_tokens=20, temperature=0.8, top_p=0.95, greedy=False, seed=0, stop=[])
+def settings() -> Settings:
+    model = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "sliding_window": 5,
+    }  # fmt: skip
+    data = {"seq_len": 40, "tokenizer": {"vocab_size": 300}}
+    return Settings.model_validate(
+        {"name": "tiny", "model": model, "data": data, "training": {"max_steps": 1000, "tokens_per_step": 80}}
+    )

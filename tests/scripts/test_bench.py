@@ -8,30 +8,19 @@ import torch
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from scripts import bench
-from scripts.bench import OURS, Row
+from scripts.peers import mistral_twin, plain_config
+from scripts.timing import OURS, Row, alternate, peak_bytes, rows_of
 from training.settings import Settings
 
 ROW = Row("attention", "forward n=512 W=64", "peer", 1.0, 1.0, 1.0, None, None, None, "fp32", 1)
 KEYS = ["bench", "case", "peer", "ours_s", "peer_s", "ratio", "limit", "ours_bytes", "peer_bytes", "dtype", "threads"]
 
 
-@pytest.fixture
-def settings() -> Settings:
-    model = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "sliding_window": 5,
-    }  # fmt: skip
-    data = {"seq_len": 40, "tokenizer": {"vocab_size": 300}}
-    return Settings.model_validate(
-        {"name": "tiny", "model": model, "data": data, "training": {"max_steps": 1000, "tokens_per_step": 80}}
-    )
-
-
 def test_a_peer_that_can_not_run_says_why_and_the_others_are_timed() -> None:
     def broken() -> None:
         raise NotImplementedError("no kernel for this window\nand a long story")
 
-    rows = bench.rows_of("x", "case", {OURS: int, "works": int, "broken": broken}, 2, "fp32", limits={"works": 2.0})
+    rows = rows_of("x", "case", {OURS: int, "works": int, "broken": broken}, 2, "fp32", limits={"works": 2.0})
     works, refused = rows
     assert works.ratio is not None
     assert works.limit == 2.0
@@ -43,7 +32,7 @@ def test_our_own_failure_is_no_peer_missing() -> None:
         raise ValueError("ours")
 
     with pytest.raises(RuntimeError, match="our own side of the benchmark failed: ValueError: ours"):
-        bench.alternate({OURS: broken}, 1)
+        alternate({OURS: broken}, 1)
 
 
 def test_peak_counts_what_is_alive_at_once() -> None:
@@ -55,7 +44,7 @@ def test_peak_counts_what_is_alive_at_once() -> None:
             y += 1
             del y
 
-    assert bench.peak_bytes(work) == 4000
+    assert peak_bytes(work) == 4000
 
 
 def test_exponents_are_slopes_on_both_axes() -> None:
@@ -70,10 +59,10 @@ def test_exponents_are_slopes_on_both_axes() -> None:
 
 
 def test_training_peers_compute_the_same_function(settings: Settings) -> None:
-    ours = bench.build_model(bench._plain_config(settings), seed=0)
+    ours = bench.build_model(plain_config(settings), seed=0)
     ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
     for _, attention, _ in bench.PEERS_OF_TRAINING:
-        peer = bench._mistral_twin(ours, attention)
+        peer = mistral_twin(ours, attention)
         torch.testing.assert_close(peer(ids, use_cache=False).logits, ours(ids).logits, atol=1e-4, rtol=0)
 
 
@@ -90,13 +79,7 @@ def test_training_rows_stand_beside_each_peer(settings: Settings, monkeypatch: p
 def test_a_stack_that_mistral_can_not_express_has_no_peer(settings: Settings) -> None:
     mixed = settings.model.model_dump() | {"layers": [{"kind": "sliding"}, {"kind": "full"}]}
     with pytest.raises(UserError, match="so Mistral is no peer for it"):
-        bench._plain_config(Settings.model_validate(settings.model_dump() | {"model": mixed}))
-
-
-def test_decoding_holds_a_window_in_ours(settings: Settings) -> None:
-    rows = bench.bench_decode(settings, rounds=1, prompt_tokens=12, new_tokens=8)
-    assert rows[0].ours_bytes == 2 * 2 * 5 * 16 * 4
-    assert [row.note for row in rows] == ["", ""]
+        plain_config(Settings.model_validate(settings.model_dump() | {"model": mixed}))
 
 
 def test_attention_rows_and_json_have_the_fixed_keys(tmp_path: Path) -> None:

@@ -1,4 +1,11 @@
 import io
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,11 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.tokenizer import train_tokenizer
 from eval.models import Examined
 from model.cache import RingCache
-from model.errors import UserError
+from model.config import WindreachConfig
+from model.decoder import build_model
+from model.errors import UserError, cli
+from model.hub import save_hf
 from scripts import generate
-from scripts.generate import Detokenizer, Sampling, Stops, parse, read_prompt, stream
+from scripts.generate import Conversation, Detokenizer, Sampling, Stops, parse, stream
 from tests.scripts.conftest import ByteTokenizer
 
 PROMPT = list(b"the sea was calm and a ship came slowly")  # 39 tokens, more than 3 W
@@ -25,11 +36,7 @@ def take(examined: Examined, n: int, how: Sampling, cache: RingCache | None = No
     return [next(tokens) for _ in range(n)]
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 6, 512])
-def test_streaming_from_the_ring_equals_greedy_full_passes(
-    examined: Examined, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", chunk)
+def test_streaming_from_the_ring_equals_greedy_full_passes(examined: Examined) -> None:
     ids = list(PROMPT)
     with torch.inference_mode():
         for _ in range(20):
@@ -77,42 +84,194 @@ def test_a_stop_string_is_found_however_the_text_arrives(text: str, size: int) -
     assert shown + stops.held == text[: min(ends, default=len(text))]
 
 
-def test_generate_streams_and_tells_speed_and_memory(
-    examined: Examined, arguments: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = generate.generate(examined, "calm sea", arguments)
-    assert "9 prompt tokens" in line
-    assert "cache 1,280 bytes" in line
-    assert capsys.readouterr().out.endswith("\n")
+def talk(examined: Examined, stops: tuple[str, ...] = (), temperature: float = 0.0) -> Conversation:
+    return Conversation(examined, sampling(temperature), stops)
 
 
-def test_a_model_of_another_kind_is_refused(examined: Examined, arguments: SimpleNamespace) -> None:
+def test_an_answer_comes_in_pieces_and_the_summary_tells_speed_and_memory(examined: Examined) -> None:
+    talking = talk(examined)
+    talking.say("calm sea")
+    assert len(list(talking.answer(20))) == 21  # and what was held back
+    assert re.fullmatch(
+        r"9 prompt tokens in \d+\.\d\d s, then 20 tokens at [\d,.]+ tokens/s; cache 1,280 bytes", talking.summary()
+    )
+
+
+def test_turns_go_on_from_all_that_was_written(examined: Examined) -> None:
+    talking, ids = talk(examined), [0]
+    for text in ("the sea", "was calm and", "a ship"):
+        talking.say(text)
+        "".join(talking.answer(7))
+        ids += text.encode()
+        with torch.inference_mode():
+            for _ in range(7):
+                ids.append(int(examined.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert talking.unread == ids[-1:]
+    assert talking.cache.get_seq_length() == len(ids) - 1
+    assert talking.summary().startswith(f"{len(ids) - 21 + 2} prompt tokens")  # two turns began with a token unread
+
+
+def test_an_end_of_text_ends_an_answer_but_not_an_endless_one(examined: Examined) -> None:
+    with torch.no_grad():
+        examined.model.lm_head.weight.zero_()  # all logits are equal: greedy takes token 0
+    examined.tokenizer.eos_id = 0
+    talking = talk(examined)
+    talking.say("x")
+    list(talking.answer(9))
+    assert talking.written == 1
+    endless = talking.answer(None)
+    assert sum(1 for _ in itertools.islice(endless, 50)) == 50
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_shown(examined: Examined) -> None:
+    whole = talk(examined)
+    whole.say("calm sea")
+    text = "".join(whole.answer(30))
+    short = talk(examined, (text[10:12],))
+    short.say("calm sea")
+    assert "".join(short.answer(30)) == text[: text.index(text[10:12])]
+
+
+def test_a_model_of_another_kind_is_refused(examined: Examined) -> None:
     examined.model = torch.nn.Linear(1, 1)
     examined.model.config = SimpleNamespace(model_type="gpt2")
     with pytest.raises(UserError, match="is a gpt2 model, which brings its own cache; give a Windreach run"):
-        generate.generate(examined, "x", arguments)
+        talk(examined)
+
+
+def test_a_text_that_can_not_be_spelled_is_refused(examined: Examined) -> None:
+    with pytest.raises(
+        UserError, match=r"^the prompt is empty; give --prompt TEXT, a file or a line that says something$"
+    ):
+        talk(examined).say("")
+    examined.tokenizer.encode = lambda text: [254 if c == "\u2603" else ord(c) for c in text]
+    with pytest.raises(UserError, match=r"^the prompt holds '\u2603', which the tokenizer of this model doesn't know"):
+        talk(examined).say("snow \u2603 man")
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("--max-tokens=0", "--max-tokens 0: give at least 1"),
+        ("--max-tokens=-5", "--max-tokens -5: give at least 1"),
         ("--temperature=-1", r"--temperature -1.0: give 0 \(greedy\) or more"),
         ("--temperature=nan", "--temperature nan: give 0"),
         ("--top-p=0", "--top-p 0.0: give more than 0 and at most 1"),
         ("--stop=", "--stop '': an empty text stops before the first token"),
+        ("--seed=-1", r"--seed -1: give 0 or more, and less than 2\^63"),
+        ("--endless --max-tokens=3", "--endless --max-tokens 3: give one of the two"),
+        ("--device=nowhere", "--device nowhere: .*; leave it out, or give cpu or cuda"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_remedy(argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse(["runs/x", argument])
+        parse(["runs/x", *argument.split()])
 
 
-def test_a_prompt_that_can_not_be_read_is_refused(
-    tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_that_can_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def text(*arguments: str) -> str | None:
+        return generate.opening(parse(["runs/x", *arguments]))
+
     with pytest.raises(UserError, match="No such file or directory; give a text file"):
-        read_prompt(None, f"{tmp_path}/none.txt")
+        text("--file", f"{tmp_path}/none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"latin.txt is not UTF-8 \(byte 3\)"):
+        text("--file", f"{tmp_path}/latin.txt")
+    with pytest.raises(UserError, match=r"--prompt is not UTF-8 \(byte 1\); convert it first"):
+        text("--prompt", "a\udcff")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     with pytest.raises(UserError, match=r"standard input is not UTF-8 \(byte 0\)"):
-        read_prompt(None, None)
+        text()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\nb\xff")))
+    with pytest.raises(UserError, match=r"line 2 of standard input is not UTF-8 \(byte 1\)"):
+        list(generate.lines_of_stdin())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as training leaves it, of a model without training."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer([" ".join(f"ship {i} came over the grey water" for i in range(400))], 330)
+    config = WindreachConfig(
+        vocab_size=330, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=5,
+    )  # fmt: skip
+    save_hf(build_model(config, seed=3), folder / "hf")
+    tokenizer.save(folder / "hf")
+    (folder / "settings.yaml").write_text("name: tiny\n")
+    return folder
+
+
+def main_with(run: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["generate.py", str(run), *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return cli(generate.main)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_interactive_lines_are_turns_also_through_a_pipe(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"came over\n\nthe water")))
+    assert main_with(run, monkeypatch, "--interactive", "--max-tokens", "3", "--prompt", "ship") == 0
+    out, told = capfd.readouterr()
+    assert out.count("\n") >= 3
+    assert "then 9 tokens at" in told
+
+
+class Signalling(io.StringIO):
+    """A terminal at which, after some text, somebody presses Ctrl-C, or from which a signal comes."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+    def flush(self) -> None:
+        if self.tell() > 40:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "mode", "code"),
+    [(signal.SIGINT, "--endless", 0), (signal.SIGTERM, "--endless", 0), (signal.SIGINT, "--max-tokens=999", 130)],
+)
+def test_only_an_open_end_is_well_ended_by_a_signal(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: signal.Signals, mode: str,
+    code: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.stdout", Signalling(number))
+    assert main_with(run, monkeypatch, mode, "--prompt", "ship") == code
+    summary = r"^\d+ prompt tokens in .*, then [\d,]+ tokens at [\d,.]+ tokens/s; cache 1,280 bytes$"
+    assert bool(re.search(summary, capfd.readouterr().err, re.MULTILINE)) == (code == 0)
+
+
+def test_nobody_reading_on_is_no_fault(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody:
+        monkeypatch.setattr("sys.stdout", nobody)
+        assert main_with(run, monkeypatch, "--endless", "--prompt", "ship") == 0
+    assert "1 tokens" in capfd.readouterr().err
+
+
+def test_wrong_input_exits_with_2_and_a_sentence(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main_with(run, monkeypatch, "--prompt", "") == 2
+    assert "error: the prompt is empty; give --prompt TEXT" in capfd.readouterr().err
+
+
+def test_an_endless_process_streams_as_it_writes_until_a_signal(run: Path) -> None:
+    command = [sys.executable, "scripts/generate.py", str(run), "--endless", "--prompt", "ship"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert len(process.stdout.read(2000)) == 2000  # before it has ended
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert b"tokens/s; cache 1,280 bytes" in told
+    assert b"Traceback" not in told
