@@ -3,7 +3,8 @@
     python scripts/bench.py train                                  a training step of configs/quickstart.yaml
     python scripts/bench.py train --config configs/small.yaml
     python scripts/bench.py attention --plot attention.png         against length and window, with fitted exponents
-    python scripts/bench.py decode                                 token-by-token generation, and prefill
+    python scripts/bench.py decode                                 token-by-token generation
+    python scripts/bench.py prefill                                a prompt into the cache, W = 256
     python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
     python scripts/bench.py all --json bench.json
 
@@ -349,6 +350,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         found = bench_decode(settings, few, arguments.prompt_tokens, arguments.new_tokens, batches)
         console.print(table_of(found))
         rows += found
+    if arguments.bench in ("prefill", "all"):
         found = bench_prefill(settings, few, arguments.prefill, tuple(arguments.prefill_lengths))
         console.print(table_of(found), prefill_growth(found), sep="\n")
         rows += found
@@ -365,10 +367,10 @@ def _numbers(text: str) -> list[int]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["attention", "train", "decode", "stream", "all"])
+    parser.add_argument("bench", choices=["attention", "train", "decode", "prefill", "stream", "all"])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py: model.hidden_size=128")
     parser.add_argument(
-        "--config", default="configs/quickstart.yaml", help="for train, decode and stream; default: %(default)s"
+        "--config", default="configs/quickstart.yaml", help="for all but attention; default: %(default)s"
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--plot", metavar="FILE", help="of attention: time against n and W")
