@@ -126,29 +126,40 @@ class WindreachModel(nn.Module):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
+        positions_to_keep: int = 0,
     ) -> BaseModelOutputWithPast:
-        """`documents` (B, T): ids of packed documents, -1 for padding; else `attention_mask` (B, S), 0 for padding."""
+        """`documents` (B, T): ids of packed documents, -1 for padding; else `attention_mask` (B, S), 0 for padding.
+
+        `positions_to_keep`: the last ones, of which alone hidden states are asked; 0 for all. Of a long prompt behind a
+        cache no others are held.
+        """
         if not isinstance(past_key_values, RingCache | None):
             kind = type(past_key_values).__name__
             raise UserError(f"past_key_values is a {kind}; pass a model.cache.RingCache or none")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.shape[1] == 0:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise UserError("nothing to read: give input_ids or inputs_embeds")
+        if given.shape[1] == 0:
             raise UserError("the input is empty; give at least one token a row")
         if past_key_values is not None:
             past_key_values.serve(self, self.config.specs)
-        places = _places(x, documents, attention_mask, position_ids, past_key_values)
+        places = _places(given, documents, attention_mask, position_ids, past_key_values)
         if past_key_values is None:
-            streams = self._whole(x, places, output_hidden_states)
-        elif (step := self._step(x, past_key_values, output_hidden_states)) is not None:
+            streams = self._whole(self._embed(given), places, output_hidden_states)
+        elif (step := self._step(given, past_key_values, output_hidden_states)) is not None:
             past_key_values.begin(places)
-            streams = [step(x[:, 0], places, past_key_values)[:, None]]
+            streams = [step(self._embed(given)[:, 0], places, past_key_values)[:, None]]
         else:
-            streams = self._in_slices(x, places, past_key_values, output_hidden_states)
+            streams = self._in_slices(given, places, past_key_values, output_hidden_states, positions_to_keep)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(streams[-1]),
             past_key_values=past_key_values,
             hidden_states=tuple(streams) if output_hidden_states else None,
         )
+
+    def _embed(self, given: Tensor) -> Tensor:
+        """Embeddings (B, T, E) of token ids (B, T), or those that were given."""
+        return self.embed_tokens(given) if given.ndim == 2 else given
 
     def _whole(self, x: Tensor, places: Places, keep: bool) -> list[Tensor]:
         """The residual stream (B, T, E) after the last layer, or (`keep`) before the first and after each."""
@@ -162,10 +173,16 @@ class WindreachModel(nn.Module):
             streams = [*streams, x] if keep else [x]
         return streams
 
-    def _in_slices(self, x: Tensor, places: Places, cache: RingCache, keep: bool) -> list[Tensor]:
-        """The same behind a cache, however long the chunk, in memory that grows with a slice of it."""
-        slices = zip(x.split(PREFILL_TOKENS, 1), split(places, PREFILL_TOKENS))
-        return [torch.cat(stream, 1) for stream in zip(*(self._behind(*part, cache, keep) for part in slices))]
+    def _in_slices(self, given: Tensor, places: Places, cache: RingCache, keep: bool, last: int) -> list[Tensor]:
+        """The same behind a cache, however long the chunk, in the memory of a slice and of the `last` positions."""
+        parts: list[list[Tensor]] = []
+        unwanted = given.shape[1] - last if last else 0
+        for part, at in zip(given.split(PREFILL_TOKENS, 1), split(places, PREFILL_TOKENS)):
+            streams = self._behind(self._embed(part), at, cache, keep)
+            if unwanted < part.shape[1]:
+                parts.append([stream[:, max(0, unwanted) :] for stream in streams])
+            unwanted -= part.shape[1]
+        return [torch.cat(stream, 1) for stream in zip(*parts)]
 
     def _behind(self, x: Tensor, places: Places, cache: RingCache, keep: bool) -> list[Tensor]:
         cache.begin(places)
@@ -178,9 +195,10 @@ class WindreachModel(nn.Module):
         cache.commit()
         return streams
 
-    def _step(self, x: Tensor, cache: RingCache, keep: bool) -> Step | None:
+    def _step(self, given: Tensor, cache: RingCache, keep: bool) -> Step | None:
         """The short way for a single token, where there is nothing but inference of the layers as they are."""
-        watched = x.shape[1] > 1 or keep or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        several, device = given.shape[1] > 1, given.device.type
+        watched = several or keep or torch.is_grad_enabled() or torch.is_autocast_enabled(device)
         if watched or self.backend == "reference":
             return None
         if cache.step is None and plain(self.layers):
@@ -200,22 +218,22 @@ class WindreachModel(nn.Module):
 
 
 def _places(
-    x: Tensor,
+    given: Tensor,
     documents: Tensor | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: RingCache | None,
 ) -> Places:
     """Positions inside each row's document, and document ids where there are several or padding, or a cache."""
-    b, t, _ = x.shape
+    b, t = given.shape[:2]
     if documents is None and attention_mask is not None and not bool(attention_mask.all()):
         documents = attention_mask[:, -t:].long() - 1
     if documents is None and cache is not None:
-        documents = torch.zeros(b, t, dtype=torch.long, device=x.device)
+        documents = torch.zeros(b, t, dtype=torch.long, device=given.device)
     if documents is None and position_ids is not None:
         documents = restarts(position_ids)
     if documents is None:
-        index = torch.arange(t, device=x.device)[None]
+        index = torch.arange(t, device=given.device)[None]
         return Places(index if position_ids is None else position_ids)
     if cache is not None and t == 1:
         places, cache.tail = cache.tail_for(documents).one_more(documents)
@@ -282,8 +300,9 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = RingCache(self.config)
         hidden = self.model(
-            input_ids, documents, attention_mask, position_ids, past_key_values, inputs_embeds
-        ).last_hidden_state
+            input_ids, documents, attention_mask, position_ids, past_key_values, inputs_embeds,
+            positions_to_keep=logits_to_keep,
+        ).last_hidden_state  # fmt: skip
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:

@@ -344,8 +344,18 @@ def test_memory_of_a_prefill_is_that_of_a_slice(monkeypatch: pytest.MonkeyPatch)
             peaks.append(
                 peak_bytes(lambda ids=ids: model(ids, past_key_values=RingCache(model.config), logits_to_keep=1))
             )
-    grown = (4096 - 512) * model.config.hidden_size * 4
-    assert peaks[1] - peaks[0] < 4 * grown  # the residual stream in and out, and the ids; no layer's own
+    residual_stream = (4096 - 512) * model.config.hidden_size * 4
+    assert peaks[1] - peaks[0] < residual_stream  # positions and document ids, a few integers a token
+
+
+@pytest.mark.parametrize("keep", [1, W, 2 * W + 4, 5 * W, T, T + 1])
+def test_logits_of_the_last_positions_alone_are_those_of_the_whole(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * W + 3)
+    model, ids = tiny_model(), token_ids(2, T)
+    with torch.no_grad():
+        whole = model(ids).logits
+        last = model(ids, past_key_values=RingCache(model.config), logits_to_keep=keep).logits
+    torch.testing.assert_close(last, whole[:, -keep:], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stack", ["sliding", "dilated", "chunked", "sinks"])
@@ -389,6 +399,13 @@ def test_bfloat16_goes_through_the_ring() -> None:
     assert cache.layers[0].keys.dtype == one_by_one.dtype == torch.bfloat16
     expected = model.float()(ids).logits
     assert (one_by_one.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_nothing_to_read_and_an_empty_input_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^nothing to read: give input_ids or inputs_embeds$"):
+        tiny_model()(past_key_values=RingCache(tiny_config()))
+    with pytest.raises(UserError, match=r"^the input is empty; give at least one token a row$"):
+        tiny_model()(token_ids(2, 0), past_key_values=RingCache(tiny_config()))
 
 
 def test_another_kind_of_cache_is_refused() -> None:
