@@ -124,7 +124,7 @@ def stack(specs: tuple[LayerSpec, ...], shape: Shape, compiled: bool) -> Callabl
         return x_be
 
     grows = any(spec.ring_slots is None for spec in specs)  # then sizes are variables, which costs some speed
-    return torch.compile(run, dynamic=None if grows else False) if compiled else run
+    return torch.compile(run, dynamic=None if grows else False, fullgraph=True) if compiled else run
 
 
 def share(spec: LayerSpec, token: Places, kind: Kind, dtype: torch.dtype) -> Shared:

@@ -320,6 +320,11 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         """`generate` gets a ring unless it brings a cache or wants none."""
+        if generation_config.cache_implementation is not None:
+            raise UserError(
+                f"cache_implementation is {generation_config.cache_implementation!r}, a cache of transformers that the "
+                "model can't take; leave it out, and it gets a ring"
+            )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RingCache(self.config)
 

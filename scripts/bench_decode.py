@@ -5,6 +5,7 @@ Legend: B batch, T tokens.
 
 import statistics
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -152,31 +153,44 @@ def bench_stream(settings: Settings, tokens: int) -> list[Row]:
     """One text of `tokens`: time of a late token beside that of an early one, resident memory beside that at the start.
 
     Early are the thousand from 2W on, late the last thousand; bytes are those of the process, the most after the
-    early ones, and then.
+    early ones, and then. The second row has late tokens in turns with the early ones of another text, so that a
+    machine that got slower or faster in between hits both alike.
     """
     config = plain_config(settings)
     window = config.sliding_window or 0
-    if tokens < 2 * (window + THOUSAND):
-        raise UserError(
-            f"--tokens {tokens}: give at least {2 * (window + THOUSAND):,}, to tell late ones from early ones"
-        )
+    first, end = 2 * window, 2 * window + THOUSAND
+    if tokens < 2 * end:
+        raise UserError(f"--tokens {tokens}: give at least {2 * end:,}, to tell late ones from early ones")
     model = build_model(config, seed=settings.seed).eval()
     model.compile_decoding()
     cache = RingCache(config)
-    text = stream(model, [1], Sampling(0.0, 1.0, torch.Generator()), cache)
-    seconds, resident = _times(islice(text, tokens), warm=2 * window + THOUSAND)
-    early, late = seconds[2 * window : 2 * window + THOUSAND], seconds[-THOUSAND:]
-    medians = statistics.median(late), statistics.median(early)
-    case = f"{settings.name}: token {tokens:,}, W {window}, cache {cache.bytes:,} bytes"
-    return [
-        Row("stream", case, f"tokens {2 * window} to {2 * window + THOUSAND}", *medians, medians[1] / medians[0],
-            1 / 1.05, max(resident), resident[0], "fp32", torch.get_num_threads())
-    ]  # fmt: skip
+    text, other = (
+        stream(model, [1], Sampling(0.0, 1.0, torch.Generator()), ring) for ring in (cache, RingCache(config))
+    )
+    seconds, resident = _times(islice(text, tokens), warm=end)
+    row = Row(
+        bench="stream",
+        case=f"{settings.name}: token {tokens:,}, W {window}, cache {cache.bytes:,} bytes",
+        peer=f"tokens {first} to {end}",
+        ours_s=statistics.median(seconds[-THOUSAND:]),
+        peer_s=statistics.median(seconds[first:end]),
+        ratio=None,
+        limit=1 / 1.05,
+        ours_bytes=max(resident),
+        peer_bytes=resident[0],
+        dtype="fp32",
+        threads=torch.get_num_threads(),
+    )
+    late, early = _in_turns(text, islice(other, first, None))
+    in_turns = replace(
+        row, peer=f"{row.peer} of another text, in turns", ours_s=late, peer_s=early, ours_bytes=None, peer_bytes=None
+    )
+    return [replace(r, ratio=(r.peer_s or 0.0) / r.ours_s) for r in (row, in_turns)]
 
 
-def _times(tokens: Iterator[int], warm: int) -> tuple[list[float], list[int]]:
+def _times(tokens: Iterator[int], warm: int) -> tuple[array, list[int]]:
     """Seconds of each token, and the resident bytes at token `warm` and after each thousand from then on."""
-    process, seconds, resident = psutil.Process(), [], []
+    process, seconds, resident = psutil.Process(), array("d"), []
     before = time.perf_counter()
     for index, _ in enumerate(tokens, 1):
         now = time.perf_counter()
@@ -185,3 +199,16 @@ def _times(tokens: Iterator[int], warm: int) -> tuple[list[float], list[int]]:
             resident.append(process.memory_info().rss)
         before = time.perf_counter()
     return seconds, resident
+
+
+def _in_turns(*texts: Iterator[int]) -> list[float]:
+    """Median seconds of the next thousand tokens of each text, one of each in turn."""
+    seconds: list[list[float]] = [[] for _ in texts]
+    for text in texts:
+        next(text)
+    for _ in range(THOUSAND):
+        for text, past in zip(texts, seconds, strict=True):
+            before = time.perf_counter()
+            next(text)
+            past.append(time.perf_counter() - before)
+    return [statistics.median(past) for past in seconds]

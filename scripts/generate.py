@@ -171,12 +171,20 @@ def show(pieces: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
-def converse(talk: Conversation, lines: Iterable[str], max_tokens: int) -> None:
-    """A turn for each line. Empty ones are passed over."""
-    for line in lines:
-        if line.strip():
-            talk.say(line)
-            show(talk.answer(max_tokens))
+def converse(talk: Conversation, lines: Iterable[bytes], max_tokens: int) -> None:
+    """A turn for each line. Empty ones are passed over; a slip at a terminal is told, and does not end the text."""
+    for number, line in enumerate(lines, 1):
+        try:
+            text = _utf8(line, f"line {number} of standard input")
+            if not text.strip():
+                continue
+            talk.say(text)
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        show(talk.answer(max_tokens))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -242,17 +250,15 @@ def opening(arguments: argparse.Namespace) -> str | None:
     return _utf8(sys.stdin.buffer.read(), "standard input")
 
 
-def lines_of_stdin() -> Iterator[str]:
+def lines_of_stdin() -> Iterator[bytes]:
     """Lines as they come, without their ends; a terminal gets a prompt for each."""
-    number = 0
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        number += 1
-        yield _utf8(line.rstrip(b"\r\n"), f"line {number} of standard input")
+        yield line.rstrip(b"\r\n")
 
 
 def _utf8(text: bytes, where: str) -> str:

@@ -250,7 +250,7 @@ def test_turns_through_one_cache_generate_what_one_prompt_does(stack: str) -> No
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
-@pytest.mark.parametrize("stack", ["hybrid", "global", "everything"])
+@pytest.mark.parametrize("stack", ["sliding", "chunked", "dilated", "hybrid", "global", "everything"])
 def test_beams_and_samples_are_those_without_a_cache(stack: str, how: dict) -> None:
     model, (ids, mask) = with_sinks(tiny_model(STACKS[stack])), left_padded()
     drawn = []
@@ -259,6 +259,64 @@ def test_beams_and_samples_are_those_without_a_cache(stack: str, how: dict) -> N
         how = {"do_sample": False, "max_new_tokens": 12, **how}
         drawn.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **how))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("chunk", [1, W - 1, W, W + 1, 2 * W + 3, T])
+@pytest.mark.parametrize("stack", STACKS)
+def test_greedy_tokens_are_those_without_a_cache_however_generate_cuts_the_prompt(stack: str, chunk: int) -> None:
+    model, (ids, mask) = with_sinks(tiny_model(STACKS[stack])), left_padded()
+    how = {"attention_mask": mask, "do_sample": False, "max_new_tokens": W + 2}
+    anew = model.generate(ids, use_cache=False, **how)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **how), anew)
+
+
+def test_another_cache_asked_of_generate_by_name_is_refused() -> None:
+    told = (
+        r"^cache_implementation is 'static', a cache of transformers that the model can't take; leave it out, and it "
+    )
+    with pytest.raises(UserError, match=told):
+        tiny_model().generate(token_ids(1, T), cache_implementation="static", max_new_tokens=1)
+
+
+def test_what_goes_back_over_tokens_is_refused_by_generate() -> None:
+    """Assisted decoding crops what was guessed wrong, which a ring has already forgotten."""
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        tiny_model().generate(token_ids(1, T), prompt_lookup_num_tokens=3, max_new_tokens=5, do_sample=False)
+
+
+@torch.inference_mode()
+def test_a_token_is_written_where_it_belongs_and_nothing_held_is_moved() -> None:
+    model, ids = with_sinks(tiny_model([*STACKS["global"], *STACKS["chunked"]])), token_ids(2, 4 * W)
+    cache = RingCache(model.config)
+    through_ring(model, [ids[:, : W + 1]], cache)
+
+    def addresses() -> list[int]:
+        places = [x for slots in cache.slots.values() for x in (slots.positions, slots.documents)]
+        return [x.data_ptr() for x in (*places, *(layer.held for layer in cache.layers))]
+
+    before, held = addresses(), [layer.held.clone() for layer in cache.layers]
+    for token in ids[:, W + 1 :].split(1, 1):
+        model(token, past_key_values=cache)
+        assert addresses() == before
+        for layer, past in zip(cache.layers, held, strict=True):
+            assert (layer.held != past).any(-1).any(-1).sum(1).tolist() == [1, 1]  # one slot of each row
+        held = [layer.held.clone() for layer in cache.layers]
+
+
+@torch.inference_mode()
+def test_the_compiled_step_is_one_graph_of_unchanging_shapes_however_often_the_ring_turns() -> None:
+    model, ids = (
+        with_norms(tiny_model([{"window": W, "global_tokens": 1}, {"kind": "chunked", "window": 3}])),
+        token_ids(2, T),
+    )
+    model.compile_decoding()
+    cache = RingCache(model.config)
+    through_ring(model, list(ids[:, :2].split(1, 1)), cache)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        through_ring(model, list(ids[:, 2:].split(1, 1)), cache)
+    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

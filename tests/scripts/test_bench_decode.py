@@ -40,9 +40,11 @@ def test_growth_of_prefill_is_a_slope() -> None:
 
 def test_stream_sets_late_tokens_beside_early_ones(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_decode, "THOUSAND", 20)
-    (row,) = bench_stream(settings, 60)
-    assert row.ratio == pytest.approx(row.peer_s / row.ours_s)
-    assert (row.peer, row.limit) == ("tokens 10 to 30", 1 / 1.05)
+    row, in_turns = bench_stream(settings, 60)
+    for one in (row, in_turns):
+        assert one.ratio == pytest.approx(one.peer_s / one.ours_s)
+        assert one.limit == 1 / 1.05
+    assert (row.peer, in_turns.peer) == ("tokens 10 to 30", "tokens 10 to 30 of another text, in turns")
     assert "cache 1,280 bytes" in row.case
     assert row.ours_bytes >= row.peer_bytes > 2**20
     with pytest.raises(UserError, match=r"^--tokens 49: give at least 50, to tell late ones from early ones$"):

@@ -182,9 +182,26 @@ def test_a_prompt_that_can_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     with pytest.raises(UserError, match=r"standard input is not UTF-8 \(byte 0\)"):
         text()
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\nb\xff")))
-    with pytest.raises(UserError, match=r"line 2 of standard input is not UTF-8 \(byte 1\)"):
-        list(generate.lines_of_stdin())
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_that_can_not_be_read_ends_a_piped_text_but_not_one_at_a_terminal(
+    examined: Examined, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines, told = b"good\nb\xff\nbetter", "line 2 of standard input is not UTF-8 (byte 1); convert it first"
+    piped, typed = talk(examined), talk(examined)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    with pytest.raises(UserError) as caught:
+        generate.converse(piped, generate.lines_of_stdin(), 3)
+    monkeypatch.setattr("sys.stdin", Terminal(io.BytesIO(lines)))
+    generate.converse(typed, generate.lines_of_stdin(), 3)
+    assert str(caught.value) == told
+    assert (piped.turns, typed.turns) == (1, 2)
+    assert capfd.readouterr().err == f"> > error: {told}\n> > "
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from model.cache import RingCache
 from model.config import WindreachConfig
+from model.decoder import build_model
 from model.flops import parameters
+from training.build import model_config
 from training.config_file import load_settings
-from training.plan import plan_text, vocab_size
+from training.plan import plan_text, size, vocab_size
 from training.precision import Machine
 from training.schema import ROOT
 
@@ -50,6 +54,22 @@ def test_train_py_plans_mistral_7b_in_ten_seconds() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "7,241,732,096" in out
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-global", "quickstart-hybrid-4"])
+def test_the_ring_holds_the_bytes_that_the_plan_foretells(name: str) -> None:
+    settings = load_settings(ROOT / "configs" / f"{name}.yaml")
+    model = build_model(model_config(settings, vocab_size(settings))).bfloat16().eval()
+    cache, ids = RingCache(model.config), torch.zeros(1, settings.data.seq_len, dtype=torch.long)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    held = dict.fromkeys(model.config.specs, 0)
+    for layer in cache.layers:
+        held[layer.slots.spec] += layer.bytes
+    lines = plan(name)["layers"].strip().splitlines()
+    assert len(lines) == len(held)
+    for line, spec in zip(lines, held, strict=True):
+        assert f"; {size(held[spec])} of cache" in line
 
 
 def test_every_layer_kind_has_its_line() -> None:
