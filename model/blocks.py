@@ -1,8 +1,8 @@
 """Short windows as batched matrix products: O(T * W) time and memory, forward and backward, on any device.
 
 Cut the sequence into blocks of C = W tokens. Of its own block a query sees the keys that are not later than itself; of
-the block before, those that stand later in their block than it does in its own. So for the i-th query and the j-th key
-of either block exactly one of the two can be seen, and one C x C square of scores holds both: two products, one softmax.
+the block before, those that stand later in their block than it does in its own. So of the j-th keys of both blocks a
+query can see exactly one, and one C x C square of scores holds all that is seen: two products, one softmax.
 W = C = 3, the second block:
 
     key       0 1 2 | 3 4 5        the square, by j = 0, 1, 2
@@ -65,7 +65,7 @@ def _for_each_block(first_bgfd: Tensor, n: int) -> Tensor:
 
 
 class _Blocks(torch.autograd.Function):
-    """q (M, G, R * C, D), k and v (1 + M, G, C, D), those of global tokens (M, G, F, D) or none, bias (B or 1, N, C, K).
+    """q (M, G, R * C, D), k and v (1 + M, G, C, D), global ones (M, G, F, D) or none, bias (B or 1, N, C, K).
 
     Derived by hand because autograd gives the gradient of the keys transposed, and undoing that costs more than all
     products together. Weights are kept for the way back in the dtype of the values.
