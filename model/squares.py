@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AT_ONCE = 8  # blocks whose scores are alive together: they stay in the cache of a core
+AT_ONCE = 32  # blocks whose scores are alive together: few enough to stay in a cache
 
 
 @dataclass(frozen=True)
