@@ -34,7 +34,7 @@ from training.objective import Measured, Objective, Scorer, differentiate, objec
 from training.optimizer import SummedOptimizer
 from training.parallel import Tensors, load_whole, spread, whole, whole_weights
 from training.plan import plan_text
-from training.precision import make_deterministic, set_up_threads
+from training.precision import DTYPES, make_deterministic, set_up_threads
 from training.probe import Probe
 from training.profiling import ProfileWindow
 from training.progress import TrainingProgress
@@ -110,7 +110,10 @@ class Trainer:
             self.decoder.compile_layers()
         self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
         self.optimizer = SummedOptimizer(
-            self.scorer.named_parameters(), [o.name for o in self.objectives], settings.training.optimizer
+            self.scorer.named_parameters(),
+            [o.name for o in self.objectives],
+            settings.training.optimizer,
+            DTYPES[self.facts["precision"]],
         )
         if checkpoint is not None:
             self._resume(checkpoint)

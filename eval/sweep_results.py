@@ -24,6 +24,7 @@ METRICS = {
     "bits_per_byte": "bits per byte",
     "tokens_per_second": "tokens/s",
 }
+LAST = {"steps": "step", "tokens": "tokens", "distance": "distance"}  # a row's key: what the last log line calls it
 
 
 def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
@@ -47,13 +48,13 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _training(file: Path) -> Row:
-    """Steps and tokens trained, and the median of the logged rates, the first left out: it holds the compilation."""
+    """Steps and tokens trained, the farthest D, and the median of the logged rates but the first, which compiles."""
     lines = file.read_text().splitlines() if file.exists() else []
     logged = [found for line in lines if (found := json.loads(line)).get("kind") == "train"]
     rates = [found["tokens_per_second"] for found in logged[1:] or logged]
     last = logged[-1] if logged else {}
     rate = statistics.median(rates) if rates else None
-    return {"steps": last.get("step"), "tokens": last.get("tokens"), "tokens_per_second": rate}
+    return {**{key: last.get(name) for key, name in LAST.items()}, "tokens_per_second": rate}
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

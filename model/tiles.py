@@ -1,25 +1,26 @@
-"""Long windows on a CPU without a mask: rectangles and small triangles, merged by their log-sum-exp.
+"""Long windows on a CPU without a mask: squares and rectangles, merged by their log-sum-exp.
 
-Cut the sequence into blocks of C = W tokens. A query sees of its own block what is not later than itself, a lower
-triangle, and of the block before it the keys that stand later in their block than it does in its own, an upper one.
-A triangle is a rectangle, which needs no mask, between two triangles of half its side; so on, until they are small.
-The small ones are what the flash kernel calls causal; the upper ones when their queries and keys are both reversed
-and shifted by one. So each scored pair is one that is wanted, but for a few in the small triangles, and nothing but
-the tiles' outputs is kept. W = 4, two blocks, triangles of side 2:
+Of the last W tokens a query sees all. So behind a row of blocks of C = 2^m * LEAF <= W tokens lie: a lower triangle in
+each block, an upper one W tokens before it, and between them W - C whole columns, a rectangle. A triangle is a
+rectangle between two triangles of half its side; so on, down to the side LEAF, where the lower triangle of each block
+and the upper one W tokens before it are one square of scores (`model.squares`). Rectangles need no mask and go to
+the flash kernel, all of a size in one call. W = 4, LEAF = 2:
 
     key       0 1 2 3 4 5 6 7
-    query 4   . x r r | x            r: rectangle (queries 4, 5 over keys 2, 3; queries 6, 7 over keys 4, 5)
-    query 5   . . r r | x x          x: small triangles
-    query 6   . . . x | r r x
-    query 7   . . . . | r r x x
+    query 4   . s r r | s            s: squares (of queries 4, 5: keys 4 and 5, but for query 4 key 1 and not 5)
+    query 5   . . r r | s s          r: rectangles
+    query 6   . . . s | r r s
+    query 7   . . . . | r r s s
 
-Global tokens are one tile more: query W + a sees those that are no later than token a, which is causal again.
-Dao, "FlashAttention-2" (2023), gives the merge, and why each tile's backward pass may use the merged output.
+Chunked and full layers are what the kernel calls causal. Global tokens are one tile more: query W + a sees those that
+are no later than token a, which is causal again. Each scored pair is one that is wanted, but for the kernel's own
+blocks along a diagonal, and nothing but the tiles' outputs is kept. Dao, "FlashAttention-2" (2023), gives the merge,
+and why each tile's backward pass may use the merged output.
 
-Legend: B batch, G kv heads, R query heads of a kv head, N blocks, C tokens of a block, T tokens, D head size.
+Legend: B batch, G kv heads, R query heads of a kv head, X = B * G, N blocks, T tokens, D head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,7 +29,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LEAF = 128  # tokens: side from which a triangle is split; smaller tiles are slower than what they save
+from model.squares import Squares
+
+LEAF = 128  # tokens: side of the squares; smaller ones are slower than what they save
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -36,9 +39,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` queries from `query` on over `columns` keys from `key` on; and the same in `blocks` blocks, C apart.
+    """`rows` queries from `query` on over `columns` keys from `key` on; and the same in `blocks` blocks, `step` apart.
 
-    causal: of the i-th query only the first i + 1 keys; upper: only the keys after the i-th, for as many of both.
+    causal: of the i-th query only the first i + 1 keys.
     """
 
     query: int
@@ -46,59 +49,103 @@ class Tile:
     rows: int
     columns: int
     blocks: int = 1
+    step: int = 1
     causal: bool = False
-    upper: bool = False
 
-    def queries(self, x: Tensor, step: int) -> Tensor:
-        """Of `x` (X, T, D) what belongs to its queries, (X, N, rows, D): a view."""
-        return _in_blocks(x, self.query, self.rows - self.upper, self.blocks, step)
+    def begin(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Write what the tile gives to `out` and `lse`. All (X, T, D), but lse (X, T, 1)."""
+        found, found_lse = self._run(q, k, v)
+        self._queries(out).copy_(found)
+        self._queries(lse).copy_(found_lse[..., None])
 
-    def keys(self, x: Tensor, step: int) -> Tensor:
-        """Of `x` (X, T, D) what belongs to its keys, (X, N, columns, D): a view."""
-        return _in_blocks(x, self.key + self.upper, self.columns - self.upper, self.blocks, step)
+    def merge(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Add what the tile gives to `out` and `lse`, which have been begun."""
+        more, more_lse = self._run(q, k, v)
+        out, lse = self._queries(out), self._queries(lse)
+        out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse[..., None] - lse))
+        lse.copy_(torch.logaddexp(lse, more_lse[..., None]))
 
-    def turned(self, x: Tensor) -> Tensor:
-        """The kernel's order of tokens, or back from it: reversed when the triangle is an upper one."""
-        return x.flip(-2) if self.upper else x
+    def begin_gradients(self, saved: Sequence[Tensor], out: Tensor, grads: Sequence[Tensor], beta: int) -> None:
+        """As `Squares.begin_gradients`."""
+        for to, share, factor in zip(self._of(grads), self._shares(saved, out), (0, beta, beta), strict=True):
+            to.copy_(share) if not factor else to.add_(share)
+
+    def add_gradients(self, saved: Sequence[Tensor], out: Tensor, grads: Sequence[Tensor]) -> None:
+        for to, share in zip(self._of(grads), self._shares(saved, out), strict=True):
+            to.add_(share)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _flash(*self._of((q, k, v)), 0.0, self.causal)
+
+    def _shares(self, saved: Sequence[Tensor], out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the gradients of q, k and v, by the merged output and log-sum-exp."""
+        grad, q, k, v, _, lse = saved
+        grad, out, lse = (self._queries(x) for x in (grad, out, lse))
+        return _flash_backward(grad, *self._of((q, k, v)), out, lse[..., 0], 0.0, self.causal)
+
+    def _of(self, qkv: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of queries, keys and values, or of their gradients, what is the tile's: views (X, N, rows or columns, D)."""
+        return self._queries(qkv[0]), *(_in_blocks(x, self.key, self.columns, self.blocks, self.step) for x in qkv[1:])
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return _in_blocks(x, self.query, self.rows, self.blocks, self.step)
 
 
 def _in_blocks(x: Tensor, first: int, size: int, blocks: int, step: int) -> Tensor:
+    """Views (X, N, size, D) of `x` (X, T, D)."""
     return x[:, first : first + (blocks - 1) * step + size].unfold(1, size, step).mT
 
 
+@dataclass(frozen=True)
+class Cover:
+    """All that is seen, each pair once. The parts of `first` hold each token's own pair and come first."""
+
+    first: tuple[Squares | Tile, ...]
+    more: tuple[Tile, ...]
+
+
 @cache
-def tiles_of(total: int, block: int, overlap: bool, global_tokens: int) -> tuple[Tile, ...]:
-    """What `total` tokens in blocks of `block` see, own triangles first: of those, every query has one.
-
-    overlap: whether a query sees W tokens back into the block before (sliding), or no further than its own (chunked).
-    """
-    whole, rest = divmod(total, block)
-    own = list(_triangle(0, 0, block, whole, False)) if whole else []
-    own += _triangle(whole * block, whole * block, rest, 1, False) if rest else []
-    far: list[Tile] = []
-    if overlap and whole > 1:
-        far += _triangle(block, 0, block, whole - 1, True)
-    if overlap and whole and rest:
-        first = (whole - 1) * block
-        far += _triangle(whole * block, first, rest, 1, True)
-        far.append(Tile(whole * block, first + rest, rest, block - rest))
-    if global_tokens and total > block:
-        far.append(Tile(block, 0, total - block, min(global_tokens, total - block if overlap else block), 1, overlap))
-    return *sorted(own, key=lambda tile: not tile.causal), *(t for t in far if t.rows - t.upper and t.columns)
-
-
-def _triangle(query: int, key: int, side: int, blocks: int, upper: bool) -> Iterator[Tile]:
-    """Lower triangle with its diagonal, or upper one without: split until its sides are at most `LEAF`."""
-    if side <= LEAF:
-        yield Tile(query, key, side, side, blocks, causal=True, upper=upper)
-        return
-    half = side // 2
-    if upper:
-        yield Tile(query, key + half, half, side - half, blocks)
+def cover(total: int, window: int, overlap: bool, global_tokens: int) -> Cover:
+    """What `total` tokens see under a sliding (or, without overlap, chunked) window no longer than they are."""
+    if overlap and total > window:
+        first, more = _sliding(total, window)
     else:
-        yield Tile(query + half, key, side - half, half, blocks)
-    yield from _triangle(query, key, half, blocks, upper)
-    yield from _triangle(query + half, key + half, side - half, blocks, upper)
+        whole, rest = divmod(total, window)
+        first, more = [Tile(0, 0, window, window, whole, window, causal=True)], []
+        first += [Tile(whole * window, whole * window, rest, rest, causal=True)] if rest else []
+    if global_tokens and total > window:
+        seen = min(global_tokens, total - window if overlap else window)
+        more.append(Tile(window, 0, total - window, seen, causal=overlap))
+    return Cover(tuple(first), tuple(more))
+
+
+def _sliding(total: int, window: int) -> tuple[list[Squares | Tile], list[Tile]]:
+    """Blocks begin at the remainder of W by the side of the squares, so that those W tokens back begin at 0."""
+    leaf = side = min(LEAF, window)
+    begin, (whole, rest) = window % leaf, divmod(total - window, leaf)
+    first = [Squares(0, begin, 1), Squares(begin, leaf, window // leaf), Squares(window, leaf, whole, window)]
+    more: list[Tile] = []
+    if rest:
+        last = total - rest
+        first.append(Squares(last, rest, 1, window))
+        more.append(Tile(last, last - window + rest, rest, leaf - rest))
+    while 2 * side <= window:
+        more += _rectangles(begin + side, begin, side, side, 2 * side, total)
+        more += _rectangles(begin, begin - window + side, side, side, 2 * side, total)
+        side *= 2
+    more += _rectangles(begin, begin - window + side, side, window - side, side, total)
+    return [s for s in first if s.side and s.blocks], more
+
+
+def _rectangles(query: int, key: int, rows: int, columns: int, step: int, total: int) -> Iterator[Tile]:
+    """One rectangle every `step` tokens: those that lie inside in one tile, those that are cut off one by one."""
+    inside = range(max(0, -(key // step)), (total - query - rows) // step + 1)
+    if inside and columns:
+        yield Tile(query + inside[0] * step, key + inside[0] * step, rows, columns, len(inside), step)
+    for n in range(-(-(total - query) // step)):
+        at, early = query + n * step, max(0, -(key + n * step))
+        if n not in inside and min(rows, total - at) > 0 and columns > early:
+            yield Tile(at, key + n * step + early, min(rows, total - at), columns - early)
 
 
 @torch.compiler.disable
@@ -113,11 +160,10 @@ def tiled(
 ) -> Tensor:
     """Attention of one document a row under a sliding (or, without overlap, chunked) window: (B, H, T, D)."""
     b, h, t, d = q_bhtd.shape
-    g, block = k_bgtd.shape[1], min(window, t)
-    tiles = tiles_of(t, block, overlap, global_tokens)
+    g = k_bgtd.shape[1]
     q = q_bhtd.reshape(b * g, h // g, t, d)
-    out = _Tiles.apply(q, k_bgtd.reshape(b * g, t, d), v_bgtd.reshape(b * g, t, d), sink_h, tiles, block)
-    return out.view(b, h, t, d)
+    k, v = (x.reshape(b * g, t, d) for x in (k_bgtd, v_bgtd))
+    return _Tiles.apply(q, k, v, sink_h, cover(t, min(window, t), overlap, global_tokens)).view(b, h, t, d)
 
 
 def causal_after(q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:
@@ -135,63 +181,50 @@ def causal_after(q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:
 
 
 class _Tiles(torch.autograd.Function):
-    """q (B * G, R, T, D), k and v (B * G, T, D), sinks (G * R,) or none. Tiles are merged in float32 at least."""
+    """q (X, R, T, D), k and v (X, T, D), sinks (G * R,) or none. Parts are merged in float32 at least."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_h: Tensor | None, tiles: tuple[Tile, ...], step: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_h: Tensor | None, parts: Cover) -> Tensor:
         merged = torch.promote_types(q.dtype, torch.float32)
-        out, lse = q.new_zeros(q.shape, dtype=merged), q.new_full((*q.shape[:-1], 1), -torch.inf, dtype=merged)
-        for tile in tiles:
-            for head in range(q.shape[1]):
-                _merge(tile, q[:, head], k, v, out[:, head], lse[:, head], step)
+        out, lse = q.new_empty(q.shape, dtype=merged), q.new_empty((*q.shape[:-1], 1), dtype=merged)
+        for head in range(q.shape[1]):
+            mine = q[:, head], k, v, out[:, head], lse[:, head]
+            for part in parts.first:
+                part.begin(*mine)
+            for tile in parts.more:
+                tile.merge(*mine)
         if sink_h is not None:
             with_sink = torch.logaddexp(lse, _sinks(sink_h, lse))
             out, lse = out * (lse - with_sink).exp(), with_sink
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, sink_h)
-        ctx.tiles, ctx.step = tiles, step
+        ctx.parts = parts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink_h = ctx.saved_tensors
-        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
-        for tile in ctx.tiles:
-            for head in range(q.shape[1]):
-                saved = grad[:, head], q[:, head], k, v, out[:, head], lse[:, head]
-                _add_gradients(tile, saved, (grads[0][:, head], *grads[1:]), ctx.step)
-        grad_q, grad_k, grad_v = (x.to(q.dtype) for x in grads)
-        if sink_h is None:
-            return grad_q, grad_k, grad_v, None, None, None
-        sunk = (_sinks(sink_h, lse) - lse).exp()
-        grad_sinks = -(sunk * (grad * out).sum(-1, keepdim=True, dtype=lse.dtype)).sum((2, 3))
-        return grad_q, grad_k, grad_v, grad_sinks.view(-1, len(sink_h)).sum(0).to(sink_h.dtype), None, None
+        grads = [torch.empty_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        delta = (grad * out).sum(-1, keepdim=True, dtype=lse.dtype)
+        for head in range(q.shape[1]):
+            saved = grad[:, head], q[:, head], k, v, delta[:, head], lse[:, head]
+            to = grads[0][:, head], *grads[1:]
+            for part in ctx.parts.first:
+                part.begin_gradients(saved, out[:, head], to, min(head, 1))
+            for tile in ctx.parts.more:
+                tile.add_gradients(saved, out[:, head], to)
+        grad_sinks = None if sink_h is None else _gradient_of_sinks(sink_h, lse, delta)
+        return *(x.to(q.dtype) for x in grads), grad_sinks, None
+
+
+def _gradient_of_sinks(sink_h: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """(H,), from the log-sum-exp with sinks and the sum of gradient and output, both (X, R, T, 1)."""
+    shares = -((_sinks(sink_h, lse) - lse).exp() * delta).sum((2, 3))
+    return shares.view(-1, len(sink_h)).sum(0).to(sink_h.dtype)
 
 
 def _sinks(sink_h: Tensor, lse: Tensor) -> Tensor:
     """Sink logits (H,) beside `lse` (B * G, R, T, 1)."""
     heads = lse.shape[1]
     return sink_h.to(lse.dtype).view(-1, heads).repeat(len(lse) * heads // len(sink_h), 1)[..., None, None]
-
-
-def _merge(tile: Tile, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, step: int) -> None:
-    """Add what the tile gives to `out` and `lse` (X, T, D or 1): the first tile of a query takes its place."""
-    mine = (tile.turned(x) for x in (tile.queries(q, step), tile.keys(k, step), tile.keys(v, step)))
-    more, more_lse = _flash(*mine, 0.0, tile.causal)
-    more, more_lse = tile.turned(more), tile.turned(more_lse[..., None])
-    out, lse = tile.queries(out, step), tile.queries(lse, step)
-    out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse - lse))
-    lse.copy_(torch.logaddexp(lse, more_lse))
-
-
-def _add_gradients(tile: Tile, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], step: int) -> None:
-    """Add the tile's share to the gradients of queries, keys and values, each (X, T, D)."""
-    grad, q, k, v, out, lse = (
-        tile.turned(tile.keys(x, step) if i in (2, 3) else tile.queries(x, step)) for i, x in enumerate(saved)
-    )
-    shares = _flash_backward(grad, q, k, v, out, lse[..., 0], 0.0, tile.causal)
-    for of_all, share, cut in zip(grads, shares, (tile.queries, tile.keys, tile.keys), strict=True):
-        cut(of_all, step).add_(tile.turned(share))

@@ -11,36 +11,40 @@
 `ratio` is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run says why. Bytes are the most
 that was alive at once on top of the inputs (attention, prefill), the keys and values held (decode), or those of the
 process (stream).
-Legend: B batch, T tokens, H heads, G kv heads, D head size, V vocabulary.
 """
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers.models.mistral.modeling_mistral import eager_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from model.attention import attend
 from model.decoder import build_model
 from model.errors import UserError, cli
-from model.places import Places
-from model.windows import LayerSpec, visible
+from scripts.bench_attention import (
+    LENGTHS,
+    LONG,
+    WINDOWS,
+    bench_asked,
+    bench_attention,
+    bench_lengths,
+    exponents,
+    growth,
+    plot_attention,
+    precisions,
+)
 from scripts.bench_decode import (
     PREFILL_ALONE,
     PREFILL_BESIDE,
@@ -50,9 +54,9 @@ from scripts.bench_decode import (
     prefill_growth,
 )
 from scripts.peers import mistral_twin, plain_config
-from scripts.timing import OURS, Row, Work, alternate, peak_bytes, rows_of, why_not
+from scripts.timing import OURS, Row, Work, rows_of
 from training.config_file import load_settings
-from training.precision import measure, set_up_threads
+from training.precision import Machine, measure, set_up_threads
 from training.settings import Settings
 
 # -- train -------------------------------------------------------------------------------------------------------------
@@ -105,178 +109,6 @@ def _autocast(precision: str) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-LENGTHS, WINDOW = (512, 1024, 2048, 4096), 64
-WINDOWS, LENGTH = (16, 32, 64, 128, 256, 512), 2048
-LONG = (4096, 8192, 16_384, 32_768, 65_536)
-SCORES_LIMIT = 2 << 30  # bytes of a dense score matrix beyond which a peer is left out
-CAUSAL, DENSE = "sdpa, causal, no window", "sdpa, dense window mask"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One attention call: `n` tokens under a window."""
-
-    n: int
-    window: int
-    batch: int = 1
-    heads: int = 8
-    kv_heads: int = 4
-    head_dim: int = 32
-
-    @property
-    def gain(self) -> float:
-        """Pairs that a causal mask scores over those that the window does: the most that a window can win."""
-        n, w = self.n, min(self.window, self.n)
-        return (n * (n + 1) / 2) / (n * w - w * (w - 1) / 2)
-
-
-ASKED = (  # shape, peer, least ratio of forward + backward
-    (Shape(16_384, 4096, heads=2, kv_heads=2, head_dim=128), CAUSAL, 2.0),
-    (Shape(16_384, 512, heads=2, kv_heads=2, head_dim=128), CAUSAL, 8.0),
-    (Shape(2048, 64, batch=4, heads=4, kv_heads=4, head_dim=64), DENSE, 4.0),
-)
-
-
-def bench_attention(precision: str, rounds: int, lengths: tuple[int, ...], windows: tuple[int, ...]) -> list[Row]:
-    """One layer's attention, forward and forward + backward: lengths at one window, windows at one length."""
-    middle = LENGTH if LENGTH in lengths else lengths[-1]
-    shapes = [Shape(n, WINDOW) for n in lengths] + [Shape(middle, w) for w in windows if w != WINDOW and w < middle]
-    rows: list[Row] = []
-    for shape in shapes:
-        for backward in (False, True):
-            works = _attention_works(shape, backward, precision)
-            case = f"{'forward+backward' if backward else 'forward'} n={shape.n} W={shape.window}"
-            held = {name: peak_bytes(work) for name, work in works.items() if why_not(work) == ""}
-            rows += rows_of("attention", case, works, rounds, precision, held=held)
-    return rows
-
-
-def bench_asked(rounds: int) -> list[Row]:
-    """The shapes with a ratio to reach, in both precisions; the case says how much there is to win at most."""
-    rows: list[Row] = []
-    for precision in ("bf16", "fp32"):
-        for shape, peer, least in ASKED:
-            works = _attention_works(shape, True, precision)
-            case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
-            case += f", at most {shape.gain:.2f} x causal"
-            chosen = {name: works[name] for name in (OURS, peer)}
-            rows += rows_of("attention, forward+backward", case, chosen, rounds, precision, limits={peer: least})
-    return rows
-
-
-def bench_lengths(precision: str, lengths: tuple[int, ...], window: int = 256) -> list[Row]:
-    """Ours alone over long sequences, forward + backward: seconds and peak bytes against n."""
-    rows = []
-    for n in lengths:
-        work = _attention_works(Shape(n, window, heads=2, kv_heads=1, head_dim=64), True, precision)[OURS]
-        held = peak_bytes(work)
-        seconds, _ = alternate({OURS: work}, 3)
-        rows.append(
-            Row("lengths", f"forward+backward n={n} W={window}", "–", seconds[OURS], None, None, None, held, None,
-                precision, torch.get_num_threads(), "alone")
-        )  # fmt: skip
-    return rows
-
-
-def growth(rows: list[Row]) -> str:
-    """Exponents of seconds and bytes of `bench_lengths` against n."""
-    n = np.log([float(row.case.split("n=")[1].split()[0]) for row in rows])
-    columns = [row.ours_s for row in rows], [float(row.ours_bytes or 1) for row in rows]
-    time_, held = (np.polyfit(n, np.log(column), 1)[0] for column in columns)
-    return f"  ours, forward+backward: time ~ n^{time_:.2f}, peak bytes ~ n^{held:.2f}"
-
-
-def _attention_works(shape: Shape, backward: bool, precision: str) -> dict[str, Work]:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    generator = torch.Generator().manual_seed(shape.n + shape.window)
-    q, k, v = (
-        torch.randn(shape.batch, h, shape.n, shape.head_dim, generator=generator).to(dtype).requires_grad_(backward)
-        for h in (shape.heads, shape.kv_heads, shape.kv_heads)
-    )
-    spec, positions = LayerSpec("sliding", shape.window), torch.arange(shape.n)
-    gqa = shape.heads != shape.kv_heads
-    module = nn.Module()
-    module.num_key_value_groups = shape.heads // shape.kv_heads  # type: ignore[assignment]
-    module.eval()
-
-    @cache
-    def mask() -> Tensor:
-        _check_scores(shape)
-        return visible(spec, positions[:, None], positions[None, :])
-
-    @cache
-    def bias() -> Tensor:
-        return torch.zeros(shape.n, shape.n, dtype=dtype).masked_fill(~mask(), torch.finfo(dtype).min)
-
-    forwards: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: attend(q, k, v, spec, Places(positions[None]), "blocked", None),
-        DENSE: lambda: F.scaled_dot_product_attention(q, k, v, mask(), enable_gqa=gqa),
-        CAUSAL: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
-        "transformers eager": lambda: eager_attention_forward(
-            module, q, k, v, bias()[None, None], shape.head_dim**-0.5
-        )[0],
-    }
-    return {name: _with_backward(f, (q, k, v)) if backward else f for name, f in forwards.items()}
-
-
-def _check_scores(shape: Shape) -> None:
-    needed = shape.batch * shape.heads * shape.n**2 * 4
-    if needed > SCORES_LIMIT:
-        raise MemoryError(f"its dense scores need {needed / 2**30:.1f} GiB, more than this benchmark allows")
-
-
-def _with_backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Work:
-    def work() -> None:
-        torch.autograd.grad(forward().float().square().sum(), leaves)
-
-    return work
-
-
-def exponents(rows: list[Row]) -> dict[str, float]:
-    """Slopes of log seconds against log n (W fixed) and log W (n fixed): 1 is linear, 2 quadratic, 0 constant."""
-    fits: dict[str, float] = {}
-    for direction in ("forward", "forward+backward"):
-        for axis, other in (("n", "W"), ("W", "n")):
-            for name, points in _curves(rows, direction, axis, other).items():
-                if len(points) >= 3:
-                    x, y = np.log(np.array(points)).T
-                    fits[f"{name}, {direction}: time ~ {axis}^"] = float(np.polyfit(x, y, 1)[0])
-    return fits
-
-
-def _curves(rows: list[Row], direction: str, axis: str, other: str) -> dict[str, list[tuple[float, float]]]:
-    """Name to [(n or W, seconds)], with the other of the two at the value that most cases share."""
-    parsed = [(dict(p.split("=") for p in row.case.split()[1:]), row) for row in rows]
-    parsed = [(at, row) for at, row in parsed if row.case.split()[0] == direction]
-    fixed = statistics.mode(at[other] for at, _ in parsed)
-    curves: dict[str, dict[float, float]] = {}
-    for at, row in parsed:
-        if at[other] == fixed:
-            curves.setdefault(OURS, {})[float(at[axis])] = row.ours_s
-            if row.peer_s is not None:
-                curves.setdefault(row.peer, {})[float(at[axis])] = row.peer_s
-    return {name: sorted(points.items()) for name, points in curves.items()}
-
-
-def plot_attention(rows: list[Row], file: Path) -> None:
-    """Seconds of forward + backward against n and against W, logarithmic on both axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (axis, other) in zip(figure.subplots(1, 2), (("n", "W"), ("W", "n")), strict=True):
-        for name, points in _curves(rows, "forward+backward", axis, other).items():
-            axes.loglog(*zip(*points, strict=True), "o-", label=name, linewidth=2.5 if name == OURS else 1.2)
-        axes.set(xlabel=f"{axis}, tokens", ylabel="seconds, forward + backward")
-        axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise UserError(f"--plot {file}: {error.strerror}; name a file that can be written") from error
-
-
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +149,20 @@ def threads(wanted: int | None) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def run_attention(arguments: argparse.Namespace, precision: str, machine: Machine, console: Console) -> list[Row]:
+    rows = bench_attention(precision, arguments.rounds, tuple(arguments.lengths), tuple(arguments.windows))
+    console.print(table_of(rows), *(f"  {name}{slope:.2f}" for name, slope in exponents(rows).items()), sep="\n")
+    if arguments.plot:
+        plot_attention(rows, Path(arguments.plot))
+    if "bf16" not in precisions(machine):
+        console.print("bf16 is left out: this machine's matmul is slower in it than in fp32")
+    asked = bench_asked(machine, min(arguments.rounds, 5))
+    console.print(table_of(asked))
+    alone = bench_lengths(precision, tuple(arguments.long_lengths))
+    console.print(table_of(alone), growth(alone), sep="\n")
+    return rows + asked + alone
+
+
 def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     rows: list[Row] = []
     machine = measure(torch.device("cpu"))
@@ -331,19 +177,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         console.print(table_of(found), tokens_per_second(found), sep="\n")
         rows += found
     if arguments.bench in ("attention", "all"):
-        found = bench_attention(precision, arguments.rounds, tuple(arguments.lengths), tuple(arguments.windows))
-        console.print(table_of(found))
-        for name, slope in exponents(found).items():
-            console.print(f"  {name}{slope:.2f}")
-        if arguments.plot:
-            plot_attention(found, Path(arguments.plot))
-        rows += found
-        found = bench_asked(min(arguments.rounds, 3))
-        console.print(table_of(found))
-        rows += found
-        found = bench_lengths(precision, tuple(arguments.long_lengths))
-        console.print(table_of(found), growth(found), sep="\n")
-        rows += found
+        rows += run_attention(arguments, precision, machine, console)
     few = min(arguments.rounds, 3)
     if arguments.bench in ("decode", "all"):
         batches = tuple(arguments.batches)

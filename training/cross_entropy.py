@@ -17,7 +17,7 @@ Score = tuple[Tensor, Tensor]
 
 
 def cross_entropy(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0) -> Score:
-    """The summed loss in nats, and how many labels were the most likely of all tokens (both 0-d)."""
+    """The summed loss in nats (0-d), and which labels were the most likely of all tokens (N,)."""
     rows = max(1, LOGITS_AT_ONCE // len(weight_ve))
     if len(hidden_ne) > rows:
         return in_chunks(hidden_ne, weight_ve, labels_n, z_weight, rows)
@@ -30,7 +30,7 @@ def at_once(logits_nv: Tensor, labels_n: Tensor, z_weight: float) -> Score:
         z = z_weight * logits_nv.float().logsumexp(-1).square().sum()
         loss = loss + (z - z.detach())
     with torch.no_grad():
-        right = (logits_nv.argmax(-1) == labels_n).sum()
+        right = logits_nv.argmax(-1) == labels_n
     return loss, right
 
 
@@ -55,13 +55,13 @@ class _Chunks(torch.autograd.Function):
     ) -> Score:
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        right = labels.new_zeros(())
+        right = torch.empty_like(labels, dtype=torch.bool)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             for i in range(0, len(hidden), rows):
                 h, wanted = hidden[i : i + rows].to(dtype), labels[i : i + rows, None]
                 logits = (h @ w.mT).float()
-                right += (logits.argmax(-1, keepdim=True) == wanted).sum()
+                right[i : i + rows] = (logits.argmax(-1, keepdim=True) == wanted)[:, 0]
                 part, d_logits = _loss_and_gradient(logits, wanted, z_weight)
                 loss += part
                 d_logits = d_logits.to(dtype)

@@ -22,10 +22,18 @@ EPS = 1e-7
 
 
 class BatchedMuon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; every parameter is a matrix. Decay is decoupled, as in AdamW."""
+    """Nesterov momentum, orthogonalised in `dtype`; every parameter is a matrix. Decay is decoupled, as in AdamW."""
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -40,7 +48,8 @@ class BatchedMuon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for shape, members in _by_shape(sharded).items():
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                step = _orthogonal(torch.stack([updates[i] for i in members]), sharded[members[0]]).float()
+                stacked = torch.stack([updates[i] for i in members]).to(self.dtype)
+                step = _orthogonal(stacked, sharded[members[0]]).float()
                 torch._foreach_add_([params[i] for i in members], list(step.unbind()), alpha=-rate)
 
     def _momentum(self, p: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ def _shared_out(matrices: Tensor) -> Tensor:
     if ranks == 1 or len(matrices) < ranks:
         return orthogonalise(matrices)
     mine = matrices[dist.get_rank() * share :][:share]
-    done = mine.new_zeros(share, *matrices.shape[1:], dtype=torch.bfloat16)
+    done = mine.new_zeros(share, *matrices.shape[1:])
     done[: len(mine)] = orthogonalise(mine)
     gathered = done.new_empty(ranks * share, *matrices.shape[1:])
     dist.all_gather_into_tensor(gathered, done)
@@ -98,13 +107,13 @@ def _shared_out(matrices: Tensor) -> Tensor:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """(N, A, B) -> the nearest semi-orthogonal matrices, roughly, in bfloat16: singular values between .7 and 1.2.
+    """(N, A, B) -> the nearest semi-orthogonal matrices, roughly: singular values between .7 and 1.2.
 
-    Newton-Schulz iteration on the shorter side.
+    Newton-Schulz iteration on the shorter side. bfloat16 is exact enough for it, where the machine has it.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(EPS)
     for _ in range(ITERATIONS):
         gram = x @ x.mT

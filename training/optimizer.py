@@ -37,15 +37,21 @@ class SummedOptimizer:
     """One optimizer per objective over the same parameters.
 
     Gradients of an objective are taken off the parameters after its backward pass (`take`); all objectives are
-    differentiated at the same weights before any update (`step`).
+    differentiated at the same weights before any update (`step`). `muon_dtype` is what Muon orthogonalises in.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], objectives: Iterable[str], s: OptimizerSettings):
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        objectives: Iterable[str],
+        s: OptimizerSettings,
+        muon_dtype: torch.dtype = torch.bfloat16,
+    ):
         named = [(n, p) for n, p in parameters if p.requires_grad]
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
         self.weight_decay = s.weight_decay
-        self.optimizers = {name: _optimizers(named, s) for name in objectives}
+        self.optimizers = {name: _optimizers(named, s, muon_dtype) for name in objectives}
         self._gradients: dict[str, list[Tensor | None]] = {}
 
     def take(self, objective: str, max_norm: float) -> Tensor:
@@ -104,7 +110,7 @@ class SummedOptimizer:
                         }
 
 
-def _optimizers(named: Named, s: OptimizerSettings) -> list[torch.optim.Optimizer]:
+def _optimizers(named: Named, s: OptimizerSettings, muon_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the layers' matrices and AdamW over the rest."""
     muon = [p for n, p in named if s.kind == "muon" and orthogonalised(n, p)]
     rest = [(n, p) for n, p in named if s.kind != "muon" or not orthogonalised(n, p)]
@@ -117,5 +123,5 @@ def _optimizers(named: Named, s: OptimizerSettings) -> list[torch.optim.Optimize
         torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
     ]
     if muon:
-        optimizers.append(BatchedMuon([{"params": muon, "decays": True}], lr=s.lr))
+        optimizers.append(BatchedMuon([{"params": muon, "decays": True}], lr=s.lr, dtype=muon_dtype))
     return optimizers

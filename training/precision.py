@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_GAIN = 1.5  # bf16 autocast costs casts; below this gain of the bare matmul it does not pay
 
 

@@ -1,5 +1,8 @@
 """Tiles and folded layers against the oracle, forward and backward, over random shapes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +12,8 @@ from torch import Tensor
 from model import attention, tiles
 from model.attention import attend, attend_after, attend_between
 from model.places import Places
-from model.tiles import tiled
+from model.squares import Squares
+from model.tiles import Tile, tiled
 from model.windows import LayerSpec, visible
 from tests.model.test_attention import draw_qkv, places
 
@@ -42,34 +46,49 @@ def test_tiles_equal_reference(
     first = min(global_tokens, window) if kind == "chunked" else global_tokens
     spec, chosen = LayerSpec(kind, window, sink=sink, global_tokens=first), sinks if sink else None
     expected = attend_between(q, k, v, spec, where, where, chosen)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "LEAF", leaf)
-        tiles.tiles_of.cache_clear()
+    with leaves_of(leaf):
         actual = tiled(q, k, v, window, chosen, kind == "sliding", first)
-    tiles.tiles_of.cache_clear()
     close(actual, expected, [q, k, v, *([sinks] if sink else [])])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(st.integers(1, 300), st.integers(1, 100), st.booleans(), st.integers(0, 5), st.sampled_from([1, 4, 16]))
-def test_tiles_cover_each_wanted_pair_once_and_no_other(
-    total: int, block: int, overlap: bool, global_tokens: int, leaf: int
+def test_parts_cover_each_wanted_pair_once_and_no_other(
+    total: int, window: int, overlap: bool, global_tokens: int, leaf: int
 ) -> None:
-    block, global_tokens = min(total, block), min(global_tokens, block)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "LEAF", leaf)
-        tiles.tiles_of.cache_clear()
-        covered = torch.zeros(total, total, dtype=torch.int)
-        for tile in tiles.tiles_of(total, block, overlap, global_tokens):
-            for n in range(tile.blocks):
-                part = torch.ones(tile.rows, tile.columns, dtype=torch.int)
-                part = part.triu(1) if tile.upper else part.tril() if tile.causal else part
-                q, k = tile.query + n * block, tile.key + n * block
-                covered[q : q + tile.rows, k : k + tile.columns] += part
-    tiles.tiles_of.cache_clear()
-    spec = LayerSpec("sliding" if overlap else "chunked", block, global_tokens=global_tokens)
+    window, global_tokens = min(total, window), min(global_tokens, window)
+    with leaves_of(leaf):
+        cover = tiles.cover(total, window, overlap, global_tokens)
+    covered = torch.zeros(total, total, dtype=torch.int)
+    for part in cover.first + cover.more:
+        for q, k, square in squares_of(part) if isinstance(part, Squares) else blocks_of(part):
+            covered[q : q + len(square), k : k + square.shape[1]] += square
+    spec = LayerSpec("sliding" if overlap else "chunked", window, global_tokens=global_tokens)
     at = torch.arange(total)
     assert torch.equal(covered, visible(spec, at[:, None], at[None]).int())
+
+
+@contextmanager
+def leaves_of(side: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "LEAF", side)
+        tiles.cover.cache_clear()
+        yield
+    tiles.cover.cache_clear()
+
+
+def blocks_of(tile: Tile) -> Iterator[tuple[int, int, Tensor]]:
+    for n in range(tile.blocks):
+        part = torch.ones(tile.rows, tile.columns, dtype=torch.int)
+        yield tile.query + n * tile.step, tile.key + n * tile.step, part.tril() if tile.causal else part
+
+
+def squares_of(squares: Squares) -> Iterator[tuple[int, int, Tensor]]:
+    for n in range(squares.blocks):
+        at, part = squares.query + n * squares.side, torch.ones(squares.side, squares.side, dtype=torch.int)
+        yield at, at, part.tril()
+        if squares.back:
+            yield at, at - squares.back, part.triu(1)
 
 
 @pytest.mark.usefixtures("tiles_for_all")
@@ -136,7 +155,7 @@ def test_tiles_hold_no_scores() -> None:
     """Peak memory grows with n, not with n * W: no tensor is as large as one block's scores."""
     from scripts.bench import peak_bytes
 
-    n, window = 4096, 1024
+    n, window = 8192, 2048
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
     held = peak_bytes(lambda: torch.autograd.grad(tiled(q, k, v, window).sum(), (q, k, v)))
     assert held < window * window * 4

@@ -222,10 +222,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def main_with(run: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr("sys.argv", ["generate.py", str(run), *arguments])
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
     try:
         return cli(generate.main)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def test_interactive_lines_are_turns_also_through_a_pipe(

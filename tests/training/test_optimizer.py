@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tests.model.tiny import tiny_model
+from training.muon import orthogonalise
 from training.optimizer import SummedOptimizer, decayed
 from training.settings import OptimizerSettings
 
@@ -115,10 +116,11 @@ class Stack(nn.Module):
         return self.lm_head(x)
 
 
-def test_muon_orthogonalises_the_matrices_of_the_layers_and_leaves_the_rest_to_adamw() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_orthogonalises_the_matrices_of_the_layers_and_leaves_the_rest_to_adamw(dtype: torch.dtype) -> None:
     muon, both = OptimizerSettings(kind="muon", lr=0.01, weight_decay=0.1), {"text": 1.0, "recall": 1.0}
     model, twin = Stack(), Stack()
-    optimizer = SummedOptimizer(model.named_parameters(), ["text"], muon)
+    optimizer = SummedOptimizer(model.named_parameters(), ["text"], muon, dtype)
     steps(model, optimizer, {"text": 1.0}, 0, 3)
     matrices = [p for n, p in twin.named_parameters() if "layers" in n and p.ndim == 2]
     rest = [p for n, p in twin.named_parameters() if "layers" not in n or p.ndim < 2]
@@ -135,7 +137,7 @@ def test_muon_orthogonalises_the_matrices_of_the_layers_and_leaves_the_rest_to_a
             each.step()
             each.zero_grad()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)  # both orthogonalise in bfloat16; one step is 4e-3
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)  # theirs is in bfloat16; one step is 4e-3
     whole, halves = Stack(), Stack()
     steps(whole, SummedOptimizer(whole.named_parameters(), both, muon), both, 0, 4)
     first = SummedOptimizer(halves.named_parameters(), both, muon)
@@ -144,6 +146,14 @@ def test_muon_orthogonalises_the_matrices_of_the_layers_and_leaves_the_rest_to_a
     second.load_state_tensors({k: v.clone() for k, v in first.state_tensors().items()})
     steps(halves, second, both, 2, 4)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+def test_orthogonalising_keeps_the_precision_it_is_given() -> None:
+    matrices = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0))
+    exact, rough = orthogonalise(matrices), orthogonalise(matrices.bfloat16())
+    assert (exact.dtype, rough.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(rough.float(), exact, rtol=0, atol=0.03)
+    assert not torch.equal(rough.float(), exact)
 
 
 def test_matrices_decay_and_norms_embeddings_and_sinks_do_not() -> None:
