@@ -159,8 +159,8 @@ def bench_stream(settings: Settings, tokens: int) -> list[Row]:
     config = plain_config(settings)
     window = config.sliding_window or 0
     first, end = 2 * window, 2 * window + THOUSAND
-    if tokens < 2 * end:
-        raise UserError(f"--tokens {tokens}: give at least {2 * end:,}, to tell late ones from early ones")
+    if tokens < end + THOUSAND:
+        raise UserError(f"--tokens {tokens}: give at least {end + THOUSAND:,}, to tell late ones from early ones")
     model = build_model(config, seed=settings.seed).eval()
     model.compile_decoding()
     cache = RingCache(config)
