@@ -68,7 +68,7 @@ def test_one_step_changes_the_weights_as_the_loss_says(settings: Settings) -> No
     batch = torch.randint(300, (2, 41), generator=torch.Generator().manual_seed(0))
 
     def loss() -> float:
-        return float(F.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()))
+        return F.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).item()
 
     before, step = loss(), bench_train._step(model, batch, "fp32")
     for _ in range(5):
