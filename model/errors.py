@@ -1,8 +1,12 @@
 """Mistakes of the user, told as a sentence: what, where, the value, the remedy."""
 
 import errno
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -14,14 +18,19 @@ class UserError(Exception):
 def cli(main: Callable[[], int | None]) -> int:
     """Run an entry point and return its exit code: 2 with a message for a `UserError`, 130 for Ctrl-C.
 
-    A full disk, wherever it is met, is a sentence too.
+    A full disk, wherever it is met, is a sentence too. Where the output's reader has left (`... | head`), 141 without
+    a word, as a shell says of other programs.
     """
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()  # not at exit, where a reader that has left would be an exception that nobody catches
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _silenced():
+            return 128 + signal.SIGPIPE
         if error.errno not in _NO_ROOM:
             raise
         where = f"{error.filename}: " if error.filename else ""
@@ -29,3 +38,17 @@ def cli(main: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _silenced() -> bool:
+    """Whether standard output or error has lost its reader; such a one writes to nowhere from now on."""
+    lost = [stream for stream in (sys.stdout, sys.stderr) if _has_lost_its_reader(stream)]
+    for stream in lost:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(lost)
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    watch = select.poll()
+    watch.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))

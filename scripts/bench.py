@@ -1,7 +1,7 @@
 """Side-by-side timings: ours against the peers installed, alternating in one process, medians.
 
     python scripts/bench.py train                                  a training step of configs/quickstart.yaml
-    python scripts/bench.py train --config configs/small.yaml
+    python scripts/bench.py train --config configs/small.yaml --rows 1 --seq-lens 1024,8192,16384
     python scripts/bench.py attention --plot attention.png         against length and window, with fitted exponents
     python scripts/bench.py decode                                 token-by-token generation
     python scripts/bench.py prefill                                a prompt into the cache, W = 256
@@ -17,21 +17,17 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from model.decoder import build_model
 from model.errors import UserError, cli
 from scripts.bench_attention import (
     LENGTHS,
@@ -53,61 +49,10 @@ from scripts.bench_decode import (
     bench_stream,
     prefill_growth,
 )
-from scripts.peers import mistral_twin, plain_config
-from scripts.timing import OURS, Row, Work, rows_of
+from scripts.bench_train import bench_train, speeds
+from scripts.timing import Row
 from training.config_file import load_settings
 from training.precision import Machine, measure, set_up_threads
-from training.settings import Settings
-
-# -- train -------------------------------------------------------------------------------------------------------------
-
-
-def bench_train(settings: Settings, precision: str, rounds: int, rows: int | None = None) -> list[Row]:
-    """Forward, backward and AdamW on one text batch of the config: same weights, batch, loss and optimizer for all."""
-    config = plain_config(settings)
-    tokens, seq_len = settings.training.tokens_per_step, settings.data.seq_len
-    rows = rows or max(1, tokens // seq_len)
-    batch = torch.randint(config.vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    ours = build_model(config, seed=settings.seed)
-    models: dict[str, Any] = {OURS: ours}
-    for name, attention, compiled in PEERS_OF_TRAINING:
-        models[name] = mistral_twin(ours, attention)
-        if compiled:
-            for layer in models[name].model.layers:
-                layer.compile()
-    ours.compile_layers()
-    works = {name: _training_step(model.train(), batch, precision) for name, model in models.items()}
-    case = (
-        f"{settings.name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, W {config.sliding_window}, "
-    )
-    case += f"{rows} x {seq_len} tokens a step"
-    return rows_of("train", case, works, rounds, precision, limits={"transformers sdpa": 2.0})
-
-
-PEERS_OF_TRAINING = (
-    ("transformers sdpa", "sdpa", False),
-    ("transformers sdpa, layers compiled", "sdpa", True),
-    ("transformers eager", "eager", False),
-)
-
-
-def _training_step(model: nn.Module, batch: Tensor, precision: str) -> Work:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].flatten()
-
-    def step() -> None:
-        with _autocast(precision):
-            logits = model(input_ids=inputs, use_cache=False).logits
-        F.cross_entropy(logits.flatten(0, 1).float(), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def _autocast(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -129,15 +74,6 @@ def table_of(rows: list[Row]) -> Table:
 
 def _size(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:,.2f} MiB"
-
-
-def tokens_per_second(rows: list[Row]) -> str:
-    """The training rows in the unit people ask for."""
-    rows_, seq_len = rows[0].case.split(", ")[-1].split(" tokens")[0].split(" x ")
-    tokens = int(rows_) * int(seq_len)
-    lines = [f"  {OURS}: {tokens / rows[0].ours_s:,.0f} tokens/s"]
-    lines += [f"  {row.peer}: {tokens / row.peer_s:,.0f} tokens/s" for row in rows if row.peer_s]
-    return "\n".join(lines)
 
 
 @contextmanager
@@ -173,9 +109,10 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         f"bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s -> {precision}; torch {torch.__version__}"
     )
     if arguments.bench in ("train", "all"):
-        found = bench_train(settings, precision, arguments.rounds, arguments.rows)
-        console.print(table_of(found), tokens_per_second(found), sep="\n")
-        rows += found
+        for seq_len in arguments.seq_lens or [None]:
+            found = bench_train(settings, precision, arguments.rounds, arguments.rows, seq_len)
+            console.print(table_of(found), speeds(found, settings), sep="\n")
+            rows += found
     if arguments.bench in ("attention", "all"):
         rows += run_attention(arguments, precision, machine, console)
     few = min(arguments.rounds, 3)
@@ -212,6 +149,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: all cores of this process")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: as the config says")
     parser.add_argument("--rows", type=int, help="of train: rows a step; default: the config's tokens_per_step")
+    parser.add_argument("--seq-lens", type=_numbers, metavar="T,T", help="of train, tokens; default: the config's")
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS, metavar="N,N", help="of attention")
     parser.add_argument("--long-lengths", type=_numbers, default=LONG, metavar="N,N", help="of attention, ours alone")
     parser.add_argument("--windows", type=_numbers, default=WINDOWS, metavar="W,W", help="of attention")

@@ -211,12 +211,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    arguments = parse(sys.argv[1:])
+def planned(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`plan` of a command line that `parse` has read."""
     settings = load_settings(arguments.config, arguments.overrides)
     config = model_config(settings, vocab_size(settings))
     processor, precision = processor_for(arguments.gpu, settings, config, arguments.gpus)
-    found = plan(settings, processor, arguments.gpus, precision, arguments.mfu)
+    return plan(settings, processor, arguments.gpus, precision, arguments.mfu)
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    found = planned(arguments)
     print_plan(found, Console())
     if arguments.json:
         try:

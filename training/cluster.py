@@ -12,8 +12,10 @@ What is counted and what is assumed:
 * A **micro-batch** is the larger of the two objectives'. `training.memory` says how its bytes are counted.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -28,6 +30,7 @@ from training.settings import Settings
 
 SHARDINGS = ("ddp", "fsdp2")
 USABLE = 0.92  # of a GPU's memory: the rest goes to its context, the network library and fragments
+_COUNTED: dict[tuple[str, Rows, Form], Held] = {}  # a count takes seconds, and plans ask for the same ones
 QUESTIONS_A_ROW = 4  # of recall, roughly: how many answers a row asks for decides a head of so few positions only
 
 
@@ -170,11 +173,26 @@ def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> Memory:
 
 
 def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, fixed: int) -> int:
-    """Rows of the largest text micro-batch beside `fixed` bytes; 0: none fits. More rows add the same bytes each."""
+    """Rows of a text micro-batch that fits beside `fixed` bytes where one row more does not; 0: none fits.
+
+    Goes on by what one more row adds. That is less once the logits are taken in chunks, so it is asked anew each time,
+    and no more than 256 times as many rows are tried next.
+    """
     text = work(settings, setup.ranks)[0]
-    one, two = (_held(settings, config, text, setup, rows).total for rows in (1, 2))
-    room = setup.processor.memory - fixed - one
-    return 0 if room < 0 else 1 + int(room // max(1, two - one))
+
+    @cache
+    def room(rows: int) -> float:
+        return setup.processor.memory - fixed - _held(settings, config, text, setup, rows).total
+
+    if room(1) < 0:
+        return 0
+    fits, too_many = 1, math.inf
+    while too_many - fits > 1:
+        more = int(room(fits) // max(1, room(fits) - room(fits + 1)))
+        rows = fits + min(max(1, more), 255 * fits)
+        rows = rows if rows < too_many else (fits + int(too_many)) // 2
+        fits, too_many = (rows, too_many) if room(rows) >= 0 else (fits, rows)
+    return fits
 
 
 def relay_parameters(settings: Settings, config: WindreachConfig) -> int:
@@ -201,7 +219,10 @@ def _held(settings: Settings, config: WindreachConfig, w: Work, setup: Setup, ro
     if relay_parameters(settings, config):
         relayed = round(settings.recall.rows.relay_share * w.last.seq_len) if w.name == "recall" else 0
         batch = replace(batch, relayed=relayed, relay_values=settings.recall.values)
-    return held(config, batch, setup.form)
+    key = (config.to_json_string(), batch, setup.form)
+    if key not in _COUNTED:
+        _COUNTED[key] = held(config, batch, setup.form)
+    return _COUNTED[key]
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from scripts import bench
-from scripts.peers import mistral_twin, plain_config
+from scripts.peers import plain_config
 from scripts.timing import OURS, alternate, peak_bytes, rows_of
 from training.settings import Settings
 
@@ -38,24 +37,6 @@ def test_peak_counts_what_is_alive_at_once() -> None:
             del y
 
     assert peak_bytes(work) == 4000
-
-
-def test_training_peers_compute_the_same_function(settings: Settings) -> None:
-    ours = bench.build_model(plain_config(settings), seed=0)
-    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
-    for _, attention, _ in bench.PEERS_OF_TRAINING:
-        peer = mistral_twin(ours, attention)
-        torch.testing.assert_close(peer(ids, use_cache=False).logits, ours(ids).logits, atol=1e-4, rtol=0)
-
-
-def test_training_rows_stand_beside_each_peer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WindreachForCausalLM, "compile_layers", lambda self: None)
-    monkeypatch.setattr(bench, "PEERS_OF_TRAINING", [peer for peer in bench.PEERS_OF_TRAINING if not peer[2]])
-    rows = bench.bench_train(settings, "fp32", rounds=1)
-    assert [row.peer for row in rows] == ["transformers sdpa", "transformers eager"]
-    assert all(row.ratio == row.peer_s / row.ours_s for row in rows if row.peer_s)
-    assert rows[0].case.endswith("2 x 40 tokens a step")
-    assert "tokens/s" in bench.tokens_per_second(rows)
 
 
 def test_a_stack_that_mistral_can_not_express_has_no_peer(settings: Settings) -> None:

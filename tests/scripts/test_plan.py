@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from model.errors import UserError, cli
-from scripts import plan
+from scripts import plan, plans_page
 from training.precision import Machine
 from training.schema import ROOT
 
@@ -97,13 +97,13 @@ def test_a_mistake_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch, argu
 def test_shipped_plans_say_what_the_command_says_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rates and time; the bytes below them follow the code, and are made anew with the page."""
+    """Rates and time; the bytes beside them follow the code, and are made anew by scripts/plans_page.py."""
     page = (ROOT / "docs" / "plans.md").read_text()
-    commands = re.findall(r"\$ python scripts/plan.py (.*)\n", page)
-    assert len(commands) == 4
+    assert page.startswith(plans_page.HEAD)
+    assert re.findall(r"\$ python scripts/plan.py (.*)\n", page) == list(plans_page.COMMANDS.values())
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "150")
-    for command in commands:
+    monkeypatch.setenv("COLUMNS", str(plans_page.WIDTH))
+    for command in plans_page.COMMANDS.values():
         planned(tmp_path, monkeypatch, *command.split())
         lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
         for line in lines[:4] + [x for x in lines if re.match(r"  (nothing|layers) +[\d,]+ ", x)]:
