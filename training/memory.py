@@ -191,7 +191,8 @@ def _run(config: WindreachConfig, specs: list[LayerSpec], rows: Rows, form: Form
     """Bytes kept after the forward pass, and the peak of forward and backward, of a stack of `specs`."""
     with FakeTensorMode():
         with _default_dtype(form.weights):
-            scorer = Scorer(WindreachForCausalLM(_with_layers(config, specs)), rows.relay_values).train()
+            stack = specs if form.attention == "cpu" else [_stand_in(spec) for spec in specs]
+            scorer = Scorer(WindreachForCausalLM(_with_layers(config, stack)), rows.relay_values).train()
         for p in scorer.parameters():
             p.grad = torch.zeros_like(p)  # as when micro-batches accumulate
         if form.checkpointing:
@@ -271,13 +272,18 @@ def _check_countable(config: WindreachConfig, rows: Rows) -> None:
 
 
 def _attention_elsewhere(config: WindreachConfig, spec: LayerSpec, rows: Rows, form: Form) -> tuple[int, int]:
-    """What attention keeps, and needs besides at the peak, more (or less) than on a CPU."""
+    """What attention keeps, and needs besides at the peak, more (or less) than what was run on a CPU in its place."""
     if form.attention == "cpu":
         return 0, 0
-    here = _attend_bytes(config, spec, rows, form, "cpu")
+    here = _attend_bytes(config, _stand_in(spec), rows, form, "cpu")
     there = _fused_bytes(config, rows, form) if form.attention == "fused" else None
     there = there or _attend_bytes(config, spec, rows, form, "meta")
     return there[0] - here[0], there[1] - here[1]
+
+
+def _stand_in(spec: LayerSpec) -> LayerSpec:
+    """What is run in its place for another device: attention of one call, which is subtracted again."""
+    return replace(spec, kind="full", window=None, dilation=1, global_tokens=0, sink=False)
 
 
 def _attend_bytes(config: WindreachConfig, spec: LayerSpec, rows: Rows, form: Form, device: str) -> tuple[int, int]:
