@@ -221,6 +221,8 @@ def planned(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UserError(f"--json {arguments.json}: {arguments.json.parent} is no folder; name one that is there")
     found = planned(arguments)
     print_plan(found, Console())
     if arguments.json:

@@ -22,7 +22,7 @@ from training.schema import ROOT
 from training.settings import Settings
 
 GPU = Processor("h100", 1e15, 70e9, "made up", "fused")
-SEVEN_B = ("training.max_steps=1000",)
+SEVEN_B = ("training.max_steps=1000", "training.schedule.warmup_steps=100")
 
 
 def loaded(name: str, *overrides: str) -> tuple[Settings, WindreachConfig]:
