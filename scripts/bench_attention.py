@@ -212,6 +212,11 @@ def plot_attention(rows: list[Row], file: Path) -> None:
             for name, points in _curves(rows, "forward+backward", axis, other, value).items():
                 grid[row, column].loglog(*zip(*points), "o-", label=name, linewidth=2.5 if name == OURS else 1.2)
             grid[row, column].grid(alpha=0.3)
+        ticks = sorted(
+            {x for points in _curves(rows, "forward+backward", axis, other, _seconds).values() for x, _ in points}
+        )
+        grid[1, column].set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        grid[1, column].set_xticks([], minor=True)
         grid[1, column].set(xlabel=f"{axis}, tokens")
     grid[0, 0].set(ylabel="seconds, forward + backward")
     grid[1, 0].set(ylabel="MiB alive at once")
