@@ -245,10 +245,11 @@ class Signalling(io.StringIO):
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.sent = number, False
 
     def flush(self) -> None:
-        if self.tell() > 40:
+        if self.tell() > 40 and not self.sent:
+            self.sent = True
             signal.raise_signal(self.number)
 
 

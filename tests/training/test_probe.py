@@ -92,30 +92,30 @@ def test_accuracy_is_the_share_of_questions_answered_right(
     prepared: Prepared, decoder: WindreachForCausalLM, vocabulary: RecallVocabulary
 ) -> None:
     probe = make_probe(prepared, vocabulary, probe_items=40)
-    first = probe.items[WINDOW][0]
+    first = probe.items["needle"][WINDOW][0]
     answering(decoder, first.tokens[first.query_position], first.value)
-    expected = {d: sum(i.value == first.value for i in group) / 40 for d, group in probe.items.items()}
+    expected = {d: sum(i.value == first.value for i in group) / 40 for d, group in probe.items["needle"].items()}
     assert expected[WINDOW] > 0
-    assert probe.recall(decoder) == expected
+    assert probe.recall(decoder)["needle"] == expected
 
 
 def test_ranks_share_the_questions(
     prepared: Prepared, decoder: WindreachForCausalLM, vocabulary: RecallVocabulary
 ) -> None:
     probe = make_probe(prepared, vocabulary, probe_items=21)
-    first = probe.items[WINDOW][0]
+    first = probe.items["needle"][WINDOW][0]
     answering(decoder, first.tokens[first.query_position], first.value)
-    whole, shares = probe.recall(decoder), []
+    whole, shares = probe.recall(decoder)["needle"], []
     for rank in (0, 1):
         probe.rank, probe.ranks = rank, 2
-        shares.append(probe.recall(decoder))
+        shares.append(probe.recall(decoder)["needle"])
     assert {d: shares[0][d] + shares[1][d] for d in whole} == pytest.approx(whole)
 
 
 def test_questions_are_the_same_at_every_start_and_stand_at_their_distance(
     prepared: Prepared, vocabulary: RecallVocabulary
 ) -> None:
-    one, two = (make_probe(prepared, vocabulary, probe_items=5).items for _ in range(2))
+    one, two = (make_probe(prepared, vocabulary, probe_items=5).items["needle"] for _ in range(2))
     assert one == two
     assert list(one) == [8, 16, 21]
     for distance, group in one.items():
@@ -126,7 +126,7 @@ def test_questions_are_the_same_at_every_start_and_stand_at_their_distance(
 
 
 def test_asked_distances_replace_the_default_ones(prepared: Prepared, vocabulary: RecallVocabulary) -> None:
-    assert list(make_probe(prepared, vocabulary, probe_distances=[3, 9]).items) == [3, 9]
+    assert list(make_probe(prepared, vocabulary, probe_distances=[3, 9]).items["needle"]) == [3, 9]
 
 
 def test_without_recall_nothing_is_asked(prepared: Prepared, decoder: WindreachForCausalLM) -> None:
