@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from data.recall_vocabulary import recall_vocabulary
-from eval import heat, recall, relay
+from eval import heat, relay
 from eval.haystack import open_haystack
 from eval.models import load_model
+from eval.recall_items import entries, open_benches, trained_options
 from model.errors import cli
 from model.windows import LayerSpec
 from training import checkpoint
@@ -162,7 +163,8 @@ def test_the_line_of_r_crosses_the_map_and_pairs_above_it_are_identical(heated):
 @pytest.mark.parametrize("length", [32, 64, 544])
 def test_items_are_as_long_as_the_length_that_was_asked_for(examined, length):
     distances = heat.distances_of(length, 4)
-    (bench,) = recall.open_benches(examined, open_haystack(examined), ("needle",), distances, 0)
+    found = entries(["needle"], trained_options(examined), {})
+    (bench,) = open_benches(examined, open_haystack(examined), found, distances, 0)
     assert bench.total_length == length
 
 

@@ -153,7 +153,7 @@ def test_chunk_behind_a_cache_equals_reference_in_tiles(before: int) -> None:
 
 def test_tiles_hold_no_scores() -> None:
     """Peak memory grows with n, not with n * W: no tensor is as large as one block's scores."""
-    from scripts.bench import peak_bytes
+    from scripts.timing import peak_bytes
 
     n, window = 8192, 2048
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
