@@ -23,6 +23,7 @@ from model import hub
 from model.decoder import InitOptions, build_model
 from model.errors import cli
 from model.windows import reach
+from training.allocator import keep_freed_memory
 from training.build import model_config
 from training.checkpoint import load_state, prune, save_checkpoint
 from training.config_file import load_settings
@@ -56,6 +57,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":  # of the processes launched, one speaks
             print(plan_text(settings))
         return 0
+    keep_freed_memory()
     try:
         with lost_rank_is_fault():
             trainer = Trainer(settings, arguments.resume)

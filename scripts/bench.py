@@ -51,6 +51,7 @@ from scripts.bench_decode import (
 )
 from scripts.bench_train import bench_train, speeds
 from scripts.timing import Row
+from training.allocator import keep_freed_memory
 from training.config_file import load_settings
 from training.precision import Machine, measure, set_up_threads
 
@@ -178,6 +179,7 @@ def write_json(rows: list[Row], file: Path) -> None:
 def main() -> None:
     arguments = parse(sys.argv[1:])
     transformers_logging.disable_progress_bar()
+    keep_freed_memory()  # as train.py does
     with threads(arguments.threads):
         rows = run(arguments, Console(width=160))
     if arguments.json:
