@@ -28,7 +28,7 @@ from eval import sweep_results
 from eval.plots import save
 from model.errors import UserError, cli
 from model.flops import count_parameters
-from model.windows import reach, window_times_layers
+from model.windows import reach
 from training.build import model_config
 from training.checkpoint import write_json, write_text
 from training.cluster import work
@@ -135,9 +135,10 @@ def exit_code(outcomes: list[Outcome], console: Console) -> int:
 
 def plan_table(found: list[Run], settings: dict[str, Settings]) -> Table:
     """What each run would be."""
-    table = Table(title="Runs", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("run", "parameters", "R", "W x layers", "last D", "text tokens", "recall tokens", "FLOPs"):
-        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+    table = Table(title="Runs; text and recall in tokens", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("run", overflow="fold")
+    for name in ("parameters", "R", "last D", "text", "recall", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in found:
         s = settings[run.name]
         config = model_config(s, vocab_size(s))
@@ -145,7 +146,7 @@ def plan_table(found: list[Run], settings: dict[str, Settings]) -> Table:
         table.add_row(
             run.name,
             f"{count_parameters(config):,}",
-            *(f"{n:,}" if n else "unbounded" for n in (reach(config.specs), window_times_layers(config.specs))),
+            f"{reach(config.specs):,}" if reach(config.specs) else "unbounded",
             f"{last_distance(s):,}" if s.recall.enabled else "–",
             *(f"{works[name].tokens:,.0f}" if name in works else "–" for name in ("text", "recall")),
             f"{sum(w.flops(config) for w in works.values()):.2e}",
