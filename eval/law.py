@@ -164,7 +164,9 @@ def figure(runs: Sequence[Run], found: dict[str, dict[str, Any]]) -> Figure:
             ax.set_xscale("log", base=2)
             ax.set_yscale("log", base=2)
             ax.set_xlabel("layers k")
-            ax.set_title(f"{HORIZONS[horizon]}, tokens; dotted: reach k(W - 1); hollow: D fell short of it", fontsize=9.5)
+            ax.set_title(
+                f"{HORIZONS[horizon]}, tokens; dotted: reach k(W - 1); hollow: D fell short of it", fontsize=9.5
+            )
             ax.grid(color=GRID, lw=0.8)
             ax.legend(fontsize=8)
         return made

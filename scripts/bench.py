@@ -49,7 +49,7 @@ from scripts.bench_decode import (
     bench_stream,
     prefill_growth,
 )
-from scripts.bench_train import bench_train, speeds
+from scripts.bench_train import bench_long_rows, bench_train, speeds
 from scripts.timing import Row
 from training.allocator import keep_freed_memory
 from training.config_file import load_settings
@@ -114,6 +114,10 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         for seq_len in arguments.seq_lens or [None]:
             found = bench_train(settings, precision, arguments.rounds, arguments.rows, seq_len)
             console.print(table_of(found), speeds(found, settings), sep="\n")
+            rows += found
+        if len(arguments.seq_lens or ()) > 1:
+            found = bench_long_rows(settings, precision, arguments.rounds, arguments.rows or 1, arguments.seq_lens)
+            console.print(table_of(found))
             rows += found
     if arguments.bench in ("attention", "all"):
         rows += run_attention(arguments, precision, machine, console)

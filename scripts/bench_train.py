@@ -27,6 +27,7 @@ PEERS = (  # name, attention, compiled
 )
 PRODUCTS = "products with weights alone"
 ASKED = ((8192, 8.0), (1024, 3.0), (0, 2.0))  # from so many tokens a row on, the least ratio to each peer
+KEPT = 0.9  # the least share of the rate of short rows that long ones keep
 LONGEST = 8192  # tokens a row of the peers: their time grows with the square
 SCORES_KEPT = 8 << 30  # bytes of dense scores, kept for the backward pass, beyond which eager is left out
 
@@ -43,6 +44,25 @@ def bench_train(
     case += f"W {config.sliding_window}, {rows} x {t} tokens a step"
     least = next(ratio for tokens, ratio in ASKED if t >= tokens)
     return rows_of("train", case, works, rounds, precision, limits={name: least for name, _, _ in PEERS})
+
+
+def bench_long_rows(settings: Settings, precision: str, rounds: int, rows: int, lengths: list[int]) -> list[Row]:
+    """What our rate keeps from the shortest rows to the longest: steps over equally many tokens, in turns."""
+    config, (short, *_, long) = plain_config(settings), sorted(lengths)
+    model = build_model(config, seed=settings.seed).train()
+    model.compile_layers()
+    one_long, one_short = (
+        _step(
+            model,
+            torch.randint(config.vocab_size, (rows, t + 1), generator=torch.Generator().manual_seed(0)),
+            precision,
+        )
+        for t in (long, short)
+    )
+    times = long // short
+    works = {OURS: one_long, f"{times} steps of {rows} x {short} tokens": lambda: [one_short() for _ in range(times)]}
+    return rows_of("train, long rows", f"{settings.name}: {rows} x {long} tokens a step", works, rounds, precision,
+                   limits=dict.fromkeys(works, KEPT))  # fmt: skip
 
 
 def _works(config: WindreachConfig, batch: Tensor, precision: str, seed: int) -> dict[str, Work]:

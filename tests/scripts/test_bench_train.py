@@ -48,6 +48,15 @@ def test_peers_that_would_take_too_much_are_left_out_with_the_reason(
     assert [row.peer for row in rows] == [PRODUCTS]
 
 
+def test_the_rate_that_long_rows_keep_is_measured_over_equally_many_tokens(
+    settings: Settings, uncompiled: None
+) -> None:
+    (row,) = bench_train.bench_long_rows(settings, "fp32", rounds=1, rows=2, lengths=[48, 16, 32])
+    assert (row.case.split(": ")[1], row.peer) == ("2 x 48 tokens a step", "3 steps of 2 x 16 tokens")
+    assert row.peer_s is not None
+    assert (row.ratio, row.limit) == (row.peer_s / row.ours_s, 0.9)
+
+
 def test_scores_kept_are_two_float32_squares_a_head_and_layer(settings: Settings) -> None:
     config = plain_config(settings)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
