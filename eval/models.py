@@ -22,6 +22,7 @@ from model import hub, windows
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
+from model.flops import cache_bytes
 from model.windows import LayerSpec
 
 OUR_TYPES = {"mistral", "ministral", "qwen3", WindreachConfig.model_type}
@@ -114,6 +115,10 @@ class Examined:
             config.max_position_embeddings if config.model_type in {"opt", "gpt_neo", "gpt_bigcode"} else None
         )
         return int(learned) if learned else None
+
+    def cache_bytes(self, tokens: int) -> int | None:
+        """Bytes of bf16 keys and values behind a row of so many tokens; None for models that are not ours."""
+        return cache_bytes(self.model.config, length=tokens) if self.ours else None
 
     def out_dir(self, chosen: str | None) -> Path:
         """Where results go: --out, else the run folder, else the present folder."""

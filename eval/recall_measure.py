@@ -68,7 +68,8 @@ def measure_task(
             run_batches(bench, crew, sorted(wanted), rest, tallies, lambda done: progress.advance(bar, done))
     head = {"task": bench.entry.task, "chance": chance, "chance_in_context": 1 / task.seen(bench.entry.options)}
     found = rows()
-    result = head | bench.entry.size | {"total_length": bench.total_length, "rows": found} | horizons(found, reach)
+    head |= {"total_length": bench.total_length, "cache_bytes": bench.examined.cache_bytes(bench.total_length)}
+    result = head | bench.entry.size | {"rows": found} | horizons(found, reach)
     with torch.compiler.set_stance("force_eager"):
         paths = check_paths(bench, distances)
     return result | {"paths": paths} | beyond_reach(found, reach)

@@ -31,13 +31,15 @@ def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
     """Labels, state and what the run's result files hold; None for what is not there."""
     recall, loss = _read(folder / "recall.json"), _read(folder / "loss.json")
     result = recall or loss
-    task = next(iter(recall["tasks"].values())) if recall else {}
+    task, *further = recall["tasks"].values() if recall else [{}]
     return {
         "run": folder.name,
         "labels": labels,
         "state": state,
         **{key: result.get(key) for key in ("window", "layers", "reach", "window_times_layers", "parameters")},
         **{key: task.get(key) for key in ("h90", "h90_interval", "h50", "h50_interval", "u90", "u50")},
+        "further": {other["task"]: {key: other.get(key) for key in ("h90", "h50")} for other in further},
+        "cache_bytes": task.get("cache_bytes"),
         "bits_per_byte": loss.get("bits_per_byte"),
         **_training(folder / "metrics.jsonl"),
     }
@@ -60,38 +62,50 @@ def _training(file: Path) -> Row:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def cells(found: Row) -> list[str]:
-    """Of a line of the table, after the labels."""
+def cells(found: Row, further: Sequence[str] = ()) -> list[str]:
+    """Of a line of the table, after the labels; `further` names tasks beside the first one."""
     return [
         _number(found["reach"], ","),
         _number(found["h90"], ","),
         _number(found["h50"], ",.0f"),
         _number(found["u90"], ".2f"),
+        *(_number(found["further"].get(task, {}).get("h50"), ",.0f") for task in further),
         _number(found["bits_per_byte"], ".3f"),
         _number(found["tokens"], ","),
         _number(found["tokens_per_second"], ",.0f"),
+        _number(found["cache_bytes"], ","),
         found["state"],
     ]
 
 
-HEADS = ("R", "H90", "H50", "U90", "bits per byte", "tokens", "tokens/s", "state")
+def further_tasks(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(task for found in rows for task in found["further"]))
+
+
+def heads(rows: Sequence[Row]) -> list[str]:
+    others = [f"H50 {task}" for task in further_tasks(rows)]
+    found = ["R", "H90", "H50", "U90", *others, "bits per byte", "tokens", "tokens/s", "cache bytes", "state"]
+    return [*rows[0]["labels"], *found]
 
 
 def table(rows: Sequence[Row]) -> Table:
     made = Table(box=box.SIMPLE_HEAD)
-    for name in (*rows[0]["labels"], *HEADS):
+    for name in heads(rows):
         made.add_column(name, justify="right")
     for found in rows:
         style = None if found["state"] == "done" else "dim"
-        made.add_row(*map(str, found["labels"].values()), *cells(found), style=style)
+        made.add_row(*map(str, found["labels"].values()), *cells(found, further_tasks(rows)), style=style)
     return made
 
 
 def markdown(name: str, rows: Sequence[Row], command: str) -> str:
-    heads = (*rows[0]["labels"], *HEADS)
-    lines = [f"# {name}", "", f"Made by `{command}`. Distances in tokens; tokens/s of one run beside the others.", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join([*map(str, found["labels"].values()), *cells(found)]) + " |" for found in rows]
+    tasks, names = further_tasks(rows), heads(rows)
+    said = (
+        "Distances in tokens; tokens/s of one run beside the others; bf16 cache of one row as long as those evaluated."
+    )
+    lines = [f"# {name}", "", f"Made by `{command}`. {said}", ""]
+    lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join([*map(str, found["labels"].values()), *cells(found, tasks)]) + " |" for found in rows]
     return "\n".join([*lines, "", "![The metrics against each variable](sweep.png)", ""])
 
 

@@ -275,7 +275,8 @@ def test_jobs_share_the_cores_out_and_take_a_gpu_each(monkeypatch: pytest.Monkey
 
 
 def result(window: int, seed: int, h90: int | None) -> dict:
-    none = dict.fromkeys(("h50", "u90", "bits_per_byte", "tokens_per_second", "reach", "tokens"))
+    none = dict.fromkeys(("h50", "u90", "bits_per_byte", "tokens_per_second", "reach", "tokens", "cache_bytes"))
+    none |= {"further": {}}
     labels = {"window": window, "kind": "sliding", "seed": seed}
     return none | {"run": f"w{window}", "labels": labels, "state": "done", "h90": h90}
 
@@ -300,6 +301,14 @@ def test_words_stand_side_by_side() -> None:
 
 def test_markdown_has_a_line_a_run_and_the_command() -> None:
     page = sweep_results.markdown("t", [result(8, 0, 10), result(8, 1, None)], "python scripts/sweep.py t.yaml")
-    assert "| 8 | sliding | 0 | – | 10 | – | – | – | – | – | done |" in page
+    assert "| 8 | sliding | 0 | – | 10 | – | – | – | – | – | – | done |" in page
     assert "| 8 | sliding | 1 | – | – |" in page
     assert "Made by `python scripts/sweep.py t.yaml`" in page
+
+
+def test_further_tasks_have_a_column_each() -> None:
+    rows = [result(8, 0, 10), result(16, 0, 40) | {"further": {"instruction": {"h90": 7, "h50": 9.4}}}]
+    heads, _, first, second = sweep_results.markdown("t", rows, "c").splitlines()[4:8]
+    assert "| U90 | H50 instruction | bits per byte |" in heads
+    assert "| 10 | – | – | – |" in first
+    assert "| 40 | – | – | 9 |" in second
