@@ -49,7 +49,7 @@ from scripts.bench_decode import (
     bench_stream,
     prefill_growth,
 )
-from scripts.bench_train import bench_long_rows, bench_train, speeds
+from scripts.bench_train import PEERS, bench_long_rows, bench_train, speeds
 from scripts.timing import Row
 from training.allocator import keep_freed_memory
 from training.config_file import load_settings
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     )
     if arguments.bench in ("train", "all"):
         for seq_len in arguments.seq_lens or [None]:
-            found = bench_train(settings, precision, arguments.rounds, arguments.rows, seq_len)
+            found = bench_train(settings, precision, arguments.rounds, arguments.rows, seq_len, arguments.peer)
             console.print(table_of(found), speeds(found, settings), sep="\n")
             rows += found
         if len(arguments.seq_lens or ()) > 1:
@@ -155,6 +155,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: all cores of this process")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: as the config says")
     parser.add_argument("--rows", type=int, help="of train: rows a step; default: the config's tokens_per_step")
+    parser.add_argument("--peer", choices=[name for name, *_ in PEERS], help="of train: this one alone")
     parser.add_argument("--seq-lens", type=_numbers, metavar="T,T", help="of train, tokens; default: the config's")
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS, metavar="N,N", help="of attention")
     parser.add_argument("--long-lengths", type=_numbers, default=LONG, metavar="N,N", help="of attention, ours alone")

@@ -3,7 +3,7 @@
 Legend: E hidden size, I intermediate size, N tokens of a step, T tokens of a row, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,13 +33,22 @@ SCORES_KEPT = 8 << 30  # bytes of dense scores, kept for the backward pass, beyo
 
 
 def bench_train(
-    settings: Settings, precision: str, rounds: int, rows: int | None = None, seq_len: int | None = None
+    settings: Settings,
+    precision: str,
+    rounds: int,
+    rows: int | None = None,
+    seq_len: int | None = None,
+    only: str | None = None,
 ) -> list[Row]:
-    """Forward, backward and AdamW on one batch: same weights, batch, loss and optimizer for all."""
+    """Forward, backward and AdamW on one batch: same weights, batch, loss and optimizer for all.
+
+    `only` leaves one peer, by its name in PEERS.
+    """
     config, t = plain_config(settings), seq_len or settings.data.seq_len
     rows = rows or max(1, settings.training.tokens_per_step // t)
     batch = torch.randint(config.vocab_size, (rows, t + 1), generator=torch.Generator().manual_seed(0))
-    works = _works(config, batch, precision, settings.seed)
+    peers = [peer for peer in PEERS if only in (None, peer[0])]
+    works = _works(config, batch, precision, settings.seed, peers)
     case = f"{settings.name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
     case += f"W {config.sliding_window}, {rows} x {t} tokens a step"
     least = next(ratio for tokens, ratio in ASKED if t >= tokens)
@@ -65,12 +74,14 @@ def bench_long_rows(settings: Settings, precision: str, rounds: int, rows: int, 
                    limits=dict.fromkeys(works, KEPT))  # fmt: skip
 
 
-def _works(config: WindreachConfig, batch: Tensor, precision: str, seed: int) -> dict[str, Work]:
+def _works(
+    config: WindreachConfig, batch: Tensor, precision: str, seed: int, peers: Iterable[tuple[str, str, bool]]
+) -> dict[str, Work]:
     rows, t = len(batch), batch.shape[1] - 1
     ours = build_model(config, seed=seed)
     models: dict[str, Any] = {OURS: ours}
     works: dict[str, Work] = {}
-    for name, attention, compiled in PEERS if t <= LONGEST else ():
+    for name, attention, compiled in peers if t <= LONGEST else ():
         if attention == "eager" and (needed := scores_kept(config, rows, t)) > SCORES_KEPT:
             works[name] = _too_large(needed)
             continue

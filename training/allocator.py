@@ -12,11 +12,16 @@ FROM = 1 << 30  # bytes from which a buffer is still mapped and handed back by i
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch asks for them, where the system leaves that to programs
 
 
-def keep_freed_memory() -> bool:
-    """Keep what is freed, and ask for large pages; False where the C library is not glibc.
+THEIRS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # a user's own choice
 
-    To be called before the first tensor is made: PyTorch reads its setting once. What the user has set stands.
+
+def keep_freed_memory() -> bool:
+    """Keep what is freed, and ask for large pages. False where the C library is not glibc or the user has chosen.
+
+    To be called before the first tensor is made: PyTorch reads its setting once.
     """
     os.environ.setdefault(LARGE_PAGES, "1")
+    if any(name in os.environ for name in THEIRS):
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(MMAP_THRESHOLD, FROM) and mallopt(TRIM_THRESHOLD, 2**31 - 1))

@@ -43,6 +43,8 @@ def test_peers_that_would_take_too_much_are_left_out_with_the_reason(
     notes = {row.peer: row.note for row in rows}
     assert notes["transformers eager"] == "MemoryError: its dense scores need 0 GiB, more than this benchmark allows"
     assert rows[0].case.endswith("1 x 48 tokens a step")
+    rows = bench_train.bench_train(settings, "fp32", rounds=1, only="transformers sdpa")
+    assert [row.peer for row in rows] == ["transformers sdpa", PRODUCTS]
     monkeypatch.setattr(bench_train, "LONGEST", 40)
     rows = bench_train.bench_train(settings, "fp32", rounds=1, rows=1, seq_len=48)
     assert [row.peer for row in rows] == [PRODUCTS]
