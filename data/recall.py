@@ -68,7 +68,6 @@ class RowRules:
     short_distance: int = 16  # tokens
     relay_share: float = 1 / 9  # of the filler between value and query: where the relay head is asked
     relay_pace: float | None = None  # tokens a layer: after layer l it is asked up to l x pace tokens on
-    relay_front: float = 2.0  # with a pace: the larger, the more is asked of the first layer that can know
     layers: int = 1  # of the model
 
 
@@ -313,7 +312,7 @@ def _relay_layers(draws: Draws, age: IntArray, rules: RowRules) -> IntArray:
     if rules.relay_pace is None:
         return np.full_like(age, rules.layers)
     first = np.ceil(age / rules.relay_pace).astype(np.int64).clip(min=1)
-    later = (draws.uniform("relay layer", age.shape[1]) ** rules.relay_front * (rules.layers + 1 - first)).astype(np.int64)
+    later = (draws.uniform("relay layer", age.shape[1]) ** 2 * (rules.layers + 1 - first)).astype(np.int64)
     return np.where(first <= rules.layers, first + later, 0)
 
 

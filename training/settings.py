@@ -157,9 +157,6 @@ class RowSettings(Strict):
     relay_pace: PositiveFloat | None = Field(
         None, description="tokens a layer: after layer l it is asked up to l x pace tokens on; default: after the last"
     )
-    relay_front: PositiveFloat = Field(
-        2.0, description="with a pace: the larger, the more is asked of the first layer that can know"
-    )
 
 
 class QuestionSettings(Strict):
