@@ -112,9 +112,7 @@ def untrained(examined: Examined) -> nn.Module:
         return AutoModelForCausalLM.from_config(examined.model.config).eval().to(examined.device)
     init, seed = None, int(examined.settings.get("seed", 0))
     if examined.settings:
-        from training.settings import Settings
-
-        init = InitOptions(**Settings.model_validate(examined.settings).model.init.model_dump())
+        init = InitOptions(**examined.trained_with().model.init.model_dump())
     return build_model(examined.model.config, init, seed).eval().to(examined.device)
 
 

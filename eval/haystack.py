@@ -114,10 +114,8 @@ def encode_documents(
 def from_store(examined: Examined, max_tokens: int | None = None) -> Haystack:
     """The held-out tokens of a run, from its cache on disk (made again if it is gone)."""
     from data.packing import prepare_tokens
-    from training.settings import Settings
 
-    settings = Settings.model_validate(examined.settings)
-    _, store = prepare_tokens(settings, examined.tokenizer)
+    _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
     starts = [int(start) for start in store.document_starts]
     ends = [*starts[1:], len(store.tokens)]
     documents, left = [], max_tokens if max_tokens is not None else len(store.tokens)

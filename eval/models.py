@@ -24,6 +24,8 @@ from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import cache_bytes
 from model.windows import LayerSpec
+from training.config_file import load_settings
+from training.settings import Settings
 
 OUR_TYPES = {"mistral", "ministral", "qwen3", WindreachConfig.model_type}
 
@@ -93,6 +95,11 @@ class Examined:
         """What the run was trained in, and what its answers are therefore read in; float32 for other models."""
         facts = self.run_dir / "run.json" if self.run_dir else None
         return str(json.loads(facts.read_text()).get("precision", "fp32")) if facts and facts.exists() else "fp32"
+
+    def trained_with(self) -> Settings:
+        """The settings of the run. UserError where this version doesn't know one of them."""
+        assert self.run_dir is not None
+        return load_settings(self.run_dir / "settings.yaml")
 
     @property
     def layers(self) -> int:
