@@ -45,7 +45,7 @@ def test_mistral_7b_is_planned_as_published() -> None:
     assert lines["layers"].startswith("32 x sliding, window 4,096; backend blocked (auto on cpu); 512 MiB of cache")
 
 
-def test_train_py_plans_mistral_7b_in_ten_seconds() -> None:
+def test_train_py_plans_mistral_7b_in_seconds() -> None:
     """Seconds of CPU, so that a busy machine does not fail it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/mistral-7b.yaml"), "--dry-run"]
@@ -53,7 +53,7 @@ def test_train_py_plans_mistral_7b_in_ten_seconds() -> None:
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "7,241,732,096" in out
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart-global", "quickstart-hybrid-4"])
