@@ -71,10 +71,12 @@ def decide_once(
     stores: Mapping[str, TokenStore],
     device: torch.device,
     checkpoint: Path | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What a resume must find as it was, written at the first start; and the matmul rate of this machine, in FLOP/s.
 
-    A run that goes on from another run's `checkpoint` takes its precision. Raises `UserError` where the text (`stores`
+    A run that goes on from another run's `checkpoint` takes its precision; `origin` tells of the weights that it began
+    with, where these were not drawn. Raises `UserError` where the text (`stores`
     by split) or the tokenizer is not that of the run.
     """
     folder = run_dir(settings)
@@ -86,7 +88,7 @@ def decide_once(
         "tokenizer_sha256": tokenizer.sha256,
         "settings_sha256": settings_hash(settings),
         "wandb_id": uuid4().hex[:8],
-    }
+    } | dict(origin or {})
     facts |= _inherited(checkpoint) | read_facts(folder)
     check_data(folder, facts["data_sha256"], data_sha256)
     check_tokenizer(folder, facts["tokenizer_sha256"], tokenizer.sha256)

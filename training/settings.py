@@ -57,6 +57,9 @@ class InitSettings(Strict):
     embedding_std: PositiveFloat = Field(1.0, description="standard deviation of the embedding")
     scale_residual_by_depth: bool = Field(True, description="o_proj and down_proj divided by sqrt(2 * layers)")
     copy_first_layer: bool = Field(False, description="all layers start as copies of the first")
+    grow_from: str | None = Field(
+        None, description="folder of a shallower run; its trained layers, repeated, are the start instead"
+    )
 
 
 class ModelSettings(Strict):

@@ -12,7 +12,8 @@
     seeds: [0, 1]
     evaluate: {recall: {n: 200}, loss: {}}
 
-A run is named by its labels, `layers=8,window=16,seed=0`, and lives in the folder of that name.
+A run is named by its labels, `layers=8,window=16,seed=0`, and lives in the folder of that name. A setting that is text
+may hold labels of its run: `runs/sweeps/law-base/window={window},seed={seed}`.
 """
 
 import itertools
@@ -146,7 +147,8 @@ def runs(sweep: Sweep, path: Path, folder: Path, more: Sequence[str] = ()) -> li
         for seed in sweep.seeds:
             named = labels | {"seed": seed}
             run = folder / ",".join(f"{name}={_plain(label)}" for name, label in named.items())
-            overrides = [f"{key}={_flow(value)}" for key, value in (sweep.set | settings | {"seed": seed}).items()]
+            given = sweep.set | settings | {"seed": seed}
+            overrides = [f"{key}={_flow(_filled(value, named))}" for key, value in given.items()]
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{sweep.name}-{run.name}")
             own = [f"name={name}", f"run_dir={_flow(str(run))}"]
             made.append(Run(named, path.parent / str(config), (*overrides, *more, *own), run))
@@ -240,6 +242,18 @@ def _line(path: Path, lines: dict[tuple[str | int, ...], int], keys: tuple[str |
 def _flow(value: Any) -> str:
     """One line of YAML, which JSON is."""
     return json.dumps(value)
+
+
+def _filled(value: Any, labels: dict[str, Label]) -> Any:
+    """A setting with the labels of its run in it.
+
+    >>> _filled("runs/base-{layers}-{seed}", {"layers": 8, "seed": 0}), _filled(3, {"layers": 8})
+    ('runs/base-8-0', 3)
+    """
+    if isinstance(value, str):
+        for name, label in labels.items():
+            value = value.replace(f"{{{name}}}", _plain(label))
+    return value
 
 
 def _label(value: Any) -> Label:

@@ -145,6 +145,17 @@ grid: [{axis: compile, key: training.compile, values: [true, false]}]
     assert settings.training.compile is True
 
 
+def test_a_setting_may_name_the_labels_of_its_run(tmp_path: Path) -> None:
+    text = """
+set: {model.init.grow_from: "runs/base-{window}-{seed}-{other}"}
+grid: [{axis: window, key: model.sliding_window, values: [4, 8]}]
+seeds: [3]
+"""
+    settings = checked_settings(listed(tmp_path, text))
+    assert settings["window=4,seed=3"].model.init.grow_from == "runs/base-4-3-{other}"
+    assert settings["window=8,seed=3"].model.init.grow_from == "runs/base-8-3-{other}"
+
+
 def test_overrides_of_the_command_line_win(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, "set: {training.max_steps: 7}\nseeds: [1]\nruns: [{labels: {a: b}}]")
     (run,) = runs(load_sweep(path), path, tmp_path, ["training.max_steps=9"])
