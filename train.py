@@ -46,7 +46,7 @@ from training.schedule import interpolate, rate_factor
 from training.settings import Settings
 from training.shards import stored_in_shards
 from training.signals import STOPPED, StopRequest, TrainingFault
-from training.start import grow_from_run, new_decoder
+from training.start import Origin, grow_from_run, new_decoder
 from training.state import State
 
 
@@ -93,7 +93,7 @@ class Trainer:
         checkpoint = ask_main(lambda: open_run(settings, resume))
         stores = {"train": self.train_store, "heldout": self.heldout_store}
         self.facts = ask_main(
-            lambda: decide_once(settings, self.tokenizer, stores, self.ranks.device, checkpoint, origin)
+            lambda: decide_once(settings, self.tokenizer, stores, self.ranks.device, checkpoint, origin.facts)
         )
 
         seed_everything(settings.seed, self.ranks.process_index)
@@ -121,6 +121,8 @@ class Trainer:
         )
         if checkpoint is not None:
             self._resume(checkpoint)
+        elif origin.auxiliary:
+            load_whole(self.scorer.auxiliary(), origin.auxiliary)
 
     # -- making ready ------------------------------------------------------------------------------------------------
 
@@ -133,7 +135,7 @@ class Trainer:
         tokenizer = prepare_tokenizer(self.settings)
         return (tokenizer, *prepare_tokens(self.settings, tokenizer))
 
-    def _start(self, resume: str) -> tuple[WindreachForCausalLM, dict[str, str]]:
+    def _start(self, resume: str) -> tuple[WindreachForCausalLM, Origin]:
         """The decoder before its first step, and where its weights came from."""
         decoder = new_decoder(self.settings, self.tokenizer)
         origin = ask_main(lambda: grow_from_run(decoder, self.settings, self.tokenizer, resume))

@@ -66,6 +66,7 @@ class RowRules:
     single_share: float = 0.5  # of rows: one needle, and its query at the end, as in evaluation
     short_share: float = 0.2  # of distances: drawn from [1, short_distance], which long ones would crowd out
     short_distance: int = 16  # tokens
+    long_share: float = 0.0  # of distances: D itself; only behind such a value stand fillers of every age up to D
     relay_share: float = 1 / 9  # of the filler between value and query: where the relay head is asked
     relay_pace: float | None = None  # tokens a layer: after layer l it is asked up to l x pace tokens on
     layers: int = 1  # of the model
@@ -266,9 +267,11 @@ def _layout(
     """
     low = asked.nearest
     n = low.shape[1]
-    short = draws.uniform("short", n) < rules.short_share
+    kind_of = draws.uniform("short", n)
+    short, long = kind_of < rules.short_share, kind_of >= 1 - rules.long_share
     high = np.maximum(low, np.where(short, min(max_distance, rules.short_distance), max_distance))
     distances = low + (draws.uniform("distance", n) * (high - low + 1)).astype(np.int64)
+    distances = np.where(long, high, distances)
     lengths = asked.value_at + 1 + distances
     gaps = draws.integers("gap", n, MAX_GAP)
     gaps[:, 0] = np.minimum(gaps[:, 0], length - lengths[:, 0])

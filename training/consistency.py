@@ -163,6 +163,10 @@ def _recall_distances(s: Settings) -> Iterator[Problem]:
 
 
 def _recall_rows(s: Settings) -> Iterator[Problem]:
+    rows = s.recall.rows
+    if rows.short_share + rows.long_share > 1:
+        what = f"with recall.rows.short_share = {rows.short_share:g} it is more than all"
+        yield _problem("recall.rows.long_share", rows.long_share, what, "lower one", "recall.rows.short_share")
     last = last_distance(s)
     name, needed = max(((task, row_tokens(s, {task: last})) for task in s.recall.tasks), key=lambda found: found[1])
     rests_on = ("recall.curriculum", "recall.questions", "model.sliding_window", "model.layers", _DEPTH, "data.seq_len")

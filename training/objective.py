@@ -31,6 +31,8 @@ from training.parallel import without_exchange
 from training.ranks import sum_over_ranks
 from training.settings import Settings
 
+RELAY_HEAD = "relay_head"  # its name in checkpoints
+
 
 @dataclass(frozen=True)
 class Target:
@@ -230,7 +232,7 @@ class Scorer(nn.Module):
 
     def auxiliary(self) -> dict[str, Tensor]:
         """What is trained and saved, but not part of the decoder."""
-        return {} if self.relay_head is None else {"relay_head": self.relay_head.weight}
+        return {} if self.relay_head is None else {RELAY_HEAD: self.relay_head.weight}
 
     def _relay_logits(self, streams: tuple[Tensor, ...] | None, index: Tensor) -> Tensor:
         """(N, values) at `index` into the positions of all streams (B, T, E): the embedding, then after each layer."""

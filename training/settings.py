@@ -154,6 +154,9 @@ class RowSettings(Strict):
     single_share: Fraction = Field(0.5, description="of rows: one needle, its query at the end, as in evaluation")
     short_share: Fraction = Field(0.2, description="of distances: drawn from [1, short_distance], not [1, D]")
     short_distance: PositiveInt = Field(16, description="tokens")
+    long_share: Fraction = Field(
+        0.0, description="of distances: D itself, so that fillers of every age are asked; with short_share at most 1"
+    )
     relay_share: Fraction = Field(
         1 / 9, description="of the filler between value and query: where the relay head is asked"
     )

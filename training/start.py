@@ -1,6 +1,9 @@
 """The decoder as training begins: drawn from the seed, or grown from a shallower run."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from model import hub
@@ -8,7 +11,8 @@ from model.decoder import InitOptions, WindreachForCausalLM, build_model
 from model.errors import UserError
 from model.growth import grow
 from training.build import model_config
-from training.checkpoint import file_sha256, newest_valid
+from training.checkpoint import file_sha256, load_state, newest_valid
+from training.objective import RELAY_HEAD
 from training.run_folder import check_tokenizer, read_facts, run_dir
 from training.settings import Settings
 
@@ -19,23 +23,40 @@ def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalL
     return build_model(model_config(settings, tokenizer.vocab_size), init, settings.seed)
 
 
-def grow_from_run(
-    decoder: WindreachForCausalLM, settings: Settings, tokenizer: Tokenizer, resume: str
-) -> dict[str, str]:
-    """Grow `decoder`, in place, from the run that `model.init.grow_from` names; returns the hash of its weights.
+@dataclass(frozen=True)
+class Origin:
+    """Where weights that were not drawn came from: `facts` for the run folder, and tensors beside the decoder's."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+
+
+def grow_from_run(decoder: WindreachForCausalLM, settings: Settings, tokenizer: Tokenizer, resume: str) -> Origin:
+    """Grow `decoder`, in place, from the run that `model.init.grow_from` names, and find that run's relay head.
 
     Nothing to do, and an empty answer, where none is named or where a checkpoint will be resumed. Raises UserError
     where that run is not there, or has another tokenizer or other widths.
     """
     named = settings.model.init.grow_from
     if named is None or (resume != "never" and (resume != "auto" or newest_valid(run_dir(settings)))):
-        return {}
+        return Origin()
     run, export = Path(named), Path(named) / "hf"
     try:
         if not export.is_dir():
             raise UserError("holds no hf/, the export of a finished run; train that one first")
         check_tokenizer(run, read_facts(run).get("tokenizer_sha256"), tokenizer.sha256)
         grow(decoder, hub.load(export))
+        head = _relay_head(run, settings)
     except UserError as error:
         raise UserError(f"model.init.grow_from = {named!r}: {error}") from error
-    return {"grown_from_sha256": file_sha256(export / "model.safetensors")}
+    return Origin({"grown_from_sha256": file_sha256(export / "model.safetensors")}, head)
+
+
+def _relay_head(run: Path, settings: Settings) -> dict[str, Tensor]:
+    """From the run's last checkpoint, where both runs have one: a head that begins anew would mislead every layer."""
+    checkpoint = newest_valid(run) if settings.recall.enabled and settings.recall.relay_loss_weight else None
+    head = {} if checkpoint is None else load_state(checkpoint)[1]
+    head = {name: tensor for name, tensor in head.items() if name == RELAY_HEAD}
+    if head and len(head[RELAY_HEAD]) != settings.recall.values:
+        raise UserError(f"recall.values is {len(head[RELAY_HEAD])} there, {settings.recall.values} here")
+    return head

@@ -175,3 +175,10 @@ def test_distances_are_uniform_up_to_the_largest_with_a_share_of_short_ones():
     expected = np.full(100, 0.8 / 100)
     expected[:10] += 0.2 / 10
     np.testing.assert_allclose(counts / 20_000, expected, atol=5 * np.sqrt(0.028 / 20_000))
+
+
+def test_a_share_of_distances_is_the_largest_and_has_fillers_of_every_age():
+    _, made = rows(SHORT, 110, 100, n=20_000, single_share=1.0, short_share=0.2, short_distance=10, long_share=0.5)
+    far = made.distances[:, -1]
+    assert np.mean(far == 100) == pytest.approx(0.5 + 0.3 / 100, abs=0.02)
+    assert np.mean(far <= 10) == pytest.approx(0.2 + 0.3 / 10, abs=0.02)

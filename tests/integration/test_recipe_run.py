@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.tokenizer import prepare_tokenizer
 from tests.integration.tiny_run import ROOT, metrics, run, write_config
+from training.config_file import load_settings
+from training.start import grow_from_run, new_decoder
 
 SWITCHES = {
     "max_steps": 4,
@@ -44,6 +47,11 @@ def test_a_run_grows_from_a_shallower_one_and_no_longer_needs_it_once_it_has_a_c
     run(config)
     run(config, *grown)
     assert len(json.loads((deep / "run.json").read_text())["grown_from_sha256"]) == 64
+    settings = load_settings(config, grown)
+    found = grow_from_run(new_decoder(settings, tokenizer := prepare_tokenizer(settings)), settings, tokenizer, "never")
+    last = load_file(shallow / "checkpoints/step-000002/trainer.safetensors")
+    assert torch.equal(found.auxiliary["relay_head"], last["relay_head"])
+    assert "recall.values is 8 there, 7 here" in run(config, *grown, "recall.values=7", "--resume=never", expect=2)
     shutil.rmtree(shallow)
     (deep / "checkpoints/step-000002").rename(whole := tmp_path / "whole")
     assert "resumed" in run(config, *grown)
