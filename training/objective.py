@@ -146,7 +146,7 @@ class RecallObjective:
         self.max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
         self.points = recall.weight
         optional = {"relay": recall.relay_loss_weight, "text": recall.text_loss_weight}
-        self.term_weights: Mapping[str, float] = {"answer": 1.0} | {
+        self.term_weights: Mapping[str, float] = {"answer": recall.answer_loss_weight} | {
             term: weight for term, weight in optional.items() if weight > 0
         }
         self.tasks = [str(task) for task in recall.tasks]

@@ -189,6 +189,9 @@ class RecallSettings(Strict):
     )
     questions: QuestionSettings = Field(QuestionSettings(), description="how large the questions of the tasks are")
     seq_len: PositiveInt | None = Field(None, description="tokens per recall row at the last D; default: last D + 2W")
+    answer_loss_weight: PositiveFloat = Field(
+        1.0, description="of the answers; small where they are rare and their gradients huge, as in deep stacks"
+    )
     relay_loss_weight: NonNegative = Field(0.0, description="auxiliary head that reads the value at filler positions")
     text_loss_weight: NonNegative = Field(0.0, description="next-token loss on recall rows, part of their objective")
     weight: Points = Field(default_factory=lambda: [(0.0, 1.0)], description="weight of the recall update over the run")

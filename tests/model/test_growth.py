@@ -8,9 +8,10 @@ from model.growth import grow, grown_from
 from tests.model.tiny import tiny_model
 
 
-def test_ends_stay_ends_and_the_layers_between_take_turns() -> None:
+def test_ends_stay_ends_and_the_last_layers_between_are_repeated() -> None:
     assert grown_from(3, 6) == [0, 1, 1, 1, 1, 2]
     assert grown_from(5, 8) == [0, 1, 2, 3, 1, 2, 3, 4]
+    assert grown_from(6, 8) == [0, 1, 2, 3, 4, 3, 4, 5]
     assert grown_from(4, 4) == [0, 1, 2, 3]
 
 
