@@ -1,7 +1,7 @@
 """A deep stack that starts as a shallower trained one, its layers repeated (stacking: Gong and others, 2019).
 
-What one layer of a relay has learned, to hand a value on by W - 1 tokens, the layer above it needs too. So a stack grown
-from a trained relay recalls farther than that one did before it has been trained for a single step.
+What one layer of a relay has learned, to hand a value on by W - 1 tokens, the layer above it needs too. So a stack
+grown from a trained relay recalls farther than that one did before it has been trained for a single step.
 """
 
 import re
