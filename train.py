@@ -20,7 +20,6 @@ from typing import Any
 from data.packing import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
-from model.decoder import WindreachForCausalLM
 from model.errors import cli
 from model.windows import reach
 from training.allocator import keep_freed_memory
@@ -46,7 +45,7 @@ from training.schedule import interpolate, rate_factor
 from training.settings import Settings
 from training.shards import stored_in_shards
 from training.signals import STOPPED, StopRequest, TrainingFault
-from training.start import Origin, grow_from_run, new_decoder
+from training.start import start
 from training.state import State
 
 
@@ -87,14 +86,12 @@ class Trainer:
         make_deterministic()
 
         self.tokenizer, self.train_store, self.heldout_store = self._prepare_data()
-        self.decoder, origin = self._start(resume)
+        self.decoder, origin = start(settings, self.tokenizer, resume)
         self.config = self.decoder.config
         self.saved_step: int | None = None
         checkpoint = ask_main(lambda: open_run(settings, resume))
-        stores = {"train": self.train_store, "heldout": self.heldout_store}
-        self.facts = ask_main(
-            lambda: decide_once(settings, self.tokenizer, stores, self.ranks.device, checkpoint, origin.facts)
-        )
+        stores, device = {"train": self.train_store, "heldout": self.heldout_store}, self.ranks.device
+        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, stores, device, checkpoint, origin.facts))
 
         seed_everything(settings.seed, self.ranks.process_index)
         self.curriculum = Curriculum(
@@ -134,14 +131,6 @@ class Trainer:
     def _cached_data(self) -> tuple[Tokenizer, TokenStore, TokenStore]:
         tokenizer = prepare_tokenizer(self.settings)
         return (tokenizer, *prepare_tokens(self.settings, tokenizer))
-
-    def _start(self, resume: str) -> tuple[WindreachForCausalLM, Origin]:
-        """The decoder before its first step, and where its weights came from."""
-        decoder = new_decoder(self.settings, self.tokenizer)
-        origin = ask_main(lambda: grow_from_run(decoder, self.settings, self.tokenizer, resume))
-        if not self.ranks.is_main_process:
-            grow_from_run(decoder, self.settings, self.tokenizer, resume)
-        return decoder, origin
 
     def _objectives(self, processes: int) -> list[Objective]:
         return objectives(self.settings, self.train_store, self.vocabulary, self.curriculum, processes)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
@@ -13,8 +14,18 @@ from model.growth import grow
 from training.build import model_config
 from training.checkpoint import file_sha256, load_state, newest_valid
 from training.objective import RELAY_HEAD
+from training.ranks import ask_main
 from training.run_folder import check_tokenizer, read_facts, run_dir
 from training.settings import Settings
+
+
+def start(settings: Settings, tokenizer: Tokenizer, resume: str) -> tuple[WindreachForCausalLM, "Origin"]:
+    """The decoder before its first step, the same on every rank, and where its weights came from."""
+    decoder = new_decoder(settings, tokenizer)
+    origin = ask_main(lambda: grow_from_run(decoder, settings, tokenizer, resume))
+    if not PartialState().is_main_process:
+        grow_from_run(decoder, settings, tokenizer, resume)
+    return decoder, origin
 
 
 def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalLM:
