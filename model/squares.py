@@ -77,16 +77,17 @@ class Squares:
 
     def _apart(self, square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What belongs to the own block, and to the one before; `square` is used up."""
+        square = square.to(dtype)
         own = square * self._own(square) if self.back else square
-        return own.to(dtype), square.sub_(own).to(dtype) if self.back else own
+        return own, square.sub_(own) if self.back else own
 
     def _own(self, x: Tensor) -> Tensor:
         return torch.ones(self.side, self.side, dtype=torch.bool, device=x.device).tril()
 
 
 def _product(to: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """to = beta * to + a @ b, in the precision of `to` when that is the inputs'."""
+    """to = beta * to + a @ b, beta 0 or 1, in the precision of `to` when that is the inputs'."""
     if to.dtype == a.dtype:
         to.baddbmm_(a, b, beta=beta)
     else:
-        to.mul_(beta).add_(a @ b) if beta else to.copy_(a @ b)
+        to.add_(a @ b) if beta else to.copy_(a @ b)
