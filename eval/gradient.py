@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from eval.forward import body
 from eval.models import Examined
-from model.decoder import InitOptions, WindreachForCausalLM, build_model
+from model.decoder import WindreachForCausalLM, build_model
+from training.build import init_options
 
 FloatArray = NDArray[np.float64]
 QUANTILES = (0.5, 0.9, 0.99)
@@ -106,13 +107,12 @@ def _line(x: FloatArray, y: FloatArray) -> tuple[float, float, float]:
 
 
 def untrained(examined: Examined) -> nn.Module:
-    """The same architecture before its first step: our seeded initialisation, or the library's default one."""
+    """The same architecture with weights as they were drawn: our seeded initialisation, or the library's default one."""
     if not examined.ours:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(examined.model.config).eval().to(examined.device)
-    init, seed = None, int(examined.settings.get("seed", 0))
-    if examined.settings:
-        init = InitOptions(**examined.trained_with().model.init.model_dump())
+    seed = int(examined.settings.get("seed", 0))
+    init = init_options(examined.trained_with()) if examined.settings else None
     return build_model(examined.model.config, init, seed).eval().to(examined.device)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from model.config import WindreachConfig
+from model.decoder import InitOptions
 from training.settings import LayerSettings, ModelSettings, Settings
 
 
@@ -29,6 +30,11 @@ def model_config(settings: Settings, vocab_size: int) -> WindreachConfig:
         tie_word_embeddings=m.tie_word_embeddings,
         attention_backend=m.attention_backend,
     )
+
+
+def init_options(settings: Settings) -> InitOptions:
+    """How weights are drawn. A run that grows from another one (`grow_from`) draws them too, and overwrites them."""
+    return InitOptions(**settings.model.init.model_dump(exclude={"grow_from"}))
 
 
 def layer_dicts(m: ModelSettings) -> list[dict[str, Any]]:

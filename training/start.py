@@ -8,10 +8,10 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from model import hub
-from model.decoder import InitOptions, WindreachForCausalLM, build_model
+from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError
 from model.growth import grow
-from training.build import model_config
+from training.build import init_options, model_config
 from training.checkpoint import file_sha256, load_state, newest_valid
 from training.objective import RELAY_HEAD
 from training.ranks import ask_main
@@ -30,8 +30,7 @@ def start(settings: Settings, tokenizer: Tokenizer, resume: str) -> tuple[Windre
 
 def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalLM:
     """The decoder with weights drawn from the seed."""
-    init = InitOptions(**settings.model.init.model_dump(exclude={"grow_from"}))
-    return build_model(model_config(settings, tokenizer.vocab_size), init, settings.seed)
+    return build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), settings.seed)
 
 
 @dataclass(frozen=True)

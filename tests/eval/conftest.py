@@ -7,9 +7,9 @@ import yaml
 
 from data.tokenizer import prepare_tokenizer
 from model import hub
-from model.decoder import InitOptions, build_model
+from model.decoder import build_model
 from tests.integration import tiny_run
-from training.build import model_config
+from training.build import init_options, model_config
 from training.settings import Settings
 
 
@@ -20,9 +20,9 @@ def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     described = tiny_run.settings(folder)
     settings = Settings.model_validate(described)
     tokenizer = prepare_tokenizer(settings)
-    init = InitOptions(**settings.model.init.model_dump())
     run = folder / "run"
-    hub.save_hf(build_model(model_config(settings, tokenizer.vocab_size), init, seed=3), run / "hf")
+    model = build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), seed=3)
+    hub.save_hf(model, run / "hf")
     tokenizer.save(run / "hf")
     (run / "settings.yaml").write_text(yaml.safe_dump(described))
     return run
