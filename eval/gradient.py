@@ -107,7 +107,7 @@ def _line(x: FloatArray, y: FloatArray) -> tuple[float, float, float]:
 
 
 def untrained(examined: Examined) -> nn.Module:
-    """The same architecture with weights as they were drawn: our seeded initialisation, or the library's default one."""
+    """The same architecture with weights as drawn: by our seeded initialisation, or the library's default one."""
     if not examined.ours:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(examined.model.config).eval().to(examined.device)
