@@ -44,7 +44,7 @@ from training.run_folder import decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings import Settings
 from training.shards import stored_in_shards
-from training.signals import STOPPED, StopRequest, TrainingFault
+from training.signals import STOPPED, StopRequest, TrainingFault, end_process
 from training.start import start
 from training.state import State
 
@@ -296,4 +296,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    end_process(cli(main))

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.template import Forked
+from tests.integration.template import ROOT, Forked
 from tests.integration.tiny_run import metrics, run, start_as_a_user, start_ranks, wait_for_step, write_config
 from training.checkpoint import checkpoints
 
@@ -45,6 +47,26 @@ def test_two_processes_of_accelerate_launch_equal_one_and_end_together_on_a_mist
     assert figures(tmp_path) == pytest.approx(at_once, rel=1e-3)
     assert out.count("done: 5 steps") == 1
     assert run(config, "training.optimizer.lr=0.5", processes=2, expect=2).count("with other settings") == 2
+
+
+EXCHANGE = """
+from training.ranks import ask_main, gather_from_ranks, join_ranks, sum_over_ranks
+from training.signals import end_process
+
+join_ranks()
+for i in range(5):
+    assert sum_over_ranks([1.0]) == [2.0] and ask_main(lambda: i) == i and gather_from_ranks(i) == [i, i]
+end_process(0)
+"""
+
+
+def test_two_processes_end_without_an_abort_in_the_transport(tmp_path: Path) -> None:
+    """Left to the interpreter, the end of this one aborts nearly always, that of a real run sometimes."""
+    (tmp_path / "exchange.py").write_text(EXCHANGE)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "exchange.py"]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 # -- another number of processes --------------------------------------------------------------------------------------
