@@ -156,7 +156,7 @@ def _recall_distances(s: Settings) -> Iterator[Problem]:
         what = f"no token farther back than R = {farthest} can influence a prediction of this stack"
         remedy = f"use {farthest} or less, or remove it to take R"
         yield _problem("recall.curriculum.max_distance", c.max_distance, what, remedy, *stack)
-    if c.start_distance is not None and c.start_distance > last_distance(s):
+    if isinstance(c.start_distance, int) and c.start_distance > last_distance(s):
         what = f"the last distance is {last_distance(s)}"
         rests_on = ("recall.curriculum.max_distance", "data.seq_len", *stack)
         yield _problem("recall.curriculum.start_distance", c.start_distance, what, "lower it", *rests_on)

@@ -37,7 +37,8 @@ class Curriculum:
         return self.settings.max_distance or self.reach
 
     def start(self) -> CurriculumState:
-        return CurriculumState(min(self.settings.start_distance or self.window, self.last_distance))
+        start = self.settings.start_distance
+        return CurriculumState(self.last_distance if start == "last" else min(start or self.window, self.last_distance))
 
     def advance(self, state: CurriculumState, correct: float, asked: float) -> CurriculumState:
         """The state after a step in which `correct` of `asked` queries were answered."""

@@ -131,7 +131,9 @@ class DataSettings(Strict):
 class CurriculumSettings(Strict):
     """Distances are drawn from [1, D]; D grows while accuracy holds."""
 
-    start_distance: PositiveInt | None = Field(None, description="first D in tokens; default: W")
+    start_distance: PositiveInt | Literal["last"] | None = Field(
+        None, description="first D in tokens; last: the last D from the start; default: W"
+    )
     max_distance: PositiveInt | None = Field(
         None, description="last D in tokens; default: R, or data.seq_len where R is unbounded"
     )

@@ -15,6 +15,11 @@ def test_starts_at_the_window_and_never_passes_the_reach() -> None:
     assert state.distance == 480
 
 
+def test_may_start_at_the_last_distance() -> None:
+    assert rules(start_distance="last").start().distance == 480
+    assert rules(start_distance="last", max_distance=300).start().distance == 300
+
+
 def test_growth_forgets_the_accuracy_of_shorter_distances() -> None:
     curriculum = rules(smoothing=0.5, accuracy=0.7)
     once = curriculum.advance(curriculum.start(), 10, 10)
