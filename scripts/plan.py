@@ -28,7 +28,19 @@ from model.errors import UserError, cli
 from model.flops import forward_flops, parameters
 from model.windows import reach, window_times_layers
 from training.build import model_config
-from training.cluster import USABLE, Pace, Processor, Setup, attention_form, largest_rows, memory, pace, setups, work
+from training.cluster import (
+    MOST_TOKENS,
+    USABLE,
+    Pace,
+    Processor,
+    Setup,
+    attention_form,
+    largest_rows,
+    memory,
+    pace,
+    setups,
+    work,
+)
 from training.config_file import load_settings
 from training.gpus import CPU, GPUS, gpu_named
 from training.plan import duration, size, vocab_size
@@ -119,27 +131,25 @@ MEMORY_PARTS = ("weights", "gradients", "optimizer", "exchange", "activations", 
 
 
 def memory_table(found: dict[str, Any]) -> Table:
+    """A column for each way to share the model out: four fit a terminal of 80 columns."""
     table = Table(title="Memory of each", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in (
-        "sharding",
-        "recompute",
-        *(part.replace("_", " ") for part in MEMORY_PARTS),
-        "total",
-        "fits",
-        "largest micro-batch",
-    ):
-        table.add_column(name, justify="left" if name in ("sharding", "recompute") else "right")
+    table.add_column("sharding\nrecompute")
+    rows = found["memory"]
+    for row in rows:
+        recompute = "layers" if row["checkpointing"] else "nothing"
+        table.add_column(f"{row['sharding']}\n{recompute}", justify="right")
+    for part in (*MEMORY_PARTS, "total"):
+        table.add_row(part.replace("_", " "), *(size(row[part]) for row in rows))
+    table.add_row("fits", *("yes" if row["fits"] else "no" for row in rows))
     seq_len = found["work"][0]["step"]["seq_len"]
-    for row in found["memory"]:
-        table.add_row(
-            row["sharding"],
-            "layers" if row["checkpointing"] else "nothing",
-            *(size(row[part]) for part in MEMORY_PARTS),
-            size(row["total"]),
-            "yes" if row["fits"] else "no",
-            f"{row['largest_rows']:,} x {seq_len:,}" if row["largest_rows"] else "none",
-        )
+    table.add_row("largest micro-batch", *(_rows(row["largest_rows"], seq_len) for row in rows))
     return table
+
+
+def _rows(most: int, seq_len: int) -> str:
+    """Of the largest micro-batch; `+` where more were not looked for."""
+    more = "+" if (most + 1) * seq_len > MOST_TOKENS else ""
+    return f"{most:,}{more} x {seq_len:,}" if most else "none"
 
 
 def pace_table(found: dict[str, Any]) -> Table:

@@ -17,7 +17,7 @@ from model.errors import cli
 from scripts.plan import parse, planned, print_plan
 
 PAGE = ROOT / "docs/plans.md"
-WIDTH = 150  # columns of the page
+WIDTH = 120  # columns of the page
 HEAD = """# Plans for Mistral-7B
 
 What `configs/mistral-7b.yaml` (2.1 trillion tokens in rows of 16,384) needs on 8, 64, 256 and 1,024 H100s at an MFU

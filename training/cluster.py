@@ -12,7 +12,6 @@ What is counted and what is assumed:
 * A **micro-batch** is the larger of the two objectives'. `training.memory` says how its bytes are counted.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,6 +30,7 @@ from training.settings import Settings
 SHARDINGS = ("ddp", "fsdp2")
 USABLE = 0.92  # of a GPU's memory: the rest goes to its context, the network library and fragments
 _COUNTED: dict[tuple[str, Rows, Form], Held] = {}  # a count takes seconds, and plans ask for the same ones
+MOST_TOKENS = 1 << 20  # in one micro-batch; larger ones are not looked for
 QUESTIONS_A_ROW = 4  # of recall, roughly: how many answers a row asks for decides a head of so few positions only
 
 
@@ -175,6 +175,8 @@ def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> Memory:
 def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, fixed: int) -> int:
     """Rows of a text micro-batch that fits beside `fixed` bytes where one row more does not; 0: none fits.
 
+    At most those of `MOST_TOKENS`, so that a tiny model on a large processor is counted in seconds.
+
     Goes on by what one more row adds. That is less once the logits are taken in chunks, so it is asked anew each time,
     and no more than 256 times as many rows are tried next.
     """
@@ -186,11 +188,14 @@ def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, fixe
 
     if room(1) < 0:
         return 0
-    fits, too_many = 1, math.inf
+    most = max(1, MOST_TOKENS // text.last.seq_len)
+    if room(most) >= 0:
+        return most
+    fits, too_many = 1, most
     while too_many - fits > 1:
         more = int(room(fits) // max(1, room(fits) - room(fits + 1)))
         rows = fits + min(max(1, more), 255 * fits)
-        rows = rows if rows < too_many else (fits + int(too_many)) // 2
+        rows = rows if rows < too_many else (fits + too_many) // 2
         fits, too_many = (rows, too_many) if room(rows) >= 0 else (fits, rows)
     return fits
 

@@ -6,6 +6,7 @@ from model.config import WindreachConfig
 from model.flops import count_parameters, flops_per_token
 from training.build import model_config
 from training.cluster import (
+    MOST_TOKENS,
     Processor,
     Setup,
     exchange_bytes,
@@ -73,6 +74,13 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not(checkpointing: b
         return memory(loaded("quickstart-text-only", asked)[0], config, setup).total
 
     assert total(rows) <= gpu.memory < total(rows + 1)
+
+
+def test_a_tiny_model_on_a_large_processor_is_counted_up_to_a_limit() -> None:
+    settings, config = loaded("smoke")
+    setup = Setup(GPU, "bf16")
+    most = largest_rows(settings, config, setup, memory(settings, config, setup).fixed)
+    assert most == MOST_TOKENS // settings.data.seq_len
 
 
 def test_no_row_fits_where_the_weights_alone_are_too_large() -> None:
