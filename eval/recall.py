@@ -2,7 +2,7 @@
 
     python -m eval.recall MODEL [--out DIR] [--tasks needle,keys,...] [--n 400] [--seed 0]
                                 [--keys 1,4,16] [--hops 1,2] [--span-pairs 4] [--controls distractors,untrained]
-                                [--distances 1,16,96] [--precision auto] [--data CONFIG.yaml] [--text FILE]
+                                [--distances 1,W,0.9R,R,R+1] [--precision auto] [--data CONFIG.yaml] [--text FILE]
                                 [--compare RUN ...]
 
 Distance = (position whose logits are read) - (position of the value token). All items have one total length, so
@@ -32,7 +32,7 @@ from data.tasks import TASKS
 from eval import plots
 from eval.haystack import open_haystack
 from eval.models import Examined, load_model
-from eval.recall_distances import default_distances
+from eval.recall_distances import asked_distances, default_distances
 from eval.recall_items import ALIGNED, SIZE_NAMES, n_values_of, trained_tasks
 from eval.recall_measure import CONTROLS, measure
 from eval.recall_table import print_result
@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--controls", default="", help=f"comma-separated, of {', '.join(CONTROLS)}; default: none")
     parser.add_argument("--n", type=int, default=400, help="items a distance near transitions (elsewhere up to 200)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--distances", help="comma-separated tokens; default: the protocol's")
+    parser.add_argument("--distances", help="comma-separated, such as 16,W,0.9R,R; default: the protocol's")
     parser.add_argument("--max-distance", type=int, default=4096, help="cut the protocol's distances here")
     parser.add_argument("--data", metavar="CONFIG.yaml", help="take the held-out text of this config")
     parser.add_argument("--text", metavar="FILE", help="a UTF-8 file to use as haystack")
@@ -72,13 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def chosen_distances(args: argparse.Namespace, examined: Examined) -> tuple[int, ...]:
     if args.distances is None:
         return tuple(default_distances(examined, min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)))
-    try:
-        wanted = sorted({int(part) for part in args.distances.split(",")})
-    except ValueError as error:
-        raise UserError(f"--distances {args.distances!r}: give whole numbers of tokens, such as 1,16,96") from error
-    if not wanted or wanted[0] < 1:
-        raise UserError(f"--distances {args.distances!r}: a distance is at least 1 token")
-    return tuple(wanted)
+    return tuple(asked_distances(args.distances, examined))
 
 
 def chosen_tasks(args: argparse.Namespace, trained: Iterable[str]) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
+from data.distance import in_tokens
 from eval.models import Examined
+from model.errors import UserError
 
 
 def protocol_distances(window: int, reach: int, product: int) -> list[int]:
@@ -23,14 +25,33 @@ def protocol_distances(window: int, reach: int, product: int) -> list[int]:
 
 def default_distances(examined: Examined, max_distance: int) -> list[int]:
     """The protocol's distances for this model; a stack of unbounded reach gets those of its sliding twin."""
-    window = examined.window
-    if examined.reach is not None and window is not None:
-        wanted = protocol_distances(window, examined.reach, examined.window_times_layers or examined.reach)
-    elif window is not None:
-        wanted = protocol_distances(window, examined.layers * (window - 1), examined.layers * window)
+    window, reach = examined.window, _reach(examined)
+    if window is not None and reach is not None:
+        product = examined.window_times_layers or (reach if examined.reach is not None else examined.layers * window)
+        wanted = protocol_distances(window, reach, product)
     else:
         wanted = [1, *(round(8 * 2 ** (i / 2)) for i in range(40))]
     return [d for d in wanted if d <= max_distance]
+
+
+def asked_distances(text: str, examined: Examined) -> list[int]:
+    """The distances of a list such as `1,W,.9R,R-1,R,R+1`. Raises UserError with the word that is none."""
+    try:
+        wanted = sorted({in_tokens(word, examined.window, _reach(examined)) for word in text.split(",")})
+    except ValueError as error:
+        raise UserError(
+            f"--distances {text!r}: {error}; give tokens, or shares of W and R, such as 1,16,W,0.9R,R-1,R,R+1"
+        ) from error
+    if wanted[0] < 1:
+        raise UserError(f"--distances {text!r}: a distance is at least 1 token")
+    return wanted
+
+
+def _reach(examined: Examined) -> int | None:
+    """R; of a stack without bound, that of its sliding twin."""
+    if examined.reach is not None or examined.window is None:
+        return examined.reach
+    return examined.layers * (examined.window - 1)
 
 
 def near_transition(rows: list[dict[str, Any]], chance: float, window: int | None) -> set[int]:

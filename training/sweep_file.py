@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from data.distance import PATTERN as SHARE
 from model.errors import UserError
 from training.config_file import load_settings, parse_file, report
 from training.problems import ABSENT, Problem, explain
@@ -72,7 +73,9 @@ class RecallOptions(Strict):
 
     n: PositiveInt = Field(200, description="items a distance")
     tasks: list[str] = Field(default_factory=list, description="default: those the run was trained on")
-    distances: list[PositiveInt] = Field(default_factory=list, description="tokens; default: the protocol's")
+    distances: list[PositiveInt | Annotated[str, Field(pattern=rf"^{SHARE}$")]] = Field(
+        default_factory=list, description="tokens, or shares of W and R such as 0.9R; default: the protocol's"
+    )
     max_distance: PositiveInt | None = Field(None, description="cut the protocol's distances here")
 
 

@@ -1,0 +1,25 @@
+"""Distances as people write them: in tokens, or as a share of the window W or of the reach R."""
+
+import re
+
+PATTERN = r"(?P<share>\d*\.?\d+)?(?P<unit>[WR])(/(?P<part>[1-9]\d{0,8}))?(?P<more>[+-]\d{1,9})?"
+
+
+def in_tokens(word: str, window: int | None, reach: int | None) -> int:
+    """A distance in tokens, from tokens or from a share of W or R, rounded, and some tokens more or less.
+
+    Raises ValueError for other words, and for a share of what the model has not.
+
+    >>> [in_tokens(word, window=16, reach=120) for word in ("48", "W", "1.5W", "0.9R", "R/8+1", "R-1")]
+    [48, 16, 24, 108, 16, 119]
+    """
+    word = word.strip()
+    if re.fullmatch(r"\d{1,9}", word):
+        return int(word)
+    parts = re.fullmatch(PATTERN, word)
+    if parts is None:
+        raise ValueError(f"{word!r} is no distance")
+    unit = {"W": window, "R": reach}[parts["unit"]]
+    if unit is None:
+        raise ValueError(f"this model has no {parts['unit']}")
+    return round(float(parts["share"] or 1) * unit / int(parts["part"] or 1)) + int(parts["more"] or 0)
