@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,8 +15,9 @@ from data.tasks import TASKS
 from eval import loss, reach, recall, recall_workers, stats
 from eval.haystack import open_haystack
 from eval.models import load_model
+from eval.recall_distances import asked_distances
 from eval.recall_table import print_result
-from model.errors import cli
+from model.errors import UserError, cli
 from model.windows import LayerSpec
 
 DISTANCES = [1, 7, 8, 20, 21, 22, 24, 32]
@@ -214,6 +216,17 @@ def test_another_tokenizer_than_the_one_trained_with_is_refused(monkeypatch, cap
     assert "trained with 000000000000" in message
 
 
+def test_distances_are_asked_for_in_tokens_or_as_shares_of_window_and_reach():
+    bounded, unbounded = (
+        SimpleNamespace(window=16, reach=90, layers=8),
+        SimpleNamespace(window=16, reach=None, layers=8),
+    )
+    assert asked_distances("R+1, 7,W,.5R,R", bounded) == [7, 16, 45, 90, 91]
+    assert asked_distances("R", unbounded) == [120], "the reach of its sliding twin"
+    with pytest.raises(UserError, match="this model has no W"):
+        asked_distances("W", SimpleNamespace(window=None, reach=None, layers=8))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -225,7 +238,7 @@ def test_another_tokenizer_than_the_one_trained_with_is_refused(monkeypatch, cap
         (["--tasks", "needle", "--hops", "2"], "--hops '2' is for the task variable-tracking, which is not measured"),
         (["--controls", "blind"], "unknown control 'blind'; known: distractors, untrained"),
         (["--n", "0"], "at least 1 item"),
-        (["--distances", "1,two"], "whole numbers of tokens"),
+        (["--distances", "1,two"], "'two' is no distance; give tokens, or shares of W and R"),
         (["--distances", "0"], "at least 1 token"),
         (["--distances", "100000"], "give a longer text"),
         (["--text", "nowhere.txt"], "no such file"),

@@ -180,12 +180,23 @@ def works_of(name: str) -> dict[str, dict[str, float]]:
 
 def test_the_law_compares_at_equal_tokens_and_up_to_the_reach_of_each() -> None:
     tokens = works_of("law")
-    assert len(tokens) == 3 * 5
+    assert len(tokens) == 3 * 5 * 2
     assert len({tuple(w.items()) for w in tokens.values()}) == 1
     path = ROOT / "configs" / "sweeps" / "law.yaml"
     for s in checked_settings(runs(load_sweep(path), path, Path("out"))).values():
         assert last_distance(s) == s.model.num_hidden_layers * (s.model.sliding_window - 1)
         assert all(2560 % n == 0 for n in (*s.recall.curriculum.row_lengths, s.recall.seq_len))
+
+
+def test_grown_stacks_are_asked_up_to_their_reach_at_nearly_equal_tokens_for_every_window() -> None:
+    path = ROOT / "configs" / "sweeps" / "law-grown.yaml"
+    for s in checked_settings(runs(load_sweep(path), path, Path("out"))).values():
+        assert last_distance(s) == s.model.num_hidden_layers * (s.model.sliding_window - 1)
+    by_depth: dict[str, list[float]] = {}
+    for name, tokens in works_of("law-grown").items():
+        by_depth.setdefault(name.split(",")[0], []).append(tokens["recall"])
+    assert len(by_depth) == 8
+    assert all(len(totals) == 4 and max(totals) / min(totals) < 1.1 for totals in by_depth.values())
 
 
 def test_the_cost_is_compared_at_nearly_equal_tokens_in_the_shares_that_it_names() -> None:
