@@ -22,13 +22,29 @@ from model.places import Places, see, split, stretches
 from model.tiles import causal_after, tiled
 from model.windows import LayerSpec
 
-TILES_FROM = 128  # tokens of window; below, blocks are faster (both timed at n = 4,096 and 16,384)
+TILES_FROM = 128  # tokens of window from which tiles may pay; below, blocks are faster
 _KERNELS = {"flash": flash, "xformers": xformers}
 MASKED_QUERIES = 256  # of a chunk behind a cache at a time, where a mask is needed: it grows with what the cache holds
 
 
-def prepare(spec: LayerSpec, places: Places, backend: str, rows: int = 1) -> Places:
-    """The places with what layers of one kind need to know of them, made once. `rows` is the batch size."""
+def tiles_from(dtype: torch.dtype, head_size: int) -> int:
+    """Tokens of window from which tiles beat blocks on a CPU, in the precision of the queries.
+
+    Timed at n = 2,048 to 16,384 with head sizes 32, 64 and 128. Tiles take more and smaller products, and the flash
+    kernel gains less from bf16 units than plain products do, above all backward.
+    """
+    if not torch.is_grad_enabled():
+        return TILES_FROM
+    if dtype != torch.float32:
+        return 8 * TILES_FROM
+    return TILES_FROM if head_size >= 128 else 2 * TILES_FROM
+
+
+def prepare(spec: LayerSpec, places: Places, backend: str, rows: int = 1, tiles: int | None = None) -> Places:
+    """The places with what layers of one kind need to know of them, made once, so that each need not make it.
+
+    `rows` is the batch size, `tiles` what `tiles_from` says of the queries; default: no gradients are asked for.
+    """
     t, device = places.positions.shape[1], places.positions.device
     backend = serving(backend, device)
     if backend == "flex":
@@ -39,12 +55,13 @@ def prepare(spec: LayerSpec, places: Places, backend: str, rows: int = 1) -> Pla
         return places if _folds(spec) else replace(places, made=pieces_of(spec, places, rows))
     if spec.global_tokens or spec.kind == "chunked":
         _check_beginning(places)
-    if places.documents is not None and _one_document_at_a_time(spec, backend, t, device):
+    in_tiles = _in_tiles(spec, backend, t, device, tiles or TILES_FROM)
+    if places.documents is not None and _one_document_at_a_time(spec, backend, t, in_tiles):
         alone = bool((places.documents == places.documents[:1, :1]).all()) and bool(places.documents[0, 0] >= 0)
         if not alone:
             return places
         places = replace(places, documents=None)
-    if _in_blocks(spec, backend, t) and not _in_tiles(spec, backend, t, device):
+    if _in_blocks(spec, backend, t) and not in_tiles:
         return replace(places, made=block_bias(spec, places))
     return places
 
@@ -55,10 +72,10 @@ def _check_beginning(places: Places) -> None:
         raise UserError("position_ids begin behind 0; chunked layers and global tokens need them from 0 on, or a cache")
 
 
-def _one_document_at_a_time(spec: LayerSpec, backend: str, t: int, device: torch.device) -> bool:
+def _one_document_at_a_time(spec: LayerSpec, backend: str, t: int, in_tiles: bool) -> bool:
     """Whether the form that does this layer knows no documents: tiles have no mask, global tokens stand first."""
     with_globals = spec.global_tokens > 0 and _in_blocks(spec, backend, t)
-    return with_globals or _in_tiles(spec, backend, t, device)
+    return with_globals or in_tiles
 
 
 def _in_blocks(spec: LayerSpec, backend: str, t: int) -> bool:
@@ -71,13 +88,15 @@ def _folds(spec: LayerSpec) -> bool:
     return spec.kind == "dilated" and spec.dilation > 1
 
 
-def _in_tiles(spec: LayerSpec, backend: str, t: int, device: torch.device) -> bool:
+def _in_tiles(spec: LayerSpec, backend: str, t: int, device: torch.device, tiles: int) -> bool:
     """Whether the window and T are long enough for tiles to pay, and the flash kernel is there."""
+    window = spec.window or 0
     if backend != "blocked" or device.type != "cpu" or t < TILES_FROM:
         return False
     if spec.kind == "chunked":
-        return (spec.window or 0) >= TILES_FROM and spec.global_tokens <= (spec.window or 0)
-    return spec.kind == "full" or (spec.kind == "sliding" and (spec.window or 0) >= TILES_FROM)
+        return window >= TILES_FROM and spec.global_tokens <= window
+    least = tiles if _in_blocks(spec, backend, t) else TILES_FROM
+    return spec.kind == "full" or (spec.kind == "sliding" and window >= least)
 
 
 def attend(
@@ -94,9 +113,10 @@ def attend(
         return _attend_dilated(q_bhtd, k_bgsd, v_bgsd, spec, places, backend, sink_h)
     if backend in _KERNELS:
         return by_pieces(q_bhtd, k_bgsd, v_bgsd, spec, places, _KERNELS[backend])
-    if places.documents is not None and _one_document_at_a_time(spec, backend, t, device):
+    in_tiles = _in_tiles(spec, backend, t, device, tiles_from(q_bhtd.dtype, q_bhtd.shape[-1]))
+    if places.documents is not None and _one_document_at_a_time(spec, backend, t, in_tiles):
         return _attend_by_document(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
-    if _in_tiles(spec, backend, t, device):
+    if in_tiles:
         first = 0 if spec.kind == "full" else spec.global_tokens
         return tiled(q_bhtd, k_bgsd, v_bgsd, spec.window or t, sink_h, spec.kind != "chunked", first)
     if backend == "blocked" and spec.kind == "full" and places.documents is None and sink_h is None:

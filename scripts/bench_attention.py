@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.mistral.modeling_mistral import eager_attention_forward
 
-from model.attention import attend
+from model.attention import attend, prepare, tiles_from
 from model.errors import UserError
 from model.places import Places
 from model.windows import LayerSpec, visible
@@ -132,14 +132,18 @@ def attention_works(shape: Shape, backward: bool, precision: str) -> dict[str, W
     def bias() -> Tensor:
         return torch.zeros(shape.n, shape.n, dtype=dtype).masked_fill(~mask(), torch.finfo(dtype).min)
 
+    @cache
+    def places() -> Places:
+        return prepare(spec, Places(positions[None]), "blocked", tiles=tiles_from(dtype, shape.head_dim))
+
     forwards: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: attend(q, k, v, spec, Places(positions[None]), "blocked", None),
+        OURS: lambda: attend(q, k, v, spec, places(), "blocked", None),
         DENSE: lambda: F.scaled_dot_product_attention(q, k, v, mask(), enable_gqa=gqa),
         CAUSAL: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
         FLEX: _flex(q, k, v, spec, lambda: forwards[OURS]()),
         EAGER: lambda: eager_attention_forward(module, q, k, v, bias()[None, None], shape.head_dim**-0.5)[0],
     }
-    return {name: _with_backward(f, (q, k, v)) if backward else f for name, f in forwards.items()}
+    return {name: _with_backward(f, (q, k, v)) if backward else torch.no_grad()(f) for name, f in forwards.items()}
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, ours: Callable[[], Tensor]) -> Callable[[], Tensor]:

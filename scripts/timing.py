@@ -12,6 +12,7 @@ import torch
 from training.memory import PeakBytes
 
 OURS = "ours"
+WARM_CALLS, WARM_SECONDS = 5, 2.0
 Work = Callable[[], Any]
 
 
@@ -51,9 +52,16 @@ def alternate(works: Mapping[str, Work], rounds: int) -> tuple[dict[str, float],
 
 
 def why_not(work: Work) -> str:
-    """Run once to warm up: empty, or the reason it can't run here (a peer may lack a kernel, memory or a compiler)."""
+    """Warm up: empty, or the reason it can't run here (a peer may lack a kernel, memory or a compiler).
+
+    Short works run several times: until a process has the memory that it needs, its pages are part of the time.
+    """
+    began = time.perf_counter()
     try:
-        work()
+        for _ in range(WARM_CALLS):
+            work()
+            if time.perf_counter() - began > WARM_SECONDS:
+                break
     except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     return ""

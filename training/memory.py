@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import attend, prepare
+from model.attention import attend, prepare, tiles_from
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
@@ -296,7 +296,7 @@ def _attend_bytes(config: WindreachConfig, spec: LayerSpec, rows: Rows, form: Fo
             torch.empty(rows.rows, n, t, config.head_dim, dtype=dtype, requires_grad=True) for n in (heads, kv, kv)
         )
         sinks = torch.empty(heads, requires_grad=True) if spec.sink else None
-        places = prepare(spec, Places(torch.arange(t)[None]), backend)
+        places = prepare(spec, Places(torch.arange(t)[None]), backend, tiles=tiles_from(dtype, config.head_dim))
         kept, peak = step_bytes(torch.nn.Module(), lambda: attend(q, k, v, spec, places, backend, sinks).float().sum())
     return kept, peak - kept
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.attention import TILES_FROM
+from model.attention import tiles_from
 from model.backends import BACKENDS, choose_backend, serving
 from model.config import WindreachConfig
 from model.flops import cache_bytes, flops_per_token, parameters
@@ -157,7 +157,8 @@ def activation_bytes_per_token(config: WindreachConfig, dtype_bytes: int) -> int
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     assert config.head_dim is not None
     per_layer = dtype_bytes * (4 * config.hidden_size + heads * config.head_dim + 3 * config.intermediate_size)
-    kept = [s.ring_slots for s in config.specs if s.ring_slots and s.ring_slots < TILES_FROM]
+    longest = tiles_from(torch.bfloat16 if dtype_bytes == 2 else torch.float32, config.head_dim)
+    kept = [s.ring_slots for s in config.specs if s.ring_slots and s.ring_slots < longest]
     scores = 4 * config.num_attention_heads * 2 * sum(kept)
     return config.num_hidden_layers * per_layer + scores + 2 * 4 * config.vocab_size
 
