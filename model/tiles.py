@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from model.squares import Squares
 
-LEAF = 128  # tokens: side of the squares; smaller ones are slower than what they save
+LEAF = 128  # tokens: side of the squares in float32, twice that in bf16; smaller ones are slower than what they save
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -105,10 +105,13 @@ class Cover:
 
 
 @cache
-def cover(total: int, window: int, overlap: bool, global_tokens: int) -> Cover:
-    """What `total` tokens see under a sliding (or, without overlap, chunked) window no longer than they are."""
+def cover(total: int, window: int, overlap: bool, global_tokens: int, leaf: int) -> Cover:
+    """What `total` tokens see under a sliding (or, without overlap, chunked) window no longer than they are.
+
+    `leaf`: side of the smallest squares.
+    """
     if overlap and total > window:
-        first, more = _sliding(total, window)
+        first, more = _sliding(total, window, leaf)
     else:
         whole, rest = divmod(total, window)
         first, more = [Tile(0, 0, window, window, whole, window, causal=True)], []
@@ -119,9 +122,9 @@ def cover(total: int, window: int, overlap: bool, global_tokens: int) -> Cover:
     return Cover(tuple(first), tuple(more))
 
 
-def _sliding(total: int, window: int) -> tuple[list[Squares | Tile], list[Tile]]:
+def _sliding(total: int, window: int, leaf: int) -> tuple[list[Squares | Tile], list[Tile]]:
     """Blocks begin at the remainder of W by the side of the squares, so that those W tokens back begin at 0."""
-    leaf = side = min(LEAF, window)
+    leaf = side = min(leaf, window)
     begin, (whole, rest) = window % leaf, divmod(total - window, leaf)
     first = [Squares(0, begin, 1), Squares(begin, leaf, window // leaf), Squares(window, leaf, whole, window)]
     more: list[Tile] = []
@@ -163,7 +166,8 @@ def tiled(
     g = k_bgtd.shape[1]
     q = q_bhtd.reshape(b * g, h // g, t, d)
     k, v = (x.reshape(b * g, t, d) for x in (k_bgtd, v_bgtd))
-    return _Tiles.apply(q, k, v, sink_h, cover(t, min(window, t), overlap, global_tokens)).view(b, h, t, d)
+    leaf = 2 * LEAF if q.dtype.itemsize == 2 else LEAF
+    return _Tiles.apply(q, k, v, sink_h, cover(t, min(window, t), overlap, global_tokens, leaf)).view(b, h, t, d)
 
 
 def causal_after(q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import attend, attend_between
+from model.attention import attend, attend_between, tiles_from
 from model.blocks import blocked
 from model.places import Places
 from model.windows import LayerSpec, visible
@@ -152,3 +152,31 @@ def test_blocked_memory_grows_with_the_window_and_not_with_the_square_of_the_len
 
     assert widest(32, 2048) <= 2.1 * widest(32, 1024)
     assert widest(32, 1024) <= 0.6 * widest(64, 1024)
+
+
+@pytest.mark.parametrize("window", [130, 300, 1100])
+def test_bf16_is_near_the_reference_in_blocks_and_tiles(window: int) -> None:
+    """With gradients blocks serve windows below 1,024, without them tiles do: both are near float32."""
+    q, k, v, _ = draw_qkv(1, 2, 2300, seed=window)
+    spec, where = LayerSpec("sliding", window), Places(torch.arange(2300)[None])
+    expected = attend_between(q, k, v, spec, where, where, None)
+    halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    actual = attend(*halves, spec, where, "blocked", None)
+    with torch.no_grad():
+        alone = attend(*halves, spec, where, "blocked", None)
+    for ours in (actual, alone):
+        torch.testing.assert_close(ours.double(), expected, atol=0.03, rtol=0.03)
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    found = torch.autograd.grad(actual.double().square().sum(), halves)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "gradients", "least"),
+    [(torch.bfloat16, 64, True, 1024), (torch.float32, 64, True, 256), (torch.float32, 128, True, 128),
+     (torch.bfloat16, 64, False, 128)],
+)  # fmt: skip
+def test_tiles_begin_where_they_are_faster(dtype: torch.dtype, head_size: int, gradients: bool, least: int) -> None:
+    with torch.set_grad_enabled(gradients):
+        assert tiles_from(dtype, head_size) == least

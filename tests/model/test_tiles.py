@@ -57,8 +57,7 @@ def test_parts_cover_each_wanted_pair_once_and_no_other(
     total: int, window: int, overlap: bool, global_tokens: int, leaf: int
 ) -> None:
     window, global_tokens = min(total, window), min(global_tokens, window)
-    with leaves_of(leaf):
-        cover = tiles.cover(total, window, overlap, global_tokens)
+    cover = tiles.cover(total, window, overlap, global_tokens, leaf)
     covered = torch.zeros(total, total, dtype=torch.int)
     for part in cover.first + cover.more:
         for q, k, square in squares_of(part) if isinstance(part, Squares) else blocks_of(part):
@@ -72,9 +71,7 @@ def test_parts_cover_each_wanted_pair_once_and_no_other(
 def leaves_of(side: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "LEAF", side)
-        tiles.cover.cache_clear()
         yield
-    tiles.cover.cache_clear()
 
 
 def blocks_of(tile: Tile) -> Iterator[tuple[int, int, Tensor]]:
