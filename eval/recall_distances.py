@@ -27,8 +27,7 @@ def default_distances(examined: Examined, max_distance: int) -> list[int]:
     """The protocol's distances for this model; a stack of unbounded reach gets those of its sliding twin."""
     window, reach = examined.window, _reach(examined)
     if window is not None and reach is not None:
-        product = examined.window_times_layers or (reach if examined.reach is not None else examined.layers * window)
-        wanted = protocol_distances(window, reach, product)
+        wanted = protocol_distances(window, reach, examined.window_times_layers or examined.layers * window)
     else:
         wanted = [1, *(round(8 * 2 ** (i / 2)) for i in range(40))]
     return [d for d in wanted if d <= max_distance]

@@ -40,6 +40,12 @@ def tiles_from(dtype: torch.dtype, head_size: int) -> int:
     return TILES_FROM if head_size >= 128 else 2 * TILES_FROM
 
 
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The precision in which products with `x` are taken, under autocast or not."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def prepare(spec: LayerSpec, places: Places, backend: str, rows: int = 1, tiles: int | None = None) -> Places:
     """The places with what layers of one kind need to know of them, made once, so that each need not make it.
 

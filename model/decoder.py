@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention import attend, attend_after, prepare, tiles_from
+from model.attention import attend, attend_after, dtype_of_products, prepare, tiles_from
 from model.backends import choose_backend
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
@@ -163,7 +163,7 @@ class WindreachModel(nn.Module):
 
     def _whole(self, x: Tensor, places: Places, keep: bool) -> list[Tensor]:
         """The residual stream (B, T, E) after the last layer, or (`keep`) before the first and after each."""
-        tiles = tiles_from(_dtype_of_products(x), self.config.head_dim)
+        tiles = tiles_from(dtype_of_products(x), self.config.head_dim)
         kinds = dict.fromkeys(self.config.specs)
         of_kind = {spec: prepare(spec, places, self.backend, len(x), tiles) for spec in kinds}
         rotary, streams = self._rotary(places.positions), [x]
@@ -217,12 +217,6 @@ class WindreachModel(nn.Module):
                 tables[theta] = rotary_tables(positions, self.config.head_dim, theta)
             chosen[spec] = tables[theta] if spec.rope else None
         return chosen
-
-
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    """In which queries come out of a product with `x`."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _places(

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention import dtype_of_products
+
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; the softmax and its gradient hold about three times that
 
 Score = tuple[Tensor, Tensor]
@@ -36,10 +38,7 @@ def at_once(logits_nv: Tensor, labels_n: Tensor, z_weight: float) -> Score:
 
 def in_chunks(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float, rows: int) -> Score:
     """As `at_once`, `rows` positions at a time: only their logits exist at any moment."""
-    device = hidden_ne.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden_ne.dtype
-    loss, right = _Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, dtype)
+    loss, right = _Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, dtype_of_products(hidden_ne))
     return loss, right
 
 
