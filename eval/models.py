@@ -259,9 +259,12 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _load_from_hub(source: str, name: str) -> Any:
-    """In the attention that the library prefers for this architecture: not all of them have the fused one."""
+    """A model that `transformers` knows, with the attention that it prefers for it. Code beside the weights never runs.
+
+    Without `trust_remote_code=False` the library asks on standard input, where a pipe may answer yes.
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
 
@@ -274,7 +277,7 @@ def _load_tokenizer(source: str, run_dir: Path | None, name: str) -> Any:
         if run_dir and (folder / "tokenizer.model").exists():
             return load_tokenizer(str(folder))
     try:
-        return HubTokenizer(AutoTokenizer.from_pretrained(source))
+        return HubTokenizer(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"MODEL {name!r}: no tokenizer beside the weights ({_first_line(error)}); copy the tokenizer files there"

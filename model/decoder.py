@@ -277,6 +277,7 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _is_stateful = True
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # told to `transformers.Trainer`: `forward` takes `num_items_in_batch`
 
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__(config)
@@ -296,9 +297,14 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T or logits_to_keep, V). `labels` (B, T) as in transformers: not shifted, -100 is ignored."""
+        """Logits (B, T or logits_to_keep, V). `labels` (B, T) as in transformers: not shifted, -100 is ignored.
+
+        `num_items_in_batch`: divide the summed loss by it instead of by the tokens of this call. `transformers.Trainer`
+        passes the tokens of all micro-batches of a step.
+        """
         if use_cache and past_key_values is None:
             past_key_values = RingCache(self.config)
         hidden = self.model(
@@ -308,7 +314,7 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def compile_layers(self) -> None:

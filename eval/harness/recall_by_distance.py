@@ -50,8 +50,8 @@ def documents(
     """
     if not pretrained:
         raise UserError("windreach_recall needs to know the model: give --model_args pretrained=FOLDER")
-    config = AutoConfig.from_pretrained(pretrained)
-    made = HubTokenizer(AutoTokenizer.from_pretrained(tokenizer or pretrained))
+    config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
+    made = HubTokenizer(AutoTokenizer.from_pretrained(tokenizer or pretrained, trust_remote_code=False))
     wanted = sorted(distances or default_distances(config, max_distance))
     length = wanted[-1] + MARGIN
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)

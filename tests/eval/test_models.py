@@ -1,5 +1,7 @@
 """Claims about models of other makers: windows are read from their configs, and every evaluation runs to its end."""
 
+import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -135,6 +137,35 @@ def test_recall_reach_loss_and_relay_map_run_to_the_end(kind, tokenizer, text_fi
     assert bool(predicted) == (expected is not None and "c" not in KINDS[kind][1])
     assert not predicted or predicted["mixture_mean"] < expected
     assert found["relay"]["identical_beyond_frontier"] is True  # of unbounded stacks the embedding alone
+
+
+EVIL = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilModel, PreTrainedTokenizerFast as EvilTokenizer
+"""
+
+
+@pytest.mark.parametrize("beside", ["model", "tokenizer"])
+def test_code_beside_the_weights_never_runs_even_when_a_pipe_says_yes(beside, tokenizer, tmp_path, monkeypatch):
+    folder = save_model("llama", tokenizer, tmp_path / "llama")
+    name, added = {
+        "model": ("config.json", {"model_type": "evil", "auto_map": {
+            "AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}}),
+        "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": {
+            "AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}}),
+    }[beside]  # fmt: skip
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | added))
+    (folder / "evil.py").write_text(EVIL)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(UserError):  # a tokenizer that the library can read without the code is read
+        load_model(str(folder), "cpu")
+    assert not list(tmp_path.rglob("ran"))
+    if beside == "model":
+        with pytest.raises(UserError, match="custom code"):
+            load_model(str(folder), "cpu")
 
 
 def test_a_mistral_whose_rope_our_decoder_lacks_is_left_to_the_library(tokenizer, tmp_path):
