@@ -110,7 +110,8 @@ def untrained(examined: Examined) -> nn.Module:
     """The same architecture with weights as drawn: by our seeded initialisation, or the library's default one."""
     if not examined.ours:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(examined.model.config, trust_remote_code=False).eval().to(examined.device)
+        drawn = AutoModelForCausalLM.from_config(examined.model.config, trust_remote_code=False)
+        return drawn.eval().to(examined.device)
     seed = int(examined.settings.get("seed", 0))
     init = init_options(examined.trained_with()) if examined.settings else None
     return build_model(examined.model.config, init, seed).eval().to(examined.device)

@@ -142,7 +142,8 @@ def test_recall_reach_loss_and_relay_map_run_to_the_end(kind, tokenizer, text_fi
 EVIL = """
 import pathlib
 pathlib.Path(__file__).with_name("ran").touch()
-from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilModel, PreTrainedTokenizerFast as EvilTokenizer
+from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilModel
+from transformers import PreTrainedTokenizerFast as EvilTokenizer
 """
 
 
