@@ -17,36 +17,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.packing import TokenStore, prepare_tokens
+from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.errors import cli
 from model.windows import reach
-from training.allocator import keep_freed_memory
-from training.checkpoint import load_state, prune, save_checkpoint
-from training.config_file import load_settings
 from training.curriculum import Curricula, Curriculum
-from training.export import replace_export, write_hf
-from training.metrics import Metrics
-from training.nonfinite import keep_batch, stop_after
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
 from training.optimizer import SummedOptimizer
-from training.parallel import Tensors, load_whole, spread, whole, whole_weights
-from training.plan import plan_text
-from training.precision import DTYPES, make_deterministic, set_up_threads
+from training.planning.dry_run import plan_text
 from training.probe import Probe
-from training.profiling import ProfileWindow
-from training.progress import TrainingProgress
-from training.random_state import get_random_states, seed_everything, set_random_states
-from training.ranks import ask_main, gather_from_ranks, join_ranks, local_processes, lost_rank_is_fault, sum_over_ranks
-from training.resume import FACTS_SAVED, check_checkpoint, check_same_batches
-from training.run_folder import decide_once, open_run, run_dir
+from training.processes.allocator import keep_freed_memory
+from training.processes.parallel import Tensors, load_whole, spread, whole, whole_weights
+from training.processes.precision import DTYPES, make_deterministic, set_up_threads
+from training.processes.ranks import (
+    ask_main,
+    gather_from_ranks,
+    join_ranks,
+    local_processes,
+    lost_rank_is_fault,
+    sum_over_ranks,
+)
+from training.processes.signals import STOPPED, StopRequest, TrainingFault, end_process
+from training.reporting.metrics import Metrics
+from training.reporting.nonfinite import keep_batch, stop_after
+from training.reporting.profiling import ProfileWindow
+from training.reporting.progress import TrainingProgress
+from training.run.checkpoint import load_state, prune, save_checkpoint
+from training.run.export import replace_export, write_hf
+from training.run.folder import decide_once, open_run, run_dir
+from training.run.random_state import get_random_states, seed_everything, set_random_states
+from training.run.resume import FACTS_SAVED, check_checkpoint, check_same_batches
+from training.run.shards import stored_in_shards
+from training.run.state import State
 from training.schedule import interpolate, rate_factor
-from training.settings import Settings
-from training.shards import stored_in_shards
-from training.signals import STOPPED, StopRequest, TrainingFault, end_process
+from training.settings.config_file import load_settings
+from training.settings.schema import Settings
 from training.start import start
-from training.state import State
 
 
 def main() -> int:

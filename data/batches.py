@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.draws import Draws
-from data.packing import TokenStore
-from data.recall import DEFAULT_RULES, RowRules, clean_filler, filler_room, task_size, training_rows
-from data.recall_vocabulary import RecallVocabulary
 from data.tasks import TASKS
+from data.tasks.draws import Draws
+from data.tasks.layout import DEFAULT_RULES, RowRules, clean_filler, filler_room, task_size, training_rows
 from data.tasks.question import DEFAULT_OPTIONS, UNSCORED, TaskOptions
+from data.tasks.vocabulary import RecallVocabulary
+from data.token_store import TokenStore
 from model.errors import UserError
 
 IntArray = NDArray[np.int64]

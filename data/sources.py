@@ -19,7 +19,7 @@ from data.novels import BOOKS, novels
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from training.settings import DataSettings, HubSettings
+    from training.settings.schema import DataSettings, HubSettings
 
 SPLITS = ("train", "heldout")
 HELDOUT_EVERY = 20  # documents

@@ -22,12 +22,12 @@ from tokenizers import decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from data.folders import written_whole
-from data.recall_vocabulary import RESERVED
 from data.sources import documents, source_fingerprint
+from data.tasks.vocabulary import RESERVED
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from training.settings import Settings
+    from training.settings.schema import Settings
 
 FILE = "tokenizer.model"
 VERSION = 1  # raise it when the same text would give another tokenizer

@@ -81,8 +81,8 @@ def read_haystack(
 
 def _held_out_texts(config: str | None) -> list[tuple[str, str]]:
     from data.sources import documents
-    from training.config_file import load_settings
-    from training.settings import DataSettings
+    from training.settings.config_file import load_settings
+    from training.settings.schema import DataSettings
 
     data = load_settings(config, []).data if config else DataSettings.model_validate({})
     return [(document.name, document.text) for document in documents(data, "heldout")]
@@ -113,7 +113,7 @@ def encode_documents(
 
 def from_store(examined: Examined, max_tokens: int | None = None) -> Haystack:
     """The held-out tokens of a run, from its cache on disk (made again if it is gone)."""
-    from data.packing import prepare_tokens
+    from data.token_store import prepare_tokens
 
     _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
     starts = [int(start) for start in store.document_starts]

@@ -17,9 +17,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from eval import plots, recall
+from eval import plots
 from eval.haystack import Haystack, open_haystack
 from eval.models import Examined, load_model
+from eval.recall import __main__ as recall
 from model.errors import UserError, cli
 
 COLUMNS = 6

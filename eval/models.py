@@ -24,8 +24,8 @@ from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import cache_bytes
 from model.windows import LayerSpec
-from training.config_file import load_settings
-from training.settings import Settings
+from training.settings.config_file import load_settings
+from training.settings.schema import Settings
 
 OUR_TYPES = {"mistral", "ministral", "qwen3", WindreachConfig.model_type}
 

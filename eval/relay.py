@@ -28,16 +28,16 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.recall import clean_filler
-from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
+from data.tasks.layout import clean_filler
+from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
 from eval import plots
 from eval.forward import ROW_TOKENS, body
 from eval.haystack import Haystack, open_haystack
 from eval.models import Examined, load_model
-from eval.recall import n_values_of
+from eval.recall.__main__ import n_values_of
 from model import windows
 from model.errors import UserError, cli
-from training.checkpoint import newest_valid
+from training.run.checkpoint import newest_valid
 
 Reader = Callable[[Tensor], Tensor]  # streams (K, N, E) at one offset -> values read (K, N), of the rows to be scored
 COLUMNS = 48  # offsets of the map

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from model.attention import prepare_after
+from model.attention.plan import prepare_after
 from model.config import WindreachConfig
 from model.errors import UserError
 from model.places import Places

@@ -12,7 +12,7 @@ class WindreachConfig(MistralConfig):
     """`MistralConfig` plus `layers`: one dict of `LayerSpec` fields per layer (default: all sliding).
 
     qk_norm: RMSNorm of each head's queries and keys before they are rotated, as in Qwen3.
-    attention_backend: `auto`, or one of `model.backends.BACKENDS`.
+    attention_backend: `auto`, or one of `model.attention.backends.BACKENDS`.
     Raises UserError for shapes that can't be built.
     """
 

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention import attend, attend_after, dtype_of_products, prepare, tiles_from
-from model.backends import choose_backend
+from model.attention.backends import choose_backend
+from model.attention.plan import attend, attend_after, dtype_of_products, prepare, tiles_from
 from model.cache import RingCache, RingLayer, Tail
 from model.config import WindreachConfig
 from model.decode import Step, plain

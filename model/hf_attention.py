@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from model.attention import attend, attend_after
+from model.attention.plan import attend, attend_after
 from model.errors import UserError
 from model.places import Places, restarts
 from model.windows import LayerSpec

@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from model.errors import UserError, cli
-from scripts.bench_attention import (
+from scripts.benchmarks.attention import (
     LENGTHS,
     LONG,
     WINDOWS,
@@ -41,7 +41,7 @@ from scripts.bench_attention import (
     plot_attention,
     precisions,
 )
-from scripts.bench_decode import (
+from scripts.benchmarks.decode import (
     PREFILL_ALONE,
     PREFILL_BESIDE,
     bench_decode,
@@ -49,11 +49,11 @@ from scripts.bench_decode import (
     bench_stream,
     prefill_growth,
 )
-from scripts.bench_train import PEERS, bench_long_rows, bench_train, speeds
-from scripts.timing import Row
-from training.allocator import keep_freed_memory
-from training.config_file import load_settings
-from training.precision import Machine, measure, set_up_threads
+from scripts.benchmarks.timing import Row
+from scripts.benchmarks.train import PEERS, bench_long_rows, bench_train, speeds
+from training.processes.allocator import keep_freed_memory
+from training.processes.precision import Machine, measure, set_up_threads
+from training.settings.config_file import load_settings
 
 # -- command line ------------------------------------------------------------------------------------------------------
 

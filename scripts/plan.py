@@ -3,8 +3,8 @@
     python scripts/plan.py configs/mistral-7b.yaml --gpus 64 --gpu h100
     python scripts/plan.py configs/small.yaml --gpu cpu training.max_steps=1000 --json plan.json
 
-Peak rates come from data sheets (`training/gpus.py`), with `--gpu cpu` from a matmul measured here. What is counted and
-what is assumed: the head of `training/cluster.py`. Exit codes: 0 done, 2 the input is wrong.
+Peak rates come from data sheets (`training/planning/gpus.py`), with `--gpu cpu` from a matmul measured here. What is counted and
+what is assumed: the head of `training/planning/cluster.py`. Exit codes: 0 done, 2 the input is wrong.
 """
 
 import argparse
@@ -27,8 +27,7 @@ from model.config import WindreachConfig
 from model.errors import UserError, cli
 from model.flops import forward_flops, parameters
 from model.windows import reach, window_times_layers
-from training.build import model_config
-from training.cluster import (
+from training.planning.cluster import (
     MOST_TOKENS,
     USABLE,
     Pace,
@@ -41,11 +40,12 @@ from training.cluster import (
     setups,
     work,
 )
-from training.config_file import load_settings
-from training.gpus import CPU, GPUS, gpu_named
-from training.plan import duration, size, vocab_size
-from training.precision import Machine, measure, set_up_threads
-from training.settings import Settings
+from training.planning.dry_run import duration, size, vocab_size
+from training.planning.gpus import CPU, GPUS, gpu_named
+from training.processes.precision import Machine, measure, set_up_threads
+from training.settings.build import model_config
+from training.settings.config_file import load_settings
+from training.settings.schema import Settings
 
 
 def plan(settings: Settings, processor: Processor, ranks: int, precision: str, mfu: float) -> dict[str, Any]:

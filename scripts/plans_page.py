@@ -22,9 +22,9 @@ HEAD = """# Plans for Mistral-7B
 
 What `configs/mistral-7b.yaml` (2.1 trillion tokens in rows of 16,384) needs on 8, 64, 256 and 1,024 H100s at an MFU
 of 40 %. The figures are computed, not measured on such machines: peaks come from data sheets, the MFU is an
-assumption, memory is counted on the code of this repository as [`training/memory.py`](../training/memory.py) says,
+assumption, memory is counted on the code of this repository as [`training/planning/memory.py`](../training/planning/memory.py) says,
 FLOPs count visible keys only. What is assumed of sharding and recomputation stands at the head of
-[`training/cluster.py`](../training/cluster.py).
+[`training/planning/cluster.py`](../training/planning/cluster.py).
 
 `python scripts/plans_page.py` makes this page anew. For another model, GPU or number: `python scripts/plan.py CONFIG
 --gpus N --gpu NAME [--mfu 0.4] [key=value ...]`; `--gpu cpu` measures this machine's matmul, `--json FILE` writes the
@@ -33,7 +33,7 @@ figures.
 - "recompute: layers" is `training.activation_checkpointing: true`. Only FSDP2 with it fits 80 GB at rows of 16,384
   tokens.
 - The largest micro-batch is that of one GPU; `training.micro_batch_tokens` sets it.
-- On small models planned bytes are compared with those of real steps on a CPU (`tests/training/test_memory.py`), and
+- On small models planned bytes are compared with those of real steps on a CPU (`tests/training/planning/test_memory.py`), and
   FLOPs with torch's counter (`tests/model/test_flops.py`).
 """
 LARGER_STEPS = "Each GPU takes a row, so a step has four times as many tokens, and the run a quarter as many steps.\n\n"

@@ -14,10 +14,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.packing import TokenStore, fingerprint, prepare_tokens
+from data.token_store import TokenStore, fingerprint, prepare_tokens
 from data.tokenizer import prepare_tokenizer
 from model.errors import cli
-from training.config_file import load_settings
+from training.settings.config_file import load_settings
 
 
 def main() -> None:

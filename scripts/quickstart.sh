@@ -66,18 +66,18 @@ RUN=$("$BIN/python" scripts/run_facts.py folder "$CONFIG")
 say "text and tokenizer"
 interruptible "$BIN/python" scripts/prepare_data.py "$CONFIG"
 
-if outdated "$RUN/hf/config.json" "$CONFIG" train.py model/*.py data/*.py training/*.py; then
+if outdated "$RUN/hf/config.json" "$CONFIG" train.py $(find model data training -name "*.py"); then
   say "training $CONFIG into $RUN"
   interruptible "$BIN/accelerate" launch --quiet --config_file "$LAUNCH" \
     --num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)" train.py "$CONFIG"
 fi
 
-evaluate "reach --plot" reach.png eval/{reach,cliff,gradient,alpha,mask_plots,theory}.py
-evaluate "recall --n 200" recall.png eval/recall*.py "$RUN/reach.json"
+evaluate "reach --plot" reach.png eval/reach/*.py
+evaluate "recall --n 200" recall.png eval/recall/*.py "$RUN/reach.json"
 evaluate loss loss.png eval/loss.py
 evaluate relay relay.png eval/relay.py
 evaluate "heat --n 30" heat.png eval/heat.py
-if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss,relay,heat}.json eval/report/*.py eval/plots/*.py eval/templates/*; then
+if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss,relay,heat}.json eval/report/*.py eval/plots/*.py eval/report/templates/*; then
   say "report"
   interruptible "$BIN/python" -m eval.report "$RUN"
 fi

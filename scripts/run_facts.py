@@ -16,8 +16,8 @@ from model.errors import UserError, cli
 
 
 def folder(config: str) -> str:
-    from training.config_file import load_settings
-    from training.run_folder import run_dir
+    from training.run.folder import run_dir
+    from training.settings.config_file import load_settings
 
     return str(run_dir(load_settings(config, [])))
 

@@ -5,7 +5,7 @@
     python scripts/sweep.py configs/sweeps/smoke.yaml training.max_steps=20
 
 Run it again at any time: what is done is skipped, what was stopped goes on from its checkpoint. `--jobs` runs share the
-cores out evenly, or take a GPU each. The file's form: the head of `training/sweep_file.py`. Results: sweep.json,
+cores out evenly, or take a GPU each. The file's form: the head of `training/sweeps/grid.py`. Results: sweep.json,
 sweep.md and sweep.png in runs/sweeps/NAME, one folder a run beside them.
 
 Exit codes: 0 all done; 1 a run failed (the others went on); 2 the input is wrong; 75 stopped by a signal, run it again.
@@ -29,15 +29,15 @@ from eval.plots import save
 from model.errors import UserError, cli
 from model.flops import count_parameters
 from model.windows import reach
-from training.build import model_config
-from training.checkpoint import write_json, write_text
-from training.cluster import work
-from training.consistency import last_distance
-from training.plan import vocab_size
-from training.settings import Settings
-from training.signals import STOPPED
-from training.sweep_file import Run, Sweep, checked_settings, load_sweep, runs
-from training.sweep_jobs import DONE, FAILED, INTERRUPTED, WAITING, Jobs, Outcome, is_finished, last_words, slots
+from training.planning.cluster import work
+from training.planning.dry_run import vocab_size
+from training.processes.signals import STOPPED
+from training.run.checkpoint import write_json, write_text
+from training.settings.build import model_config
+from training.settings.consistency import last_distance
+from training.settings.schema import Settings
+from training.sweeps.grid import Run, Sweep, checked_settings, load_sweep, runs
+from training.sweeps.jobs import DONE, FAILED, INTERRUPTED, WAITING, Jobs, Outcome, is_finished, last_words, slots
 
 
 def main() -> int:
@@ -84,7 +84,7 @@ def run_all(
 
 def prepare(left: Sequence[Run], settings: dict[str, Settings]) -> None:
     """Text and tokenizer of every run, one after another: runs that start together must not make the same ones."""
-    from data.packing import prepare_tokens
+    from data.token_store import prepare_tokens
     from data.tokenizer import prepare_tokenizer
 
     seen = set()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.tokenizer import FILE, prepare_tokenizer
 from model.errors import UserError, cli
-from training.config_file import load_settings
+from training.settings.config_file import load_settings
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import dtype_of_products
+from model.attention.plan import dtype_of_products
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; the softmax and its gradient hold about three times that
 

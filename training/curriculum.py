@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from training.settings import CurriculumSettings
+from training.settings.schema import CurriculumSettings
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data.batches import Batch, recall_batch, text_batch
-from data.packing import TokenStore
-from data.recall import RowRules
-from data.recall_vocabulary import RecallVocabulary, TokenizerLike, recall_vocabulary
 from data.tasks import need_keys
+from data.tasks.layout import RowRules
 from data.tasks.question import UNSCORED, TaskOptions
+from data.tasks.vocabulary import RecallVocabulary, TokenizerLike, recall_vocabulary
+from data.token_store import TokenStore
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
-from training.consistency import recall_seq_len, row_tokens
 from training.cross_entropy import cross_entropy
 from training.curriculum import Curriculum
-from training.parallel import without_exchange
-from training.ranks import sum_over_ranks
-from training.settings import Settings
+from training.processes.parallel import without_exchange
+from training.processes.ranks import sum_over_ranks
+from training.settings.consistency import recall_seq_len, row_tokens
+from training.settings.schema import Settings
 
 RELAY_HEAD = "relay_head"  # its name in checkpoints
 

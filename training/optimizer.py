@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training.muon import BatchedMuon
-from training.parallel import as_placed, local
-from training.settings import OptimizerSettings
+from training.processes.parallel import as_placed, local
+from training.settings.schema import OptimizerSettings
 
 Named = list[tuple[str, nn.Parameter]]
 

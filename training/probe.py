@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from accelerate import PartialState
 
 from data.batches import text_batch
-from data.packing import TokenStore
-from data.recall import RecallItem, item, task_size
-from data.recall_vocabulary import RecallVocabulary
+from data.tasks.layout import RecallItem, item, task_size
 from data.tasks.question import UNSCORED, TaskOptions
+from data.tasks.vocabulary import RecallVocabulary
+from data.token_store import TokenStore
 from model.decoder import WindreachForCausalLM
 from training.curriculum import Curriculum
-from training.ranks import sum_over_ranks
-from training.settings import Settings
+from training.processes.ranks import sum_over_ranks
+from training.settings.schema import Settings
 
 ROWS = 16  # rows of a forward pass
 

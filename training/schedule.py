@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from training.settings import ScheduleSettings
+from training.settings.schema import ScheduleSettings
 
 
 def rate_factor(schedule: ScheduleSettings, step: int, max_steps: int) -> float:

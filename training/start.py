@@ -11,12 +11,12 @@ from model import hub
 from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError
 from model.growth import grow
-from training.build import init_options, model_config
-from training.checkpoint import file_sha256, load_state, newest_valid
 from training.objective import RELAY_HEAD
-from training.ranks import ask_main
-from training.run_folder import check_tokenizer, read_facts, run_dir
-from training.settings import Settings
+from training.processes.ranks import ask_main
+from training.run.checkpoint import file_sha256, load_state, newest_valid
+from training.run.folder import check_tokenizer, read_facts, run_dir
+from training.settings.build import init_options, model_config
+from training.settings.schema import Settings
 
 
 def start(settings: Settings, tokenizer: Tokenizer, resume: str) -> tuple[WindreachForCausalLM, "Origin"]:

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from data.recall_vocabulary import RecallVocabulary
 from data.tasks.question import LEAVE, UNSCORED, IntArray, Plain, Questions, Size, TaskDraws, TaskOptions
+from data.tasks.vocabulary import RecallVocabulary
 
 
 class Induction(Plain):

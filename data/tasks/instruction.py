@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from data.recall_vocabulary import RecallVocabulary
 from data.tasks.question import Plain, Questions, Size, TaskDraws, TaskOptions, answered_last, marked
+from data.tasks.vocabulary import RecallVocabulary
 
 
 class Instruction(Plain):

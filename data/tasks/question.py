@@ -1,4 +1,4 @@
-"""What a recall task is: questions in pieces, which `data.recall` lays over a haystack.
+"""What a recall task is: questions in pieces, which `data.tasks.layout` lays over a haystack.
 
     haystack ... [needle: ... VALUE ...] haystack ... [query]        the answer follows the query's last token
 
@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data.recall_vocabulary import RecallVocabulary
+from data.tasks.vocabulary import RecallVocabulary
 
 IntArray = NDArray[np.int64]
 
@@ -71,7 +71,7 @@ class Size:
 
 
 class TaskDraws(Protocol):
-    """Random numbers for all rows at once: `data.draws.Draws` in training, `data.recall.ItemDraws` for single items."""
+    """Random numbers for all rows at once: `data.tasks.draws.Draws` in training, `data.tasks.layout.ItemDraws` for single items."""
 
     def integers(self, name: str, n: int, high: int) -> IntArray: ...
 

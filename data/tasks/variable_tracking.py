@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from data.recall_vocabulary import RecallVocabulary
 from data.tasks.question import LEAVE, Plain, Questions, Size, TaskDraws, TaskOptions, answered_last, marked
+from data.tasks.vocabulary import RecallVocabulary
 
 CHAINS = 2
 

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness starts elsewhere
 
-from data.recall import RecallItem, item
-from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
+from data.tasks.layout import RecallItem, item
+from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
 from eval.architectures import specs_of
 from eval.haystack import Haystack, read_haystack
 from eval.models import HubTokenizer
-from eval.recall_distances import protocol_distances
+from eval.recall.distances import protocol_distances
 from model import windows
 from model.errors import UserError
 

@@ -12,7 +12,7 @@ from eval.report.pictures import Picture
 from eval.report.runs import Run
 from eval.report.sheets import Sheet
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.recall import read_result
+from eval.recall.__main__ import read_result
 from model.errors import UserError
 
 RESULTS = ("recall", "reach", "loss", "relay", "heat")

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.packing import TokenStore
-from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
+from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
+from data.token_store import TokenStore
 from data.tokenizer import Tokenizer, train_tokenizer
-from training.settings import Settings
+from training.settings.schema import Settings
 
 WORDS = [
     "the",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.batches import recall_batch, text_batch
-from data.recall import RowRules
+from data.tasks.layout import RowRules
 from data.tasks.question import UNSCORED
 from model.errors import UserError
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.recall_vocabulary import RESERVED
+from data.tasks.vocabulary import RESERVED
 from data.tokenizer import Tokenizer, load_tokenizer, prepare_tokenizer, to_hugging_face, train_tokenizer
 from model.errors import UserError
 

@@ -9,8 +9,8 @@ from data.tokenizer import prepare_tokenizer
 from model import hub
 from model.decoder import build_model
 from tests.integration import tiny_run
-from training.build import init_options, model_config
-from training.settings import Settings
+from training.settings.build import init_options, model_config
+from training.settings.schema import Settings
 
 
 @pytest.fixture(scope="session")

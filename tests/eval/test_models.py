@@ -13,9 +13,11 @@ import yaml
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from eval import loss, reach, recall, relay
+from eval import loss, relay
 from eval.architectures import specs_of
 from eval.models import load_model
+from eval.reach import __main__ as reach
+from eval.recall import __main__ as recall
 from model import windows
 from model.errors import UserError, cli
 

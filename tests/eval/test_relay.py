@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.recall_vocabulary import recall_vocabulary
+from data.tasks.vocabulary import recall_vocabulary
 from eval import heat, relay
 from eval.haystack import open_haystack
 from eval.models import load_model
-from eval.recall_items import entries, open_benches, trained_options
+from eval.recall.items import entries, open_benches, trained_options
 from model.errors import cli
 from model.windows import LayerSpec
-from training import checkpoint
+from training.run import checkpoint
 
 VALUES = 8  # of the run
 

@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from eval import heat, loss, reach, recall, relay
+from eval import heat, loss, relay
 from eval.haystack import open_haystack
 from eval.models import load_model
+from eval.reach import __main__ as reach
+from eval.recall import __main__ as recall
 from eval.report import __main__ as report
 from eval.report.differences import differences_sheet
 from eval.report.page import page as page_of

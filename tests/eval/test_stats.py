@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import stats, theory
+from eval import stats
+from eval.reach import theory
 
 
 @given(st.integers(1, 500), st.data())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from data.tokenizer import load_tokenizer
 from tests.integration.template import ROOT
 from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config
-from training.checkpoint import checkpoints, problem_with
+from training.run.checkpoint import checkpoints, problem_with
 
 STEPS = 9
 

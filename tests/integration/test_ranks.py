@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.template import ROOT, Forked
 from tests.integration.tiny_run import metrics, run, start_as_a_user, start_ranks, wait_for_step, write_config
-from training.checkpoint import checkpoints
+from training.run.checkpoint import checkpoints
 
 
 def figures(folder: Path) -> list[float]:
@@ -50,8 +50,8 @@ def test_two_processes_of_accelerate_launch_equal_one_and_end_together_on_a_mist
 
 
 EXCHANGE = """
-from training.ranks import ask_main, gather_from_ranks, join_ranks, sum_over_ranks
-from training.signals import end_process
+from training.processes.ranks import ask_main, gather_from_ranks, join_ranks, sum_over_ranks
+from training.processes.signals import end_process
 
 join_ranks()
 for i in range(5):

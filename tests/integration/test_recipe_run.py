@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data.tokenizer import prepare_tokenizer
 from tests.integration.tiny_run import ROOT, metrics, run, write_config
-from training.config_file import load_settings
+from training.settings.config_file import load_settings
 from training.start import grow_from_run, new_decoder
 
 SWITCHES = {

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from model import attention, decode, decoder
+from model import decode, decoder
+from model.attention import plan as attention
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import cache_bytes
 from model.windows import reach
-from scripts.timing import peak_bytes
+from scripts.benchmarks.timing import peak_bytes
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37

@@ -7,7 +7,7 @@ import pytest
 from eval.models import Examined
 from model.config import WindreachConfig
 from model.decoder import build_model
-from training.settings import Settings
+from training.settings.schema import Settings
 
 
 class ByteTokenizer:

@@ -3,9 +3,9 @@ import torch
 
 from model.errors import UserError
 from scripts import bench
-from scripts.peers import plain_config
-from scripts.timing import OURS, alternate, peak_bytes, rows_of
-from training.settings import Settings
+from scripts.benchmarks.peers import plain_config
+from scripts.benchmarks.timing import OURS, alternate, peak_bytes, rows_of
+from training.settings.schema import Settings
 
 
 def test_a_peer_that_can_not_run_says_why_and_the_others_are_timed() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from model.errors import UserError, cli
 from scripts import plan, plans_page
-from training.precision import Machine
-from training.schema import ROOT
+from training.processes.precision import Machine
+from training.settings.generate import ROOT
 
 SEVEN_B = str(ROOT / "configs/mistral-7b.yaml")
 TINY = str(ROOT / "configs/tiny.yaml")

@@ -14,11 +14,11 @@ import pytest
 from eval import sweep_results
 from model.errors import UserError
 from scripts.sweep import parse, plan_table, visible_devices
-from training.cluster import work
-from training.consistency import last_distance
-from training.schema import ROOT
-from training.sweep_file import Run, checked_settings, load_sweep, runs
-from training.sweep_jobs import finished_stages, is_finished, note_finished, slots, stages
+from training.planning.cluster import work
+from training.settings.consistency import last_distance
+from training.settings.generate import ROOT
+from training.sweeps.grid import Run, checked_settings, load_sweep, runs
+from training.sweeps.jobs import finished_stages, is_finished, note_finished, slots, stages
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
@@ -283,7 +283,7 @@ def test_what_was_asked_otherwise_is_done_anew_with_all_that_follows_training(tm
 
 
 def test_jobs_share_the_cores_out_and_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.sweep_jobs._cores", lambda: [0, 1, 2, 3, 4])
+    monkeypatch.setattr("training.sweeps.jobs._cores", lambda: [0, 1, 2, 3, 4])
     assert [sorted(slot.cores) for slot in slots(2, [])] == [[0, 1], [2, 3]]
     assert slots(2, [])[0].environment()["OMP_NUM_THREADS"] == "2"
     assert all(slot.cores for slot in slots(7, []))

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from data.packing import TokenStore, prepare_tokens
+from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from tests.integration import tiny_run
-from training.settings import Settings
+from training.settings.schema import Settings
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 from training.curriculum import Curriculum, CurriculumState
-from training.settings import CurriculumSettings
+from training.settings.schema import CurriculumSettings
 
 
 def rules(**settings: object) -> Curriculum:

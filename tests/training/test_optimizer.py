@@ -5,7 +5,7 @@ from torch import nn
 from tests.model.tiny import tiny_model
 from training.muon import orthogonalise
 from training.optimizer import SummedOptimizer, decayed
-from training.settings import OptimizerSettings
+from training.settings.schema import OptimizerSettings
 
 SETTINGS = OptimizerSettings(lr=0.01, weight_decay=0.1, max_grad_norm=1.0)
 

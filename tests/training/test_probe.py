@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.recall_vocabulary import RecallVocabulary, recall_vocabulary
+from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
 from model.decoder import InitOptions, WindreachForCausalLM, build_model
 from model.windows import reach
 from tests.training.conftest import Prepared
-from training.build import model_config
 from training.curriculum import Curriculum
 from training.probe import Probe, horizon
-from training.settings import Settings
+from training.settings.build import model_config
+from training.settings.schema import Settings
 
 WINDOW, REACH = 8, 21
 

@@ -1,7 +1,7 @@
 import pytest
 
 from training.schedule import interpolate, rate_factor
-from training.settings import ScheduleSettings
+from training.settings.schema import ScheduleSettings
 
 
 def test_wsd_warms_up_stays_and_decays_to_the_minimum() -> None:

@@ -1,0 +1,1 @@
+"""Recall of a planted value by distance: `python -m eval.recall MODEL`."""

@@ -1,0 +1,283 @@
+"""Kill a run at random moments, again and again, and look whether anything was lost.
+
+    python tests/integration/kill_test.py configs/tiny.yaml --kills 100 --json results/kills/kills.json
+
+One run is left in peace: the reference. Others get SIGKILL, with all processes of their group, at moments drawn from
+three kinds: some time after the start, some time after a step, and while a checkpoint is written. A killed run is
+started again by the same command until it ends; then another begins in a new folder. After every kill:
+
+- each figure logged so far, losses and gradient norms among them, is that of the reference to the bit;
+- no more is lost than the steps since the last checkpoint, and no half-written folder has a checkpoint's name.
+
+After the last step the weights are those of the reference to the bit. Any difference is named, and the exit code is 1.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from rich.progress import track
+
+from model.errors import cli
+from training.run.checkpoint import checkpoints, problem_with, write_json
+from training.settings.config_file import load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("start", "step", "write")
+CLOCK = ("tokens_per_second", "mfu")  # figures that depend on the time
+DEADLINE = 600.0  # seconds for a start to end or to come to the moment of its kill
+
+Rows = dict[tuple[str, int], dict[str, Any]]
+
+
+class Process(Protocol):
+    """A started run, the leader of its process group."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+
+Start = Callable[[list[str], Path], Process]  # arguments of train.py, and the file that takes what it prints
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One SIGKILL. `step` is the last that was logged, `checkpoint` the newest saved one, 0 without any."""
+
+    kind: str
+    step: int
+    checkpoint: int
+    while_writing: bool
+
+
+@dataclass
+class Result:
+    """All kills, and what was not as it should be."""
+
+    kills: list[Kill] = field(default_factory=list)
+    resumes: int = 0
+    rows_compared: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        victims = Victims(arguments.config, arguments.overrides, Path(folder), start_python, arguments.seed)
+        for _ in track(victims.kill(arguments.kills), "kills", total=arguments.kills):
+            pass
+    report(victims, arguments)
+    return 1 if victims.result.problems else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Kill a run at random moments; see the head of this file.")
+    parser.add_argument("config", type=Path, help="a YAML file of configs/; its run must be short")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    return parser.parse_intermixed_args()
+
+
+def start_python(arguments: list[str], log: Path) -> Process:
+    """`python train.py` in a process group of its own."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+        )
+
+
+class Victims:
+    """A reference run, and runs of the same settings that are killed. All live in `folder`."""
+
+    def __init__(self, config: Path, overrides: list[str], folder: Path, start: Start, seed: int):
+        settings = load_settings(config, overrides)
+        self.arguments = [str(config), *overrides, "training.log_every_steps=1", "tracking.wandb_mode=disabled"]
+        self.save_every, self.last_step = settings.training.save_every_steps, settings.training.max_steps
+        self.folder, self.start, self.random = folder, start, random.Random(seed)
+        self.result = Result()
+
+    def kill(self, wanted: int) -> Iterator[Kill]:
+        """Make the reference, then `wanted` kills; the last victim is let go to its end."""
+        began = time.monotonic()
+        self.run_to_end(self.folder / "reference")
+        self.seconds = time.monotonic() - began
+        self.reference = rows(self.folder / "reference")
+        number = 0
+        while len(self.result.kills) < wanted:
+            number += 1
+            run = self.folder / f"victim-{number}"
+            while len(self.result.kills) < wanted and (kill := self.start_and_kill(run)):
+                self.result.kills.append(kill)
+                self.check_kill(run, kill)
+                yield kill
+            self.run_to_end(run)
+            self.check_end(run)
+
+    def run_to_end(self, run: Path) -> None:
+        expected = newest(run)
+        process, log = self.begin(run)
+        wait(process, lambda: False)
+        self.check_resumed(log, expected)
+        if process.poll() != 0:
+            raise RuntimeError(f"{run.name} ended with exit code {process.poll()}:\n{log.read_text()[-4000:]}")
+
+    def start_and_kill(self, run: Path) -> Kill | None:
+        """None: the run ended before its moment came."""
+        kind, expected = self.random.choice(KINDS), newest(run)
+        process, log = self.begin(run)
+        came = wait(process, self.moment(kind, run))
+        if came:
+            os.killpg(process.pid, signal.SIGKILL)
+        wait(process, lambda: False)
+        self.check_resumed(log, expected)
+        if not came:
+            return None
+        logged = max((step for kind, step in rows(run) if kind == "train"), default=0)
+        return Kill(kind, logged, newest(run), any((run / "checkpoints").glob(".writing-*")))
+
+    def begin(self, run: Path) -> tuple[Process, Path]:
+        log = self.folder / f"{run.name}.log"
+        log.write_text("")
+        return self.start([*self.arguments, f"run_dir={run}", f"data.cache_dir={self.folder / 'cache'}"], log), log
+
+    def moment(self, kind: str, run: Path) -> Callable[[], bool]:
+        """A question that is answered with yes when the moment has come."""
+        now = time.monotonic()
+        if kind == "start":
+            due = now + self.random.uniform(0, self.seconds)
+            return lambda: time.monotonic() >= due
+        if kind == "write":
+            nth, pause = self.random.randint(1, 3), self.random.uniform(0, 0.03)
+            return after(lambda: writing(run, newest(run) + nth * self.save_every), pause)
+        step, pause = newest(run) + self.random.randint(1, 3 * self.save_every), self.random.uniform(0, 0.1)
+        return after(lambda: grown_to(run, step), pause)
+
+    # -- what must hold -----------------------------------------------------------------------------------------------
+
+    def check_kill(self, run: Path, kill: Kill) -> None:
+        self.compare(run, f"{run.name}, killed at step {kill.step} ({kill.kind})")
+        due = (kill.step - 1) // self.save_every * self.save_every  # its checkpoint is written before the next step
+        if kill.checkpoint < due:
+            self.result.problems.append(f"{run.name}: killed at step {kill.step}, checkpoint {due} is not there")
+        for path in checkpoints(run):
+            if problem := problem_with(path):
+                self.result.problems.append(f"{run.name}: {path.name} is no whole checkpoint: {problem}")
+
+    def check_resumed(self, log: Path, expected: int) -> None:
+        """A start that came so far as to say where it resumes took the newest checkpoint."""
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("resumed ")]
+        self.result.resumes += len(lines)
+        if lines and not lines[0].endswith(f"at step {expected}"):
+            self.result.problems.append(f"{log.stem}: checkpoint {expected} was there, but it {lines[0]}")
+
+    def check_end(self, run: Path) -> None:
+        self.compare(run, run.name)
+        if rows(run).keys() != self.reference.keys():
+            self.result.problems.append(f"{run.name}: other steps were logged than by the reference")
+        weights = [(r / "hf/model.safetensors").read_bytes() for r in (run, self.folder / "reference")]
+        if weights[0] != weights[1]:
+            self.result.problems.append(f"{run.name}: the weights at the end are not those of the reference")
+
+    def compare(self, run: Path, name: str) -> None:
+        for key, row in rows(run).items():
+            self.result.rows_compared += 1
+            if row != self.reference.get(key):
+                differing = [k for k in row if row[k] != self.reference.get(key, {}).get(k)]
+                self.result.problems.append(f"{name}: {key[0]} of step {key[1]} differs in {', '.join(differing)}")
+
+
+def after(question: Callable[[], bool], pause: float) -> Callable[[], bool]:
+    """`pause` seconds after `question` was first answered with yes."""
+    due: list[float] = []
+
+    def come() -> bool:
+        if not due and question():
+            due.append(time.monotonic() + pause)
+        return bool(due) and time.monotonic() >= due[0]
+
+    return come
+
+
+def wait(process: Process, moment: Callable[[], bool]) -> bool:
+    """Until the moment: True; or until the process has ended: False."""
+    deadline = time.monotonic() + DEADLINE
+    while process.poll() is None:
+        if moment():
+            return True
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise RuntimeError(f"neither an end nor the moment of a kill within {DEADLINE:.0f} s")
+        time.sleep(0.005)
+    return False
+
+
+def rows(run: Path) -> Rows:
+    """Whole lines of metrics.jsonl by kind and step, without what depends on the clock."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {(r["kind"], r["step"]): {k: v for k, v in r.items() if k not in CLOCK} for r in found}
+
+
+def newest(run: Path) -> int:
+    """Step of the newest finished checkpoint, 0 without any."""
+    return max((int(p.name.removeprefix("step-")) for p in checkpoints(run)), default=0)
+
+
+def writing(run: Path, step: int) -> bool:
+    return any(int(p.name.rpartition("-")[2]) >= step for p in (run / "checkpoints").glob(".writing-step-*"))
+
+
+def grown_to(run: Path, step: int) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and f'{{"step": {step}, "kind": "train"' in path.read_text()
+
+
+def report(victims: Victims, arguments: argparse.Namespace) -> None:
+    r = victims.result
+    lost = [kill.step - kill.checkpoint for kill in r.kills]
+    summary = {
+        "command": f"python tests/integration/kill_test.py {arguments.config} "
+        + " ".join([*arguments.overrides, f"--kills {arguments.kills} --seed {arguments.seed}"]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "seeds": {"moments": arguments.seed, "run": load_settings(arguments.config, arguments.overrides).seed},
+        "n": len(r.kills),
+        "kinds": dict(sorted(Counter(kill.kind for kill in r.kills).items())),
+        "before_the_first_step": sum(kill.step == 0 for kill in r.kills),
+        "while_a_checkpoint_was_written": sum(kill.while_writing for kill in r.kills),
+        "resumes": r.resumes,
+        "rows_compared": r.rows_compared,
+        "problems": r.problems,
+        "steps": victims.last_step,
+        "save_every_steps": victims.save_every,
+        "steps_lost": {"max": max(lost), "mean": round(statistics.mean(lost), 2)},
+        "torch": torch.__version__,
+    }
+    print(json.dumps(summary, indent=1))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.json, summary)
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

@@ -1,0 +1,58 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from training.processes.signals import ECHO_SECONDS
+
+PROGRAM = """
+import sys, time
+from training.processes.signals import STOPPED, StopRequest
+stop = StopRequest()
+print("ready", flush=True)
+while not (stop and sys.argv[1] == "polite"):
+    time.sleep(0.01)
+sys.exit(STOPPED)
+"""
+
+
+def start(kind: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, kind]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=os.environ | environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_ends_the_loop_with_code_75(number: signal.Signals) -> None:
+    process = start("polite")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert f"{number.name}: finishing this step" in errors
+
+
+def test_second_signal_leaves_at_once() -> None:
+    process = start("deaf")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_launcher_s_echo_of_the_first_signal_is_no_second_one() -> None:
+    process = start("deaf", TORCHELASTIC_RUN_ID="some")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(ECHO_SECONDS)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM

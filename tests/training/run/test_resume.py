@@ -1,0 +1,69 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.run.test_folder import changed
+
+from data.tasks.vocabulary import recall_vocabulary
+from model.errors import UserError
+from tests.training.conftest import Prepared
+from training.curriculum import Curriculum
+from training.objective import Objective, objectives
+from training.run.folder import decide_once, open_run
+from training.run.resume import check_checkpoint, check_same_batches
+
+HERE = Path("runs/a/checkpoints/step-000003")
+
+
+def for_processes(prepared: Prepared, processes: int, **dotted: Any) -> list[Objective]:
+    settings = changed(prepared.settings, **dotted)
+    curriculum = Curriculum(settings.recall.curriculum, window=8, reach=21)
+    vocabulary = recall_vocabulary(prepared.tokenizer, settings.recall.values)
+    return objectives(settings, prepared.train, vocabulary, curriculum, processes)
+
+
+def needle(first: int, end: int) -> list[dict[str, int]]:
+    return [{"needle": distance} for distance in range(first, end)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_numbers_of_processes_that_divide_the_rows_are_fine(prepared: Prepared, processes: int) -> None:
+    check_same_batches(HERE, for_processes(prepared, 1), for_processes(prepared, processes), needle(8, 22))
+
+
+def test_a_number_that_does_not_divide_them_is_refused(prepared: Prepared) -> None:
+    with pytest.raises(UserError) as caught:
+        check_same_batches(HERE, for_processes(prepared, 2), for_processes(prepared, 3), needle(8, 22))
+    assert str(caught.value) == (
+        f"{HERE}: was saved by 2 processes; 3 would train on other batches\n"
+        "  a step has 8 rows of text, which 3 can't share equally\n"
+        "  start it with 2 processes, or with a number that divides 8"
+    )
+
+
+def test_rows_that_only_a_later_distance_has_are_looked_at(prepared: Prepared) -> None:
+    """192 tokens are six rows of 32 while D + 2W fits into them, up to D = 16, and three of 64 after."""
+    lengths = {"recall__curriculum__row_lengths": [32], "recall__tokens_per_step": 192}
+    then, now = (for_processes(prepared, n, **lengths) for n in (1, 2))
+    check_same_batches(HERE, then, now, needle(8, 17))
+    with pytest.raises(UserError, match="a step has 3 rows of recall at distance 17, which 2 can't share equally"):
+        check_same_batches(HERE, then, now, needle(8, 22))
+
+
+@pytest.mark.parametrize(
+    ("fact", "other", "expected"),
+    [
+        ("data_sha256", {"train": "0", "heldout": "0"}, "the text under this run has changed"),
+        ("tokenizer_sha256", "0", "was trained with another tokenizer"),
+    ],
+)
+def test_a_checkpoint_made_from_other_text_or_tokens_is_refused(
+    prepared: Prepared, tmp_path: Path, fact: str, other: Any, expected: str
+) -> None:
+    settings = changed(prepared.settings, run_dir=str(tmp_path / "run"))
+    open_run(settings, "auto")
+    facts = decide_once(settings, prepared.tokenizer, prepared.stores, torch.device("cpu"))
+    check_checkpoint(HERE, facts, facts)
+    with pytest.raises(UserError, match=expected):
+        check_checkpoint(HERE, facts, facts | {fact: other})

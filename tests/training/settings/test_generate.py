@@ -1,0 +1,39 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from training.settings.generate import ROOT, generated, json_schema
+from training.settings.problems import all_paths
+from training.settings.schema import Settings
+
+
+@pytest.mark.parametrize("path", [p.relative_to(ROOT) for p in generated()], ids=str)
+def test_generated_file_is_fresh(path: Path) -> None:
+    text = generated()[ROOT / path]
+    assert (ROOT / path).read_text(encoding="utf-8") == text, (
+        f"{path} is stale: run python -m training.settings.generate"
+    )
+
+
+def test_every_setting_has_a_description() -> None:
+    sections = json.loads(json_schema())["$defs"].items()
+    bare = [f"{name}.{key}" for name, s in sections for key, field in s["properties"].items() if not _described(field)]
+    assert bare == []
+
+
+def _described(field: dict[str, object]) -> bool:
+    return bool(field.get("description"))
+
+
+def test_schema_knows_extends_requires_nothing_and_refuses_unknown_keys() -> None:
+    schema = json.loads(json_schema())
+    sections = [schema, *schema["$defs"].values()]
+    assert "extends" in schema["properties"]
+    assert all("required" not in s and s["additionalProperties"] is False for s in sections)
+
+
+@pytest.mark.parametrize("file", ["docs/configs.md"])
+def test_every_setting_is_in_the_reference(file: str) -> None:
+    page = (ROOT / file).read_text(encoding="utf-8").replace(".N.", ".")
+    assert [path for path in all_paths(Settings) if f"`{path}`" not in page] == []

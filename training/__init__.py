@@ -1,0 +1,1 @@
+"""What a training step needs: objectives, optimizers, schedule, curriculum."""

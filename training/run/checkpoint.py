@@ -1,0 +1,173 @@
+"""Checkpoints: written aside, synced, renamed; each lists the hash of every file; the newest valid one is resumed.
+
+checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json": {"sha256": ..., "bytes": ...}}}
+                        hf/                  a complete Hugging Face checkpoint with its tokenizer
+                        trainer.safetensors  optimizer moments, relay head; shard-*.safetensors where they are sharded
+                        state.json           step, token counts, curriculum, RNG states, settings hash, wandb id
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.errors import UserError
+from training.run.shards import PATTERN, read_shards
+
+PREFIX = "step-"
+MANIFEST = "manifest.json"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor] | Path, write_hf: Callable[[Path], None]
+) -> None:
+    """Write a checkpoint that is there completely or not at all. Full disk or no permission: `UserError`.
+
+    `tensors`: the trainer's; or a folder beside the checkpoints that holds their shards already (`training.run.shards`).
+    """
+    path = checkpoint_path(run_dir, step)
+    aside = path.with_name(f".writing-{path.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "hf").mkdir(parents=True)
+        write_hf(aside / "hf")
+        _put_tensors(tensors, aside)
+        write_json(aside / "state.json", state)
+        write_json(aside / MANIFEST, {"step": step, "files": _hashes(aside)})
+        _sync_tree(aside)
+        if path.exists():  # one found invalid at the last resume
+            shutil.rmtree(path)
+        aside.rename(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as problem:  # safetensors reports a full disk as an error of its own
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{path}: the checkpoint of step {step} could not be written: {problem}\n"
+            "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
+        ) from problem
+
+
+def problem_with(path: Path) -> str | None:
+    """Why the checkpoint can't be trusted, or None: every file is there and has the hash of the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
+    for name, (size, sha256) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}: cut short"
+        if file_sha256(file) != sha256:
+            return f"{name} has another sha256 than when it was written"
+    return None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, newest first; none of them verified."""
+    return sorted((run_dir / "checkpoints").glob(f"{PREFIX}*"), key=_step_of, reverse=True)
+
+
+def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint whose files have their hashes; bad ones are named aloud. `UserError` if all are bad."""
+    found = checkpoints(run_dir)
+    problems = []
+    for path in found:
+        problem = problem_with(path)
+        if problem is None:
+            return path
+        problems.append(f"{path}: {problem}")
+        say(f"checkpoint passed over: {problems[-1]}")
+    if found:
+        raise UserError(
+            "no valid checkpoint is left to resume from:\n  "
+            + "\n  ".join(problems)
+            + "\n  restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
+        )
+    return None
+
+
+def load_state(path: Path, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """state.json and the trainer's tensors of a verified checkpoint; shards are placed as the parameters `like` are."""
+    state, whole = json.loads((path / "state.json").read_text()), path / "trainer.safetensors"
+    return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep`, and what interrupted writes left."""
+    for path in checkpoints(run_dir)[keep:]:
+        doomed = path.with_name(f".deleting-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    clear_leftovers(run_dir)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Delete what interrupted writes and deletions left: it takes room, and is no checkpoint."""
+    for leftover in (run_dir / "checkpoints").glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: the old file or the new one, never half of one."""
+    aside = path.with_name(f".writing-{path.name}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _put_tensors(tensors: dict[str, Tensor] | Path, folder: Path) -> None:
+    if not isinstance(tensors, Path):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "trainer.safetensors")
+        return
+    for shard in tensors.glob(PATTERN):
+        shard.rename(folder / shard.name)
+    shutil.rmtree(tensors)
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdigit() else -1
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Settings of a run: the schema, reading YAML, checks, and the sentence for each mistake."""
