@@ -1,8 +1,9 @@
 """What a layer may see: one description per layer, from which masks, caches, FLOPs and reach are derived.
 
 W counts the current token: query i of a sliding layer sees key j iff `i - W < j <= i`.
-(transformers, xFormers and Mistral's runtime count the same way.)
+transformers, xFormers and Mistral's runtime count the same way.
 
+    >>> import torch
     >>> spec = LayerSpec("sliding", window=3)
     >>> positions = torch.arange(6)
     >>> visible(spec, positions[:, None], positions[None, :]).int()
@@ -13,35 +14,44 @@ W counts the current token: query i of a sliding layer sees key j iff `i - W < j
             [0, 0, 1, 1, 1, 0],
             [0, 0, 0, 1, 1, 1]], dtype=torch.int32)
 
-Positions are those inside a document, so that a document packed behind another sees what it would see alone.
+Positions count from the start of the document, so a packed document sees exactly what it would see alone.
+
+The settings are checked with this file alone. It imports torch, which takes a second, only where tensors are made.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from model.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 KINDS = ("sliding", "full", "chunked", "dilated")
-MOST_PLACES = 1 << 21  # followed through chunked layers: about two seconds
+MAX_PERIOD = 1 << 22  # query positions that `reach` tries for chunked layers: about a second for 32 layers
 FULL_BLOCK = 256  # tokens by which the cache of a full layer grows
+
+Position = TypeVar("Position", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """One attention layer.
 
-    kind: `sliding` (the last `window` tokens), `full` (all), `chunked` (the tokens of the same block of `window`),
-        `dilated` (`window` tokens, `dilation` apart).
-    window: tokens, the current one included; None for `full`.
-    global_tokens: the first tokens of a document that all its later tokens see.
-    sink: a learned logit per head that takes attention mass and gives nothing.
-    rope: rotary positions on or off; rope_theta: None for the model's.
+    kind: `sliding` (the last `window` tokens), `full` (all earlier tokens), `chunked` (the earlier tokens of the same
+        block of `window` tokens) or `dilated` (`window` tokens that are `dilation` apart).
+    window: tokens, including the current one; None for `full`.
+    global_tokens: this many first tokens of a document are seen by all its later tokens.
+    sink: a learned logit per head that takes part in the softmax and adds nothing to the output.
+    rope: whether queries and keys are rotated. rope_theta: None takes the model's.
 
-    Raises UserError for a description that means nothing.
+    Raises UserError for fields that contradict each other.
     """
 
     kind: str = "sliding"
@@ -66,12 +76,12 @@ class LayerSpec:
 
     @property
     def ring_slots(self) -> int | None:
-        """Tokens a cache must keep to serve the next query; None when all of them (`full`)."""
+        """Tokens that a cache must keep for the next query; None means all of them (`full`)."""
         return None if self.window is None else self.window * self.dilation
 
 
 def cache_slots(spec: LayerSpec, length: int) -> int:
-    """Tokens that a cache has room for after `length` of them: a ring and its global tokens, or whole blocks.
+    """Tokens that a cache has room for after `length` tokens: a ring plus global tokens, or whole blocks if `full`.
 
     >>> cache_slots(LayerSpec("sliding", window=4, global_tokens=2), 1000), cache_slots(LayerSpec("full"), 1000)
     (6, 1024)
@@ -81,11 +91,8 @@ def cache_slots(spec: LayerSpec, length: int) -> int:
     return spec.ring_slots + spec.global_tokens
 
 
-def visible(spec: LayerSpec, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """Whether the query at `q_pos` sees the key at `k_pos`.
-
-    Shapes: any two that broadcast; positions are counted from the start of the document. Returns bool.
-    """
+def visible(spec: LayerSpec, q_pos: "Tensor", k_pos: "Tensor") -> "Tensor":
+    """Whether the query at position `q_pos` sees the key at position `k_pos`, as bool of the broadcast shape."""
     seen = k_pos <= q_pos
     if spec.window is not None:
         seen = seen & _inside_window(spec, spec.window, q_pos, k_pos)
@@ -94,18 +101,18 @@ def visible(spec: LayerSpec, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     return seen
 
 
-def _inside_window(spec: LayerSpec, window: int, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+def _inside_window(spec: LayerSpec, window: int, q_pos: "Tensor", k_pos: "Tensor") -> "Tensor":
     if spec.kind == "chunked":
         return k_pos // window == q_pos // window
     age = q_pos - k_pos
     return (age < window * spec.dilation) & (age % spec.dilation == 0) if spec.dilation > 1 else age < window
 
 
-def reachable(specs: Sequence[LayerSpec], length: int) -> Tensor:
-    """Which distances can influence the last of `length` tokens, by boolean reachability through the stack.
+def reachable(specs: Sequence[LayerSpec], length: int) -> "Tensor":
+    """Which distances can influence the last of `length` tokens.
 
-    Returns bool (length,): element d is true iff the token d back has a path to the last query.
-    Distances that only exist for some positions (chunked layers, global tokens) are those of this query.
+    Returns bool (length,): element d is true iff the token d positions back has a path to the last query through the
+    layers' masks. Chunked layers and global tokens make this depend on `length`.
 
         >>> reachable([LayerSpec("sliding", 3)] * 2, 7).int().tolist()
         [1, 1, 1, 1, 1, 0, 0]
@@ -113,16 +120,18 @@ def reachable(specs: Sequence[LayerSpec], length: int) -> Tensor:
     return cone(specs, length)[-1].flip(0)
 
 
-def cone(specs: Sequence[LayerSpec], length: int) -> Tensor:
-    """Which positions the last of `length` tokens sees through its top 0, 1, …, k layers, by boolean reachability.
+def cone(specs: Sequence[LayerSpec], length: int) -> "Tensor":
+    """Which positions reach the last of `length` tokens through its top 0, 1, …, k layers.
 
-    Returns bool (k + 1, length), by position: row 0 is the query alone, row k what reaches it from the input.
+    Returns bool (k + 1, length): row 0 is the query alone, row k all positions that reach it from the input.
 
         >>> cone([LayerSpec("sliding", 3), LayerSpec("chunked", 4)], 7).int()
         tensor([[0, 0, 0, 0, 0, 0, 1],
                 [0, 0, 0, 0, 1, 1, 1],
                 [0, 0, 1, 1, 1, 1, 1]], dtype=torch.int32)
     """
+    import torch
+
     reached = torch.zeros(length, dtype=torch.bool)
     reached[-1] = True
     rows = [reached]
@@ -131,11 +140,13 @@ def cone(specs: Sequence[LayerSpec], length: int) -> Tensor:
     return torch.stack(rows)
 
 
-def one_layer_back(spec: LayerSpec, reached: Tensor, rows: int = 1024) -> Tensor:
-    """Positions (length,) that the `reached` ones see through one layer, themselves included.
+def one_layer_back(spec: LayerSpec, reached: "Tensor", rows: int = 1024) -> "Tensor":
+    """Positions (length,) that the `reached` positions see through one layer, and those positions themselves.
 
-    The mask is built for `rows` queries at a time, and only over keys that their ring and the global tokens hold.
+    The mask is built for `rows` queries at a time, over the keys that a cache would hold for them.
     """
+    import torch
+
     positions, sources = torch.arange(len(reached)), reached.clone()
     looking = positions[reached]
     for start in range(0, len(looking), rows):
@@ -147,9 +158,9 @@ def one_layer_back(spec: LayerSpec, reached: Tensor, rows: int = 1024) -> Tensor
 
 
 def reach(specs: Sequence[LayerSpec]) -> int | None:
-    """The farthest token, in tokens back, that can influence a query anywhere in a sequence; None if unbounded.
+    """The greatest distance, in tokens, at which a token can influence a query at any position; None if unbounded.
 
-    A stack of k sliding layers: `k * (W - 1)`. Mistral-7B, of which the headline is W * k = 131,072:
+    k sliding layers reach `k * (W - 1)` tokens back. For Mistral-7B that is 32 less than the usual W * k = 131,072:
 
         >>> reach([LayerSpec("sliding", 4096)] * 32)
         131040
@@ -158,19 +169,26 @@ def reach(specs: Sequence[LayerSpec]) -> int | None:
         >>> reach([LayerSpec("sliding", 4), LayerSpec("full")]) is None
         True
 
-    Raises UserError for chunked windows so unlike that it can't be worked out in `MOST_PLACES` steps.
+    With chunked layers it depends on where the query stands between their borders: every position of one period (the
+    least common multiple of the chunk sizes) is tried. Raises UserError where the period exceeds `MAX_PERIOD`.
     """
     if any(spec.kind == "full" or spec.global_tokens for spec in specs):
         return None
-    if any(spec.kind == "chunked" for spec in specs):
-        return _reach_with_chunks(specs)
-    return sum(_hop(spec) for spec in specs)
+    chunks = {spec.window or 1 for spec in specs if spec.kind == "chunked"}
+    period = math.lcm(*chunks)
+    if period > MAX_PERIOD:
+        raise UserError(
+            f"the borders of chunked windows {sorted(chunks)} coincide only every {period:,} tokens, too many to work "
+            "out the reach; choose windows that divide each other"
+        )
+    positions = np.arange(period)
+    return int((positions - farthest_source(specs, positions)).max())
 
 
 def reach_of_other_tokens(specs: Sequence[LayerSpec]) -> int | None:
-    """The reach for all tokens but the global ones, which every later token sees; None with a full layer.
+    """The reach of tokens that are not global; None with a full layer.
 
-    Nothing goes through a global token: it sees only what stands before it, which is global too.
+    A global token passes nothing on: it sees only tokens before it, which are global too.
 
         >>> reach_of_other_tokens([LayerSpec("sliding", 4, global_tokens=2)] * 3)
         9
@@ -178,72 +196,29 @@ def reach_of_other_tokens(specs: Sequence[LayerSpec]) -> int | None:
     return reach([replace(spec, global_tokens=0) for spec in specs])
 
 
-def _hop(spec: LayerSpec) -> int:
-    """Farthest distance that one sliding or dilated layer spans."""
-    assert spec.window is not None
-    return (spec.window - 1) * spec.dilation
-
-
-def farthest_source(specs: Sequence[LayerSpec], position: int) -> int:
+def farthest_source(specs: Sequence[LayerSpec], position: Position) -> Position:
     """The leftmost token that can influence the query at `position` of an endless sequence (bounded stacks only).
 
-    Found greedily, layer by layer from the top: a query that stands further left never sees further right, so the
-    leftmost position of each layer leads to the leftmost source. What is below 0 lies before the sequence.
+    `position` is a number or an array.
+
+    Works from the top layer down: of two positions the left one never sees farther right, so following the leftmost
+    key of each layer leads to the leftmost source. A negative result lies before the start of the sequence.
 
         >>> farthest_source([LayerSpec("sliding", 3), LayerSpec("chunked", 4)], 6)
         2
     """
     for spec in reversed(specs):
         assert spec.window is not None
-        position -= position % spec.window if spec.kind == "chunked" else _hop(spec)
+        hop = position % spec.window if spec.kind == "chunked" else (spec.window - 1) * spec.dilation
+        position = position - hop
     return position
 
 
-def _reach_with_chunks(specs: Sequence[LayerSpec]) -> int:
-    """Reach of a stack with chunked layers: the largest over all places of the query between the block borders.
-
-    Instead of trying every place in a period (the lcm of the windows), places are told apart only as far as the
-    layers still to come can: `back` maps the position modulo `modulus` to the most tokens back from the query. Of
-    places that a window told apart and no later one can, the farthest back is kept.
-
-    Windows that divide each other leave one place, two prime ones that alternate as many as the larger window.
-    """
-    layers = list(reversed(specs))
-    chunks = [spec.window if spec.kind == "chunked" and spec.window else 1 for spec in layers]
-    back, modulus, steps = {0: 0}, 1, 0
-    for i, spec in enumerate(layers):
-        period = math.lcm(modulus, chunks[i])
-        steps += len(back) * (period // modulus)
-        if steps > MOST_PLACES:
-            raise UserError(
-                f"the reach of chunked windows {sorted({*chunks} - {1})} depends on more places between their borders "
-                "than can be tried; choose windows that divide each other"
-            )
-        below = math.gcd(math.lcm(*chunks[: i + 1]), math.lcm(*chunks[i + 1 :]))
-        back, modulus = _chunk_back(spec, back, modulus, below), below
-    return max(back.values())
-
-
-def _chunk_back(spec: LayerSpec, back: dict[int, int], modulus: int, below: int) -> dict[int, int]:
-    """`back` one layer further down: places modulo `below` instead of `modulus`.
-
-    A chunked layer asks for the position modulo its window too: every one that agrees with the place is followed.
-    """
-    period = math.lcm(modulus, spec.window or 1) if spec.kind == "chunked" else modulus
-    moved: dict[int, int] = {}
-    for place, far in back.items():
-        for lifted in range(place, period, modulus):
-            source = farthest_source([spec], lifted)
-            moved[source % below] = max(moved.get(source % below, 0), far + lifted - source)
-    return moved
-
-
 def window_times_layers(specs: Sequence[LayerSpec]) -> int | None:
-    """The headline figure: the sum of all windows (W * k for equal layers); None with a full layer.
+    """The figure that is usually quoted: the sum of all windows, W * k for equal layers. None with a full layer.
 
-    A dilated layer counts W * dilation, as in Longformer's "layers x dilation x window". The figure adds windows up
-    whether they overlap or not, so it always exceeds the reach: by k for sliding layers, by far for chunked ones,
-    which is the point of that contrast. Global tokens don't count.
+    A dilated layer counts W * dilation (Longformer: "layers x dilation x window"). Global tokens do not count. The
+    figure exceeds the reach: by k for sliding layers, by far for chunked ones, whose windows do not overlap.
 
         >>> window_times_layers([LayerSpec("sliding", 4096)] * 32)
         131072
@@ -256,16 +231,20 @@ def window_times_layers(specs: Sequence[LayerSpec]) -> int | None:
 
 
 def keys_per_query(spec: LayerSpec, length: int) -> float:
-    """Mean number of keys that a query sees in one document of `length` tokens: what attention costs.
+    """Mean number of keys that a query sees in one document of `length` tokens.
 
     >>> keys_per_query(LayerSpec("sliding", 3), 4)
     2.25
     """
-    if spec.kind == "sliding" and spec.window is not None and not spec.global_tokens:
-        w = min(spec.window, length)
-        return (w * (w + 1) / 2 + (length - w) * w) / length
-    if spec.kind == "full":
-        return (length + 1) / 2
+    if spec.global_tokens or spec.kind in ("chunked", "dilated"):
+        return _count_visible(spec, length) / length
+    w = min(spec.window or length, length)
+    return (w * (w + 1) / 2 + (length - w) * w) / length
+
+
+@cache
+def _count_visible(spec: LayerSpec, length: int) -> int:
+    import torch
+
     positions = torch.arange(length)
-    seen = sum(int(visible(spec, q[:, None], positions).sum()) for q in positions.split(1024))
-    return seen / length
+    return sum(int(visible(spec, q[:, None], positions).sum()) for q in positions.split(1024))
