@@ -1,161 +1,160 @@
-"""Rolling-buffer cache: a true ring per layer, O(1) write per token, absolute places kept per slot.
+"""Rolling-buffer key/value cache: a ring of W slots per layer, one write per token, the position of each slot known.
 
-With W = 3 and tokens a b c d e arriving one by one, slot = index mod 3:
+Five tokens a b c d e arrive one by one with W = 3. Token i goes to slot i mod 3:
 
     a        a b      a b c    d b c    d e c
-    0        0 1      0 1 2    3 1 2    3 4 2     <- index held by each slot
+    0        0 1      0 1 2    3 1 2    3 4 2     <- index of the token in each slot
 
-A chunk attends over [cache | chunk] and only then is it written: its early queries still need keys that its late ones
-overwrite. A single token is written first: what it overwrites is W old, and out of its sight.
+A chunk of tokens attends over [cache | chunk] before it is written: its first queries need keys that its last tokens
+overwrite. A single token is written first: the key it overwrites is W tokens old, which no window reaches.
 
-Global tokens stand in slots of their own in front of the ring, and never in the ring: of each row, the first tokens of
-its latest document. Full layers have a slot for every token and grow in blocks.
-
-Layers of one kind hold the same tokens in the same slots. Which ones, `Slots` says, once for all of them.
+Global tokens have slots of their own in front of the ring: the first tokens of each row's last document. Full layers
+have a slot for every token and grow in blocks. Layers of one kind hold the same tokens in the same slots, so `Slots`
+keeps positions and documents once for all of them.
 
 Legend: B batch, G kv heads, S slots, T new tokens, D head size.
 """
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from model.attention.plan import prepare_after
+from model.attention.plan import AttentionPlan
+from model.attention.reference import Attend, OneToken
 from model.config import WindreachConfig
 from model.errors import UserError
-from model.places import Places
+from model.packing import NO_DOCUMENT, Packing, RowEnds, count_positions
 from model.windows import LayerSpec, cache_slots
-
-if TYPE_CHECKING:
-    from model.decode import Step
-
-EMPTY = -2  # document id of a slot that holds nothing: no query has it
 
 
 class Slots:
-    """Which token each slot of one kind of layers holds: positions and document ids (B, S), and how many were seen.
+    """Which token each slot of one kind of layers holds: positions and document ids (B, S).
 
-    W = 3 and one global token, which has the slot in front; five tokens of a document came as one chunk:
+    One global token, which has the first slot, and W = 3, after a chunk of five tokens:
 
         >>> slots = Slots(LayerSpec("sliding", window=3, global_tokens=1))
-        >>> slots.begin(Places(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.long)))
-        >>> slots.commit()
+        >>> slots.begin(Packing(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.long)), in_slots=False)
+        >>> slots.write_positions()
         >>> slots.positions.tolist()
         [[0, 3, 4, 2]]
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         self.spec, self.ring = spec, spec.ring_slots
-        self.first = 0 if self.ring is None else spec.global_tokens
+        self.global_slots = 0 if self.ring is None else spec.global_tokens
         self.clear()
 
     def clear(self) -> None:
-        self.seen = self.oldest = 0  # tokens that came; the first of them that the ring still holds
+        self.seen = self.oldest = 0  # number of tokens so far; index of the oldest token that the ring still holds
         self.positions = self.documents = torch.empty(0, 0, dtype=torch.long)
 
-    def begin(self, chunk: Places) -> None:
-        """Make room for a chunk (B, T) and find where its tokens go: `targets`, slots of all rows counted through."""
+    def begin(self, chunk: Packing, in_slots: bool) -> None:
+        """Make room for a chunk (B, T) and choose its slots.
+
+        `in_slots`: the chunk is a single token a row, and attends over the slots themselves. `targets` are slots
+        counted through all rows, `kept` the tokens that go there (None: all of them), `order` the slots that hold
+        tokens before the chunk, by age.
+        """
         assert chunk.documents is not None
         self.chunk = chunk
         self._make_room(chunk.positions)
+        self.order = None if in_slots else self._slots_by_age()
         b, t = chunk.positions.shape
         newest = min(t, self.ring or t)
         index = torch.arange(self.seen, self.seen + t, device=self.positions.device)
-        slots = self._slots_of(index) + self.rows
-        self.passed = slots[:, -newest:].flatten() if self.first else None
-        self.kept = None
+        slots = self._slots_of(index) + self.first_slots
+        # Ring slots that global tokens leave unused hold nothing.
+        self.skipped = slots[:, -newest:].flatten() if self.global_slots else None
         kept = (index >= self.seen + t - newest).expand(b, t)
-        if self.first:
-            first = (chunk.positions < self.first) & (chunk.documents >= 0)
-            slots = torch.where(first, chunk.positions + self.rows, slots)
-            kept = torch.where(first, chunk.documents == chunk.documents.amax(1, keepdim=True), kept)
-        if newest < t or (self.first and t > 1):
-            self.kept = kept.flatten()
-        self.targets = self.to_write(slots)
+        if self.global_slots:
+            is_global = (chunk.positions < self.global_slots) & (chunk.documents >= 0)
+            slots = torch.where(is_global, chunk.positions + self.first_slots, slots)
+            kept = torch.where(is_global, chunk.documents == chunk.documents.amax(1, keepdim=True), kept)
+        self.kept = kept.flatten() if newest < t or (self.global_slots and t > 1) else None
+        self.targets = self.select_kept(slots)
 
-    def to_write(self, x: Tensor) -> Tensor:
-        """Of a chunk's (B, T, …), flat, what the `targets` will hold."""
+    def select_kept(self, x: Tensor) -> Tensor:
+        """The part of a chunk's (B, T, …) that is written, flat, in the order of `targets`."""
         flat = x.flatten(0, 1)
         return flat if self.kept is None else flat[self.kept]
 
-    def commit(self) -> None:
-        """The chunk is written: say so."""
+    def write_positions(self) -> None:
+        """Write the chunk's positions and documents into its slots."""
         assert self.chunk.documents is not None
-        positions, documents = self.to_write(self.chunk.positions), self.to_write(self.chunk.documents)
-        write_places(self.positions, self.documents, self.passed, self.targets, positions, documents)
-        self.advance()
+        if self.skipped is not None:
+            self.documents.view(-1).index_fill_(0, self.skipped, NO_DOCUMENT)
+        self.positions.view(-1).index_copy_(0, self.targets, self.select_kept(self.chunk.positions))
+        self.documents.view(-1).index_copy_(0, self.targets, self.select_kept(self.chunk.documents))
 
-    def advance(self) -> None:
+    def end(self) -> None:
+        """Count the chunk's tokens. They are in the cache now."""
         self.seen += self.chunk.positions.shape[1]
         self.oldest = max(self.oldest, self.seen - (self.ring or self.seen))
 
+    def attend_in_slots(self, dtype: torch.dtype) -> Attend:
+        """Write the position of a single token a row; its attention over the keys of all slots."""
+        self.write_positions()
+        return OneToken.of(self.spec, self.chunk, Packing(self.positions, self.documents), dtype)
+
+    def attend_behind(self, plan: AttentionPlan) -> Attend:
+        """Attention of the chunk over [cache, by age | chunk]. Then the chunk's positions are written."""
+        assert self.chunk.documents is not None
+        queries = self.chunk
+        keys = Packing(
+            torch.cat((self.positions[:, self.order], queries.positions), 1),
+            torch.cat((self.documents[:, self.order], self.chunk.documents), 1),
+        )
+        if keys.is_one_document():
+            queries, keys = Packing(queries.positions), Packing(keys.positions)
+        self.write_positions()
+        return plan.prepare_cached(queries, keys)
+
+    def _slots_by_age(self) -> Tensor:
+        """The slots that hold tokens: those of global tokens, then the others from the oldest on."""
+        index = torch.arange(self.oldest, self.seen, device=self.positions.device)
+        return torch.cat((torch.arange(self.global_slots, device=index.device), self._slots_of(index)))
+
     def _slots_of(self, index: Tensor) -> Tensor:
-        return index if self.ring is None else self.first + index % self.ring
+        return index if self.ring is None else self.global_slots + index % self.ring
 
     def _make_room(self, like: Tensor) -> None:
+        """Grow to the slots that the tokens so far and those of `like` (B, T) need."""
         needed = cache_slots(self.spec, self.seen + like.shape[1])
         if self.seen == 0:
             self.positions = like.new_zeros(len(like), needed)
-            self.documents = torch.full_like(self.positions, EMPTY)
+            self.documents = torch.full_like(self.positions, NO_DOCUMENT)
         missing = max(0, needed - self.positions.shape[1])
         if missing:
             self.positions = F.pad(self.positions, (0, missing))
-            self.documents = F.pad(self.documents, (0, missing), value=EMPTY)
+            self.documents = F.pad(self.documents, (0, missing), value=NO_DOCUMENT)
         if missing or self.seen == 0:
-            self.rows = torch.arange(len(like), device=like.device)[:, None] * needed
+            self.first_slots = torch.arange(len(like), device=like.device)[:, None] * needed
 
-    def by_age(self) -> Tensor:
-        """The slots that were written to: global ones, then the others from the oldest token on."""
-        index = torch.arange(self.oldest, self.seen, device=self.positions.device)
-        return torch.cat((torch.arange(self.first, device=index.device), self._slots_of(index)))
-
-    def look_back(self, backend: str) -> None:
-        """Places of the chunk's queries and of the keys it attends over, [held, by age | chunk], for `backend`."""
-        assert self.chunk.documents is not None
-        self.held = self.by_age()
-        positions = torch.cat((self.positions[:, self.held], self.chunk.positions), 1)
-        documents = torch.cat((self.documents[:, self.held], self.chunk.documents), 1)
-        self.queries, keys = self.chunk, Places(positions, documents)
-        if bool((documents == documents[:1, :1]).all()) and bool(documents[0, 0] >= 0):  # one alone needs no ids
-            self.queries, keys = Places(self.chunk.positions), Places(positions)
-        self.keys = prepare_after(self.spec, self.queries, keys, backend)
-
-    def can_forget(self, tokens: int) -> bool:
-        """Whether the W - 1 tokens before the new end are all still held."""
+    def can_remove(self, tokens: int) -> bool:
+        """Whether the W - 1 tokens before the new end are all in the cache."""
         return self.ring is None or self.oldest <= max(0, self.seen - tokens - (self.ring - 1))
 
-    def forget(self, tokens: int, next_positions: Tensor) -> None:
-        """Give up each row's newest tokens; its next one will have the place `next_positions` (B,)."""
+    def remove(self, tokens: int, next_positions: Tensor) -> None:
+        """Empty the slots of each row's newest tokens. The next token will have position `next_positions` (B,)."""
         index = torch.arange(self.seen - tokens, self.seen, device=self.positions.device)
-        self.documents[:, self._slots_of(index)] = EMPTY
-        gone = self.positions[:, : self.first] >= next_positions[:, None]
-        self.documents[:, : self.first].masked_fill_(gone, EMPTY)
+        self.documents[:, self._slots_of(index)] = NO_DOCUMENT
+        removed = self.positions[:, : self.global_slots] >= next_positions[:, None]
+        self.documents[:, : self.global_slots].masked_fill_(removed, NO_DOCUMENT)
         self.seen -= tokens
 
-    def select(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         self.positions, self.documents = (x.index_select(0, rows) for x in (self.positions, self.documents))
-
-
-def write_places(
-    held_positions: Tensor, held_documents: Tensor, passed: Tensor | None, targets: Tensor, positions: Tensor,
-    documents: Tensor,
-) -> None:  # fmt: skip
-    """Put positions and document ids (N,) into slots (B, S). One that a global token passed over holds nothing."""
-    if passed is not None:
-        held_documents.view(-1).index_fill_(0, passed, EMPTY)
-    held_positions.view(-1).index_copy_(0, targets, positions)
-    held_documents.view(-1).index_copy_(0, targets, documents)
 
 
 class RingLayer(CacheLayerMixin):
     """Keys and values of one layer side by side, (B, S, 2G, D), so that a token is a single write."""
 
     is_compileable = False
-    keys: Tensor  # (B, G, S, D), a view of `held`
+    keys: Tensor  # (B, G, S, D), a view of `key_values`
     values: Tensor
 
     def __init__(self, slots: Slots) -> None:
@@ -166,41 +165,46 @@ class RingLayer(CacheLayerMixin):
 
     def clear(self) -> None:
         self.is_initialized = False
-        self._hold(torch.empty(0, 0, 0, 0))
+        self._set(torch.empty(0, 0, 0, 0))
 
-    def _hold(self, held: Tensor) -> None:
-        self.held = held
-        self.keys, self.values = held.transpose(1, 2).chunk(2, dim=1)
+    def _set(self, key_values: Tensor) -> None:
+        self.key_values = key_values
+        self.keys, self.values = key_values.transpose(1, 2).chunk(2, dim=1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.make_room(key_states, 2 * key_states.shape[1], key_states.shape[3])
-
-    def make_room(self, like: Tensor, heads: int, head_dim: int) -> None:
-        """Room for all slots, of the dtype and device of `like`; they grow from time to time in a full layer."""
+        """Make room for all slots, in the dtype and on the device of the keys. Full layers grow from time to time."""
         b, slots = self.slots.positions.shape
         if not self.is_initialized:
-            self._hold(like.new_zeros(b, 0, heads, head_dim))
+            self._set(key_states.new_zeros(b, 0, 2 * key_states.shape[1], key_states.shape[3]))
             self.is_initialized = True
-        if self.held.shape[1] < slots:
-            self._hold(F.pad(self.held, (0, 0, 0, 0, 0, slots - self.held.shape[1])))
+        if self.key_values.shape[1] < slots:
+            self._set(F.pad(self.key_values, (0, 0, 0, 0, 0, slots - self.key_values.shape[1])))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Not the way in: keys without places can't be masked. The decoder calls `view` and `write`."""
+        """Refused: keys without positions can't be masked. The decoder calls `extend`."""
         raise UserError("RingCache serves Windreach models only; other models bring their own cache")
 
-    def view(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[held, by age | chunk]: keys and values (B, G, S + T, D), before anything is written."""
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the chunk (B, G, T, D) and return the keys and values (B, G, S, D) that it attends over.
+
+        These are all slots, for a single token, or [cache, by age | chunk] as they were before the chunk was written.
+        """
+        if self.slots.order is None:
+            self._write(keys, values)
+            return self.keys, self.values
         self.lazy_initialization(keys, values)
-        held = self.held.index_select(1, self.slots.held).transpose(1, 2).chunk(2, dim=1)
-        return torch.cat((held[0], keys), 2), torch.cat((held[1], values), 2)
+        old = self.key_values.index_select(1, self.slots.order).transpose(1, 2).chunk(2, dim=1)
+        all_keys, all_values = torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2)
+        self._write(keys, values)
+        return all_keys, all_values
 
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        """Put the chunk (B, G, T, D) into its slots; of one longer than the ring only the newest tokens stay."""
-        new = self.slots.to_write(torch.cat((keys, values), 1).transpose(1, 2))
-        self.held.view(-1, *new.shape[1:]).index_copy_(0, self.slots.targets, new)
+    def _write(self, keys: Tensor, values: Tensor) -> None:
+        """Of a chunk longer than the ring only the newest tokens are kept."""
+        new = self.slots.select_kept(torch.cat((keys, values), 1).transpose(1, 2))
+        self.key_values.view(-1, *new.shape[1:]).index_copy_(0, self.slots.targets, new)
 
-    def select(self, rows: Tensor) -> None:
-        self._hold(self.held.index_select(0, rows))
+    def select_rows(self, rows: Tensor) -> None:
+        self._set(self.key_values.index_select(0, rows))
 
     def get_seq_length(self) -> int:
         return self.slots.seen
@@ -213,52 +217,28 @@ class RingLayer(CacheLayerMixin):
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values held."""
-        return self.held.nbytes
-
-
-class Tail(NamedTuple):
-    """Where each row's count stands, all (B,): its next position, its latest document's id, and that one's number."""
-
-    positions: Tensor
-    documents: Tensor
-    numbers: Tensor
-
-    @classmethod
-    def none(cls, documents: Tensor) -> "Tail":
-        """Before the first token of rows like `documents` (B, T)."""
-        zeros = torch.zeros_like(documents[:, 0])
-        return cls(zeros, torch.full_like(zeros, EMPTY), zeros)
-
-    def one_more(self, documents: Tensor) -> "tuple[Places, Tail]":
-        """Places of one more token a row, of `documents` (B, 1), and the tail behind it."""
-        given = documents[:, 0]
-        real = given >= 0
-        starts = real & (given != self.documents)
-        positions, numbers = self.positions.masked_fill(starts, 0), self.numbers + starts
-        places = Places(positions[:, None], torch.where(real, numbers, -1)[:, None])
-        return places, Tail(positions + 1, torch.where(real, given, self.documents), numbers)
+        """Bytes of keys and values."""
+        return self.key_values.nbytes
 
 
 class RingCache(Cache):
-    """One `RingLayer` per layer; pass it as `past_key_values`. `tail` continues each row's count.
+    """One `RingLayer` per layer, and the count of each row's positions. Pass it as `past_key_values`.
 
-    It belongs to the model that fills it first, until `reset`. What it holds was computed with that model's weights:
-    a cache is no longer of use once they have changed.
+    It belongs to the model that fills it first, until `reset`. Its keys and values were computed with that model's
+    weights: discard it once they change.
     """
 
     def __init__(self, config: WindreachConfig) -> None:
         self.slots = {spec: Slots(spec) for spec in config.specs}
         super().__init__(layers=[RingLayer(self.slots[spec]) for spec in config.specs])
-        self._forget_owner()
+        self._release()
 
-    def _forget_owner(self) -> None:
-        self.tail: Tail | None = None
-        self.step: Step | None = None
+    def _release(self) -> None:
+        self.ends: RowEnds | None = None
         self.owner: weakref.ref[nn.Module] | None = None
 
-    def serve(self, model: nn.Module, specs: tuple[LayerSpec, ...]) -> None:
-        """Become the cache of `model`. Raises UserError when it is another's."""
+    def claim(self, model: nn.Module, specs: tuple[LayerSpec, ...]) -> None:
+        """Make this the cache of `model`. Raises UserError where it is another model's."""
         if tuple(layer.slots.spec for layer in self.layers) != specs:
             raise UserError("the cache was made for other layers; make it from this model's config: RingCache(config)")
         if self.owner is None:
@@ -266,60 +246,59 @@ class RingCache(Cache):
         elif self.owner() is not model:
             raise UserError("the cache was filled by another model; use a new one, or reset() it")
 
-    def tail_for(self, documents: Tensor) -> Tail:
-        """Where the rows of `documents` (B, T) go on."""
-        tail = self.tail or Tail.none(documents)
-        if len(tail.positions) != len(documents):
-            raise UserError(f"the cache holds {len(tail.positions)} rows, but the input has {len(documents)}")
-        return tail
+    def count(self, documents: Tensor) -> Packing:
+        """Positions of new tokens with document ids (B, T), continued from the tokens before them."""
+        ends = self.ends or RowEnds.of_empty_rows(documents)
+        if len(ends.positions) != len(documents):
+            raise UserError(f"the cache holds {len(ends.positions)} rows, but the input has {len(documents)}")
+        packing, self.ends = count_positions(documents, ends)
+        return packing
 
-    def begin(self, chunk: Places) -> None:
+    def begin(self, chunk: Packing, in_slots: bool) -> None:
         for slots in self.slots.values():
-            slots.begin(chunk)
+            slots.begin(chunk, in_slots)
 
-    def commit(self) -> None:
+    def end(self) -> None:
         for slots in self.slots.values():
-            slots.commit()
+            slots.end()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow beams: row i becomes the old row beam_idx[i]."""
-        if self.tail is None:
+        """Row i becomes the old row beam_idx[i], for beam search."""
+        if self.ends is None:
             return
-        self.tail = Tail(*(x.index_select(0, beam_idx) for x in self.tail))
-        for slots in self.slots.values():
-            slots.select(beam_idx)
-        for layer in self.layers:
-            layer.select(beam_idx)
+        self.ends = RowEnds(*(x.index_select(0, beam_idx) for x in self.ends))
+        for part in (*self.slots.values(), *self.layers):
+            part.select_rows(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens of each row, as if they had not come.
+        """Remove the newest `-tokens_to_remove` tokens of each row, as if they had never come.
 
-        Raises UserError where what a shorter sequence needs is overwritten (a ring can go back by one token, or
-        anywhere while it has not turned), and where a document would have to be taken up again.
+        Raises UserError where the keys that a shorter sequence needs are overwritten (a ring can go back one token, or
+        any number before its first turn), and where a row would return to an earlier document.
         """
-        tokens = -tokens_to_remove
-        seen = self.get_seq_length()
+        tokens, seen = -tokens_to_remove, self.get_seq_length()
         if not 0 <= tokens <= seen:
             raise UserError(f"crop({tokens_to_remove}): give minus the tokens to remove, of which there are {seen}")
-        if tokens == 0 or self.tail is None:
+        if tokens == 0 or self.ends is None:
             return
         if tokens == seen:
             return self.reset()
-        if not all(slots.can_forget(tokens) for slots in self.slots.values()):
+        if not all(slots.can_remove(tokens) for slots in self.slots.values()):
             raise UserError(
-                f"a ring cache can't be cropped by {tokens} tokens: those that a shorter sequence needs are overwritten"
+                f"a ring cache can't be cropped by {tokens} tokens: keys that a shorter sequence needs are overwritten"
             )
-        if not bool((self.tail.positions > tokens).all()):
+        if not bool((self.ends.positions > tokens).all()):
             raise UserError(f"the cache can't be cropped by {tokens} tokens: a row's document began after them")
-        self.tail = self.tail._replace(positions=self.tail.positions - tokens)
+        self.ends = self.ends._replace(positions=self.ends.positions - tokens)
         for slots in self.slots.values():
-            slots.forget(tokens, self.tail.positions)
+            slots.remove(tokens, self.ends.positions)
 
     def reset(self) -> None:
         for part in (*self.slots.values(), *self.layers):
             part.clear()
-        self._forget_owner()
+        self._release()
 
     @property
     def bytes(self) -> int:
+        """Bytes of keys and values in all layers."""
         return sum(layer.bytes for layer in self.layers)

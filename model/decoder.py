@@ -1,10 +1,13 @@
-"""The decoder: RMSNorm, grouped-query attention under a window, SwiGLU. Parameter names are Mistral's.
+"""The decoder: RMSNorm, grouped-query attention under a window, SwiGLU. Names and shapes in files are Mistral's.
+
+Training, evaluation, generation and adapters run the same modules. Only the attention that they are given differs: that
+of whole rows, of a chunk behind a cache, or of a single token over the slots of a cache.
 
 Legend: B batch, T positions, H heads, G kv heads, D head size, E hidden size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,89 +18,73 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention.backends import choose_backend
-from model.attention.plan import attend, attend_after, dtype_of_products, prepare, tiles_from
-from model.cache import RingCache, RingLayer, Tail
+from model.attention import Attend, AttentionPlan, check_backend, plan_attention, product_dtype
+from model.cache import RingCache, RingLayer, Slots
 from model.config import WindreachConfig
-from model.decode import Step, plain
 from model.errors import UserError
-from model.places import Places, restarts, split
+from model.packing import Packing, RowEnds, count_positions
+from model.projections import FusedProjections
 from model.rope import Rotary, rotary_tables, rotate
 from model.windows import LayerSpec
 
-PREFILL_TOKENS = 1024  # that pass through the layers at a time behind a cache: any number gives the same logits
+PREFILL_TOKENS = 1024  # of a chunk behind a cache that pass through the layers at a time; any number gives the same
 
 
 class RMSNorm(nn.RMSNorm):
-    """Sharded training hands out bfloat16 weights beside a float32 stream, for which torch has no fused kernel."""
+    """Sharded training hands out bfloat16 weights beside a float32 stream, for which PyTorch has no fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
-class Attention(nn.Module):
-    def __init__(self, config: WindreachConfig, spec: LayerSpec, backend: str) -> None:
-        super().__init__()
+class Attention(FusedProjections):
+    def __init__(self, config: WindreachConfig, spec: LayerSpec) -> None:
         e, d, h, g = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.spec, self.backend, self.head_dim, self.sizes = spec, backend, d, (h * d, g * d, g * d)
-        self.q_proj = nn.Linear(e, h * d, bias=False)
-        self.k_proj = nn.Linear(e, g * d, bias=False)
-        self.v_proj = nn.Linear(e, g * d, bias=False)
+        super().__init__("qkv_weight", e, (h * d, g * d, g * d))
+        self.spec, self.head_dim, self.groups = spec, d, g
         self.o_proj = nn.Linear(h * d, e, bias=False)
         self.sink_logits = nn.Parameter(torch.zeros(h)) if spec.sink else None
         self.q_norm = RMSNorm(d, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, eps=config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x_bte: Tensor, rotary: Rotary | None, places: Places, cache: RingLayer | None) -> Tensor:
+    def forward(self, x_bte: Tensor, rotary: Rotary | None, attend: Attend, cache: RingLayer | None) -> Tensor:
         b, t, _ = x_bte.shape
-        q, k, v = (x.view(b, t, -1, self.head_dim).transpose(1, 2) for x in self._project(x_bte))
+        heads = self.project(x_bte).view(b, t, -1, self.head_dim).transpose(1, 2)
+        qk, v = heads.tensor_split((-self.groups,), 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = qk.tensor_split((-self.groups,), 1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is None:
-            out = attend(q, k, v, self.spec, places, self.backend, self.sink_logits)
-        else:
-            (seen_k, seen_v), at = cache.view(k, v), cache.slots
-            out = attend_after(q, seen_k, seen_v, self.spec, at.queries, at.keys, self.backend, self.sink_logits)
-            cache.write(k, v)
+            qk = rotate(qk, rotary)
+        q, k = qk.tensor_split((-self.groups,), 1)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        out = attend(q, k, v, self.sink_logits)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
 
-    def _project(self, x_bte: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values; one fused product in training, where the weights' concatenation is cheap."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if self.training:
-            fused = torch.cat([p.weight for p in projections])
-            return F.linear(x_bte, fused).split(self.sizes, dim=-1)
-        return tuple(p(x_bte) for p in projections)
 
-
-class MLP(nn.Module):
+class MLP(FusedProjections):
     def __init__(self, config: WindreachConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        super().__init__("gate_up_weight", config.hidden_size, (config.intermediate_size, config.intermediate_size))
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_bte: Tensor) -> Tensor:
-        if self.training:
-            gate, up = F.linear(x_bte, torch.cat((self.gate_proj.weight, self.up_proj.weight))).chunk(2, dim=-1)
-        else:
-            gate, up = self.gate_proj(x_bte), self.up_proj(x_bte)
+        gate, up = self.project(x_bte).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: WindreachConfig, spec: LayerSpec, backend: str) -> None:
+    def __init__(self, config: WindreachConfig, spec: LayerSpec) -> None:
         super().__init__()
-        self.self_attn = Attention(config, spec, backend)
+        self.self_attn = Attention(config, spec)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x_bte: Tensor, rotary: Rotary | None, places: Places, cache: RingLayer | None = None) -> Tensor:
-        x_bte = x_bte + self.self_attn(self.input_layernorm(x_bte), rotary, places, cache)
+    def forward(self, x_bte: Tensor, rotary: Rotary | None, attend: Attend, cache: RingLayer | None = None) -> Tensor:
+        x_bte = x_bte + self.self_attn(self.input_layernorm(x_bte), rotary, attend, cache)
         return x_bte + self.mlp(self.post_attention_layernorm(x_bte))
 
 
@@ -106,16 +93,17 @@ class WindreachModel(nn.Module):
 
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__()
+        check_backend(config.attention_backend, config.specs, config.head_dim)
         self.config = config
-        self.backend = choose_backend(config.attention_backend, config.specs, config.head_dim)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, spec, self.backend) for spec in config.specs)
+        self.layers = nn.ModuleList(DecoderLayer(config, spec) for spec in config.specs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = (
-            False  # this and the next are set by transformers' activation_checkpointing_enable
-        )
+        self.kinds = tuple(dict.fromkeys(config.specs))
+        self.kind_of_layer = [self.kinds.index(spec) for spec in config.specs]
+        # transformers' activation_checkpointing_enable sets these two.
+        self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
-        self.compiled_step = False
+        self._decode: Callable[..., list[Tensor]] = self._run_one_token
 
     def forward(
         self,
@@ -128,143 +116,134 @@ class WindreachModel(nn.Module):
         output_hidden_states: bool = False,
         positions_to_keep: int = 0,
     ) -> BaseModelOutputWithPast:
-        """`documents` (B, T): ids of packed documents, -1 for padding; else `attention_mask` (B, S), 0 for padding.
+        """`documents` (B, T): ids of packed documents, -1 for padding. Else `attention_mask` (B, S), 0 for padding.
 
-        `positions_to_keep`: the last ones, of which alone hidden states are asked; 0 for all. Of a long prompt behind a
-        cache no others are held.
+        `positions_to_keep`: return hidden states of the last positions only, 0 for all. With a cache, those of a long
+        prompt's other positions never exist all at once.
         """
-        if not isinstance(past_key_values, RingCache | None):
-            kind = type(past_key_values).__name__
-            raise UserError(f"past_key_values is a {kind}; pass a model.cache.RingCache or none")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None:
-            raise UserError("nothing to read: give input_ids or inputs_embeds")
-        if given.shape[1] == 0:
-            raise UserError("the input is empty; give at least one token a row")
-        if past_key_values is not None:
-            past_key_values.serve(self, self.config.specs)
-        places = _places(given, documents, attention_mask, position_ids, past_key_values)
-        if past_key_values is None:
-            streams = self._whole(self._embed(given), places, output_hidden_states)
-        elif (step := self._step(given, past_key_values, output_hidden_states)) is not None:
-            past_key_values.begin(places)
-            streams = [step(self._embed(given)[:, 0], places, past_key_values)[:, None]]
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        cache = self._checked_cache(tokens, past_key_values)
+        assert tokens is not None
+        packing = _pack(tokens, documents, attention_mask, position_ids, cache)
+        if cache is None:
+            streams = self._run_whole_rows(self._embed(tokens), packing, output_hidden_states)
+        elif tokens.shape[1] == 1 and not torch.is_grad_enabled() and self.config.attention_backend != "reference":
+            cache.begin(packing, in_slots=True)
+            x = self._embed(tokens)
+            self._make_room(x, cache)
+            streams = self._decode(x, packing, list(cache.slots.values()), cache.layers, output_hidden_states)
+            cache.end()
         else:
-            streams = self._in_slices(given, places, past_key_values, output_hidden_states, positions_to_keep)
+            streams = self._run_chunk(tokens, packing, cache, output_hidden_states, positions_to_keep)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(streams[-1]),
             past_key_values=past_key_values,
             hidden_states=tuple(streams) if output_hidden_states else None,
         )
 
-    def _embed(self, given: Tensor) -> Tensor:
-        """Embeddings (B, T, E) of token ids (B, T), or those that were given."""
-        return self.embed_tokens(given) if given.ndim == 2 else given
+    def _checked_cache(self, tokens: Tensor | None, cache: Cache | None) -> RingCache | None:
+        """The cache, made this model's. Raises UserError for a cache of another kind or model, and for no input."""
+        if not isinstance(cache, RingCache | None):
+            raise UserError(f"past_key_values is a {type(cache).__name__}; pass a model.cache.RingCache or none")
+        if tokens is None:
+            raise UserError("there is no input; give input_ids or inputs_embeds")
+        if tokens.shape[1] == 0:
+            raise UserError("the input is empty; give at least one token a row")
+        if cache is not None:
+            cache.claim(self, self.config.specs)
+        return cache
 
-    def _whole(self, x: Tensor, places: Places, keep: bool) -> list[Tensor]:
-        """The residual stream (B, T, E) after the last layer, or (`keep`) before the first and after each."""
-        tiles = tiles_from(dtype_of_products(x), self.config.head_dim)
-        kinds = dict.fromkeys(self.config.specs)
-        of_kind = {spec: prepare(spec, places, self.backend, len(x), tiles) for spec in kinds}
-        rotary, streams = self._rotary(places.positions), [x]
-        for layer, spec in zip(self.layers, self.config.specs):
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer, x, rotary[spec], of_kind[spec])
-            else:
-                x = layer(x, rotary[spec], of_kind[spec])
-            streams = [*streams, x] if keep else [x]
-        return streams
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, T, E) of token ids (B, T). Embeddings stay as they are."""
+        return self.embed_tokens(tokens) if tokens.ndim == 2 else tokens
 
-    def _in_slices(self, given: Tensor, places: Places, cache: RingCache, keep: bool, last: int) -> list[Tensor]:
-        """The same behind a cache, however long the chunk, in the memory of a slice and of the `last` positions."""
+    def _run_whole_rows(self, x: Tensor, packing: Packing, keep_all: bool) -> list[Tensor]:
+        """The residual stream (B, T, E) after the last layer; with `keep_all` also before the first and after each."""
+        attends = [plan.prepare(packing, len(x)) for plan in self.plans(x)]
+        return self._run_layers(x, packing, attends, [None] * len(self.layers), keep_all)
+
+    def _run_chunk(
+        self, tokens: Tensor, packing: Packing, cache: RingCache, keep_all: bool, last: int
+    ) -> list[Tensor]:  # fmt: skip
+        """The same for a chunk of any length behind a cache, in the memory of `PREFILL_TOKENS` and `last` positions."""
         parts: list[list[Tensor]] = []
-        unwanted = given.shape[1] - last if last else 0
-        for part, at in zip(given.split(PREFILL_TOKENS, 1), split(places, PREFILL_TOKENS)):
-            streams = self._behind(self._embed(part), at, cache, keep)
-            if unwanted < part.shape[1]:
-                parts.append([stream[:, max(0, unwanted) :] for stream in streams])
-            unwanted -= part.shape[1]
+        skip = tokens.shape[1] - last if last else 0
+        for part, part_packing in zip(tokens.split(PREFILL_TOKENS, 1), packing.split(PREFILL_TOKENS)):
+            x = self._embed(part)
+            cache.begin(part_packing, in_slots=False)
+            attends = [slots.attend_behind(plan) for slots, plan in zip(cache.slots.values(), self.plans(x))]
+            streams = self._run_layers(x, part_packing, attends, cache.layers, keep_all)
+            cache.end()
+            if skip < part.shape[1]:
+                parts.append([stream[:, max(0, skip) :] for stream in streams])
+            skip -= part.shape[1]
         return [torch.cat(stream, 1) for stream in zip(*parts)]
 
-    def _behind(self, x: Tensor, places: Places, cache: RingCache, keep: bool) -> list[Tensor]:
-        cache.begin(places)
-        for slots in cache.slots.values():
-            slots.look_back(self.backend)
-        rotary, streams = self._rotary(places.positions), [x]
-        for layer, spec, ring in zip(self.layers, self.config.specs, cache.layers):
-            x = layer(x, rotary[spec], places, ring)
-            streams = [*streams, x] if keep else [x]
-        cache.commit()
+    def _run_one_token(
+        self, x: Tensor, token: Packing, slots: Sequence[Slots], rings: Sequence[RingLayer], keep_all: bool
+    ) -> list[Tensor]:
+        """The same for one token a row behind a cache. `compile_decoding` compiles this function."""
+        attends = [kind.attend_in_slots(product_dtype(x)) for kind in slots]
+        return self._run_layers(x, token, attends, rings, keep_all)
+
+    def _run_layers(
+        self, x: Tensor, packing: Packing, attends: Sequence[Attend], rings: Sequence[RingLayer | None], keep_all: bool
+    ) -> list[Tensor]:
+        """`attends` is the attention of each kind of layer, `rings` the cache of each layer."""
+        rotary, streams = self._rotary(packing), [x]
+        for layer, kind, ring in zip(self.layers, self.kind_of_layer, rings, strict=True):
+            if self.gradient_checkpointing and self.training and ring is None:
+                x = self._gradient_checkpointing_func(layer, x, rotary[kind], attends[kind])
+            else:
+                x = layer(x, rotary[kind], attends[kind], ring)
+            streams = [*streams, x] if keep_all else [x]
         return streams
 
-    def _step(self, given: Tensor, cache: RingCache, keep: bool) -> Step | None:
-        """The short way for a single token, where there is nothing but inference of the layers as they are."""
-        several, device = given.shape[1] > 1, given.device.type
-        watched = several or keep or torch.is_grad_enabled() or torch.is_autocast_enabled(device)
-        if watched or self.backend == "reference":
-            return None
-        if cache.step is None and plain(self.layers):
-            cache.step = Step(self.layers, self.config, self.compiled_step)
-        return cache.step
+    def compile_decoding(self) -> None:
+        grows = any(spec.ring_slots is None for spec in self.kinds)  # then sizes are variables, which costs some speed
+        self._decode = torch.compile(self._run_one_token, dynamic=None if grows else False, fullgraph=True)
 
-    def _rotary(self, positions: Tensor) -> dict[LayerSpec, Rotary | None]:
-        """Rotary tables of each layer kind; kinds of the same theta share one."""
-        tables: dict[float, Rotary] = {}
-        chosen: dict[LayerSpec, Rotary | None] = {}
-        for spec in dict.fromkeys(self.config.specs):
-            theta = spec.rope_theta or self.config.rope_base
-            if spec.rope and theta not in tables:
-                tables[theta] = rotary_tables(positions, self.config.head_dim, theta)
-            chosen[spec] = tables[theta] if spec.rope else None
-        return chosen
+    def plans(self, x: Tensor) -> list[AttentionPlan]:
+        """The plan of each kind of layer for a residual stream like `x`."""
+        backend, head_dim, gradients = self.config.attention_backend, self.config.head_dim, torch.is_grad_enabled()
+        device, dtype = x.device.type, product_dtype(x)
+        return [plan_attention(spec, head_dim, backend, device, dtype, gradients) for spec in self.kinds]
+
+    def _rotary(self, packing: Packing) -> list[Rotary | None]:
+        """Rotary tables for each kind of layer. Kinds of the same theta share one."""
+        thetas = [(spec.rope_theta or self.config.rope_base) if spec.rope else 0.0 for spec in self.kinds]
+        tables = {theta: rotary_tables(packing, self.config.head_dim, theta) for theta in thetas if theta}
+        return [tables.get(theta) for theta in thetas]
+
+    def _make_room(self, x: Tensor, cache: RingCache) -> None:
+        """Give the rings of a new cache their slots, which a layer can't do for a single token."""
+        keys = x.new_empty(len(x), self.config.num_key_value_heads, 0, self.config.head_dim, dtype=product_dtype(x))
+        for ring in cache.layers:
+            ring.lazy_initialization(keys, keys)
 
 
-def _places(
-    given: Tensor,
+def _pack(
+    tokens: Tensor,
     documents: Tensor | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: RingCache | None,
-) -> Places:
-    """Positions inside each row's document, and document ids where there are several or padding, or a cache."""
-    b, t = given.shape[:2]
+) -> Packing:
+    """Positions and documents of the input. Document ids are left out for rows of one document without a cache."""
+    b, t = tokens.shape[:2]
     if documents is None and attention_mask is not None and not bool(attention_mask.all()):
         documents = attention_mask[:, -t:].long() - 1
     if documents is None and cache is not None:
-        documents = torch.zeros(b, t, dtype=torch.long, device=given.device)
-    if documents is None and position_ids is not None:
-        documents = restarts(position_ids)
+        documents = torch.zeros(b, t, dtype=torch.long, device=tokens.device)
     if documents is None:
-        index = torch.arange(t, device=given.device)[None]
-        return Places(index if position_ids is None else position_ids)
-    if cache is not None and t == 1:
-        places, cache.tail = cache.tail_for(documents).one_more(documents)
+        return (
+            Packing.of_whole_rows(t, tokens.device) if position_ids is None else Packing.of_position_ids(position_ids)
+        )
+    if cache is None:
+        packing, _ = count_positions(documents, RowEnds.of_empty_rows(documents))
     else:
-        places = _count(documents, cache)
-    return places if position_ids is None else Places(position_ids.expand(b, t), places.documents)
-
-
-def _count(documents: Tensor, cache: RingCache | None) -> Places:
-    """Positions from the start of each document, continued from the cache, and an id for each that never returns.
-
-    Padding inside a document does not start it anew; an id that comes back after another document does:
-
-        >>> places = _count(torch.tensor([[-1, 0, 0, -1, 0, 1, 0]]), None)
-        >>> places.positions.tolist(), places.documents.tolist()
-        ([[0, 0, 1, 2, 3, 0, 0]], [[-1, 1, 1, -1, 1, 2, 3]])
-    """
-    tail = Tail.none(documents) if cache is None else cache.tail_for(documents)
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    real = documents >= 0
-    latest = torch.where(real, index, -1).cummax(1).values
-    latest_id = torch.where(latest >= 0, documents.gather(1, latest.clamp_min(0)), tail.documents[:, None])
-    starts = real & (documents != torch.cat((tail.documents[:, None], latest_id[:, :-1]), 1))
-    begin = torch.where(starts, index, -1).cummax(1).values
-    positions = torch.where(begin >= 0, index - begin, tail.positions[:, None] + index)
-    number = tail.numbers[:, None] + starts.cumsum(1)
-    if cache is not None:
-        cache.tail = Tail(positions[:, -1] + 1, latest_id[:, -1], number[:, -1])
-    return Places(positions, torch.where(real, number, -1))
+        packing = cache.count(documents)
+    return packing if position_ids is None else Packing(position_ids.expand(b, t), packing.documents)
 
 
 class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
@@ -323,8 +302,8 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
             layer.compile()
 
     def compile_decoding(self) -> None:
-        """Compile the step of single tokens, when the next cache comes to it. Each batch size is compiled anew."""
-        self.model.compiled_step = True
+        """Compile the step of single tokens. Each batch size is compiled once; the first token of each waits for it."""
+        self.model.compile_decoding()
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         """`generate` gets a ring unless it brings a cache or wants none."""
@@ -362,9 +341,10 @@ def build_model(config: WindreachConfig, init: InitOptions | None = None, seed: 
 
 @torch.no_grad()
 def _initialise(model: WindreachForCausalLM, init: InitOptions, generator: torch.Generator) -> None:
+    """Draws the matrices in the order and the shapes of the state dict."""
     residual = 1 / math.sqrt(2 * len(model.model.layers)) if init.scale_residual_by_depth else 1.0
-    for name, weight in model.named_parameters():
-        if weight.ndim < 2:
+    for name, weight in model.state_dict().items():
+        if weight.ndim < 2 or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         std = init.embedding_std if "embed_tokens" in name else init.std or 1 / math.sqrt(weight.shape[1])
         scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0

@@ -1,29 +1,40 @@
-"""Rotary position embedding, half-split as in `transformers` (element i pairs with element i + D/2).
+"""Rotary position embedding, half-split as in `transformers`: element i of a head pairs with element i + D/2.
 
 Legend: B batch, T positions, H heads, D head size.
 Source: Su et al., "RoFormer", arXiv 2104.09864.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from model.packing import Packing
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines
 
 
-def frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Radians per position (D / 2,) in float32, from 1 down to nearly 1 / theta."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float, device=device) / head_dim)
+def rotary_tables(packing: Packing, head_dim: int, theta: float) -> Rotary:
+    """Cosines and sines of the tokens' positions, each (B or 1, 1, T, D) in float32. Kept for whole rows."""
+    if packing.whole:
+        return _of_whole_rows(packing.positions.shape[1], head_dim, theta, packing.positions.device)
+    return _tables(packing.positions, head_dim, theta)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Cosines and sines, each (B, T, D) in float32, of positions (B, T)."""
-    angles = positions[..., None].float() * frequencies(head_dim, theta, positions.device)
-    angles = torch.cat((angles, angles), dim=-1)
+@lru_cache(maxsize=8)
+def _of_whole_rows(tokens: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
+    with torch.inference_mode(False):  # what an evaluation makes, training may use
+        return _tables(Packing.of_whole_rows(tokens, device).positions, head_dim, theta)
+
+
+def _tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim)
+    angles = (positions[..., None].float() * frequencies)[:, None]
+    angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x_bhtd: Tensor, cos_btd: Tensor, sin_btd: Tensor) -> Tensor:
-    """Turn queries or keys (B, H, T, D) by the angles of their positions."""
+def rotate(x_bhtd: Tensor, rotary: Rotary) -> Tensor:
+    """Queries or keys (B, H, T, D) rotated by the angles of their positions."""
     a, b = x_bhtd.chunk(2, dim=-1)
-    cos, sin = (x[:, None, :, : a.shape[-1]] for x in (cos_btd, sin_btd))
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_bhtd.dtype)
+    return (x_bhtd * rotary[0] + torch.cat((-b, a), dim=-1) * rotary[1]).to(x_bhtd.dtype)

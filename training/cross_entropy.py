@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.plan import dtype_of_products
+from model.attention import product_dtype
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; the softmax and its gradient hold about three times that
 
@@ -38,7 +38,7 @@ def at_once(logits_nv: Tensor, labels_n: Tensor, z_weight: float) -> Score:
 
 def in_chunks(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float, rows: int) -> Score:
     """As `at_once`, `rows` positions at a time: only their logits exist at any moment."""
-    loss, right = _Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, dtype_of_products(hidden_ne))
+    loss, right = _Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne))
     return loss, right
 
 

@@ -1,250 +1,232 @@
-"""Attention under a layer's visibility: one function, several forms (`model.attention.backends`), one oracle.
+"""The choice of attention for a kind of layer: which backends can compute it, which one does, and why.
 
-`reference` is the dense oracle. `blocked` does short windows as batched matrix products (`model.attention.blocks`) and long ones
-on a CPU without masks (`model.attention.tiles`); dilated layers are sliding ones over every r-th token. `flex`, `flash` and
-`xformers` are kernels of other libraries (`model.attention.flex`, `model.attention.varlen`).
-
-Legend: B batch, T query positions, S key positions, H heads, G kv heads, R = H / G, D head size.
-Rows that see no key (padding) give zeros.
+A model is refused when it is built if the backend it names can't compute one of its layers. Every other choice is made
+by `plan_attention` and `AttentionPlan.prepare`, and nowhere else.
 """
 
-from dataclasses import replace
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from model.attention.backends import serving
-from model.attention.blocks import block_bias, blocked
-from model.attention.tiles import causal_after, tiled
-from model.attention.varlen import by_pieces, flash, pieces_of, xformers
+from model.attention import varlen
+from model.attention.blocks import Blocks
+from model.attention.composed import ByDocument, Dilated, PaddedQueries, fold_packing
+from model.attention.reference import Attend, Causal, Dense, MaskedChunk
+from model.attention.tiles import CausalAfter, Tiles
 from model.errors import UserError
-from model.places import Places, see, split, stretches
+from model.packing import Packing, document_spans
 from model.windows import LayerSpec
 
-TILES_FROM = 128  # tokens of window from which tiles may pay; below, blocks are faster
-_KERNELS = {"flash": flash, "xformers": xformers}
-MASKED_QUERIES = 256  # of a chunk behind a cache at a time, where a mask is needed: it grows with what the cache holds
+MIN_TILE_WINDOW = 128  # tokens; below, tiles are never faster than blocks
 
 
-def tiles_from(dtype: torch.dtype, head_size: int) -> int:
-    """Tokens of window from which tiles beat blocks on a CPU, in the precision of the queries.
+def _needs_gpu(capability: int) -> str | None:
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU, and this machine has none"
+    if torch.cuda.get_device_capability()[0] < capability:
+        return f"needs an NVIDIA GPU of compute capability {capability}.0 or more"
+    return None
 
-    Timed at n = 2,048 to 16,384 with head sizes 32, 64 and 128. Tiles take more and smaller products, and the flash
-    kernel gains less from bf16 units than plain products do, above all backward.
+
+def _needs_xformers() -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return "needs the package xformers, which is not installed"
+    return _needs_gpu(6)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can compute. missing: the reason why this machine can't run it, or None."""
+
+    about: str
+    sinks: bool = True
+    global_tokens: bool = True
+    head_size_multiple: int = 1
+    min_head_size: int = 1
+    missing: Callable[[], str | None] = lambda: None
+
+    def unable(self, spec: LayerSpec, head_size: int) -> str | None:
+        """The reason why it can't compute a layer, or None."""
+        if spec.sink and not self.sinks:
+            return "has no learned sinks"
+        if spec.global_tokens and not self.global_tokens:
+            return "has no global tokens"
+        if head_size % self.head_size_multiple:
+            return f"needs a head size that is a multiple of {self.head_size_multiple}, not {head_size}"
+        if head_size < self.min_head_size:
+            return f"needs a head size of at least {self.min_head_size}, not {head_size}"
+        return None
+
+
+BACKENDS = {
+    "reference": Backend("dense mask, softmax in float32: the oracle"),
+    "blocked": Backend("pure PyTorch, O(n W) time and memory, any device"),
+    "flex": Backend("FlexAttention: compiled on CUDA, forward only on a CPU", min_head_size=16),
+    "flash": Backend(
+        "the flash attention of PyTorch, in fp16 and bf16", sinks=False, global_tokens=False, head_size_multiple=8,
+        missing=lambda: _needs_gpu(8),
+    ),
+    "xformers": Backend(
+        "the memory-efficient attention of xFormers", sinks=False, global_tokens=False, head_size_multiple=8,
+        missing=_needs_xformers,
+    ),
+}  # fmt: skip
+_VARLEN_KERNELS = {"flash": varlen.flash, "xformers": varlen.xformers}
+
+
+def check_backend(name: str, specs: Sequence[LayerSpec], head_size: int) -> None:
+    """Raises UserError, with the layer and the reason, where backend `name` can't compute these layers here."""
+    if name == "auto":
+        return
+    if name not in BACKENDS:
+        raise UserError(f"model.attention_backend is {name!r}; choose one of auto, {', '.join(BACKENDS)}")
+    able = [n for n, b in BACKENDS.items() if not b.missing() and not any(b.unable(s, head_size) for s in specs)]
+    remedy = f"choose one of auto, {', '.join(able)}"
+    for i, spec in enumerate(specs):
+        if reason := BACKENDS[name].unable(spec, head_size):
+            layer = "" if "head size" in reason else f", but model.layers[{i}] asks for them"
+            raise UserError(f"model.attention_backend is {name!r}, which {reason}{layer}; {remedy}")
+    if reason := BACKENDS[name].missing():
+        raise UserError(f"model.attention_backend is {name!r}, which {reason}; {remedy}")
+
+
+@cache
+def plan_attention(
+    spec: LayerSpec, head_size: int, backend: str, device_type: str, dtype: torch.dtype, gradients: bool
+) -> "AttentionPlan":
+    """The plan for layers of one kind.
+
+    `backend` is `auto` or one of `BACKENDS`. `dtype` is that of the matrix products, `gradients` whether a backward
+    pass will follow.
     """
-    if not torch.is_grad_enabled():
-        return TILES_FROM
+    reason = f"model.attention_backend is {backend}"
+    if backend == "auto":
+        backend, reason = _auto(spec, head_size, device_type)
+    return AttentionPlan(spec, backend, reason, device_type, _tile_window(head_size, dtype, gradients))
+
+
+def _auto(spec: LayerSpec, head_size: int, device_type: str) -> tuple[str, str]:
+    """FlexAttention where it is compiled and can compute the layer, else our own; and the reason."""
+    if device_type != "cuda":
+        return "blocked", f"auto on {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "blocked", "auto on cuda: flex needs the package triton"
+    if reason := BACKENDS["flex"].unable(spec, head_size):
+        return "blocked", f"auto on cuda: flex {reason}"
+    return "flex", "auto on cuda"
+
+
+def _tile_window(head_size: int, dtype: torch.dtype, gradients: bool) -> int:
+    """Tokens of window from which tiles are faster than blocks on a CPU.
+
+    Timed at n = 2,048 to 16,384 with head sizes of 32, 64 and 128. Tiles make more and smaller products than blocks,
+    and gain less from bf16 units, above all in the backward pass.
+    """
+    if not gradients:
+        return MIN_TILE_WINDOW
     if dtype != torch.float32:
-        return 8 * TILES_FROM
-    return TILES_FROM if head_size >= 128 else 2 * TILES_FROM
+        return 8 * MIN_TILE_WINDOW
+    return MIN_TILE_WINDOW if head_size >= 128 else 2 * MIN_TILE_WINDOW
 
 
-def dtype_of_products(x: Tensor) -> torch.dtype:
-    """The precision in which products with `x` are taken, under autocast or not."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How layers of one kind are computed: by which `backend`, for which `reason`, and from which window on in tiles.
 
-
-def prepare(spec: LayerSpec, places: Places, backend: str, rows: int = 1, tiles: int | None = None) -> Places:
-    """The places with what layers of one kind need to know of them, made once, so that each need not make it.
-
-    `rows` is the batch size, `tiles` what `tiles_from` says of the queries; default: no gradients are asked for.
+    `prepare` and `prepare_cached` build what all layers of the kind share for a batch. They return the function that a
+    layer calls.
     """
-    t, device = places.positions.shape[1], places.positions.device
-    backend = serving(backend, device)
-    if backend == "flex":
-        from model.attention.flex import flex_mask  # here, because it takes a second and a half to import
 
-        return replace(places, made=flex_mask(spec, places))
-    if backend in _KERNELS:
-        return places if _folds(spec) else replace(places, made=pieces_of(spec, places, rows))
-    if spec.global_tokens or spec.kind == "chunked":
-        _check_beginning(places)
-    in_tiles = _in_tiles(spec, backend, t, device, tiles or TILES_FROM)
-    if places.documents is not None and _one_document_at_a_time(spec, backend, t, in_tiles):
-        alone = bool((places.documents == places.documents[:1, :1]).all()) and bool(places.documents[0, 0] >= 0)
-        if not alone:
-            return places
-        places = replace(places, documents=None)
-    if _in_blocks(spec, backend, t) and not in_tiles:
-        return replace(places, made=block_bias(spec, places))
-    return places
+    spec: LayerSpec
+    backend: str
+    reason: str
+    device_type: str
+    tile_window: int = MIN_TILE_WINDOW
 
+    def prepare(self, packing: Packing, batch_size: int = 1) -> Attend:
+        """Self-attention of whole rows (S = T). The result is kept for rows that are one document each."""
+        if packing.whole:
+            return _prepare_whole_rows(self, packing.positions.shape[1], packing.positions.device, batch_size)
+        return self._prepare(packing, batch_size)
 
-def _check_beginning(places: Places) -> None:
-    """Forms that go by index and not by position need rows that begin at 0."""
-    if places.documents is None and bool((places.positions[:, 0] != 0).any()):
-        raise UserError("position_ids begin behind 0; chunked layers and global tokens need them from 0 on, or a cache")
+    def prepare_cached(self, queries: Packing, keys: Packing) -> Attend:
+        """Attention of a chunk behind a cache: keys in order of age, the last T of them the chunk's own."""
+        spec, t = self.spec, queries.positions.shape[1]
+        if self.backend == "reference":
+            return Dense.of(spec, queries, keys)
+        if spec.ring_slots is not None and 2 * spec.ring_slots < t and not spec.global_tokens:
+            # The borders of chunks lie where positions say, and the oldest key in the cache is rarely at one.
+            if spec.kind == "chunked":
+                return PaddedQueries(Blocks.of(spec, keys))
+            return PaddedQueries(replace(self, backend="blocked")._prepare(keys, len(keys.positions)))
+        if spec.kind == "full" and keys.documents is None and not spec.sink and self.device_type == "cpu":
+            return CausalAfter()
+        return MaskedChunk(spec, queries, keys)
 
+    def _prepare(self, packing: Packing, batch_size: int = 1) -> Attend:
+        if self.backend == "reference":
+            return Dense.of(self.spec, packing, packing)
+        if self.backend == "flex":
+            from model.attention.flex import Flex  # takes more than a second to import
 
-def _one_document_at_a_time(spec: LayerSpec, backend: str, t: int, in_tiles: bool) -> bool:
-    """Whether the form that does this layer knows no documents: tiles have no mask, global tokens stand first."""
-    with_globals = spec.global_tokens > 0 and _in_blocks(spec, backend, t)
-    return with_globals or in_tiles
+            return Flex.of(self.spec, packing)
+        if self.spec.dilation > 1 and not self.spec.global_tokens:
+            sliding = replace(self, spec=replace(self.spec, kind="sliding", dilation=1))
+            folded = fold_packing(packing, self.spec.dilation, batch_size)
+            return Dilated(self.spec.dilation, sliding.prepare(folded, batch_size * self.spec.dilation))
+        if self.backend in _VARLEN_KERNELS:
+            return varlen.Varlen.of(self.spec, packing, batch_size, _VARLEN_KERNELS[self.backend])
+        return self._prepare_blocked(packing)
 
+    def _prepare_blocked(self, packing: Packing) -> Attend:
+        spec, t = self.spec, packing.positions.shape[1]
+        tiles, blocks = self._in_tiles(t), self._in_blocks(t)
+        if spec.global_tokens or spec.kind == "chunked":
+            _check_start(packing)
+        if packing.documents is not None and (tiles or (blocks and spec.global_tokens)):
+            # Tiles know no documents, and blocks look for global tokens at the start of the row.
+            if not packing.is_one_document():
+                return self._by_document(packing)
+            packing = Packing(packing.positions)
+        if tiles:
+            return Tiles(spec.window or t, spec.kind != "chunked", 0 if spec.kind == "full" else spec.global_tokens)
+        if spec.kind == "full" and packing.documents is None and not spec.sink:
+            return Causal()
+        return Blocks.of(spec, packing) if blocks else Dense.of(spec, packing, packing)
 
-def _in_blocks(spec: LayerSpec, backend: str, t: int) -> bool:
-    """Whether T queries are enough for blocks to pay. Dilated layers without global tokens are folded first."""
-    folds = _folds(spec) and not spec.global_tokens
-    return backend == "blocked" and spec.ring_slots is not None and 2 * spec.ring_slots < t and not folds
+    def _in_blocks(self, t: int) -> bool:
+        """Whether rows of T tokens are so long that blocks save work."""
+        return self.spec.ring_slots is not None and 2 * self.spec.ring_slots < t
 
+    def _in_tiles(self, t: int) -> bool:
+        """Whether window and rows are so long that tiles are faster, on the device that has their kernel."""
+        spec, window = self.spec, self.spec.window or 0
+        if self.device_type != "cpu" or t < MIN_TILE_WINDOW:
+            return False
+        if spec.kind == "chunked":
+            return window >= MIN_TILE_WINDOW and spec.global_tokens <= window
+        least = self.tile_window if self._in_blocks(t) else MIN_TILE_WINDOW
+        return spec.kind == "full" or (spec.kind == "sliding" and window >= least)
 
-def _folds(spec: LayerSpec) -> bool:
-    return spec.kind == "dilated" and spec.dilation > 1
-
-
-def _in_tiles(spec: LayerSpec, backend: str, t: int, device: torch.device, tiles: int) -> bool:
-    """Whether the window and T are long enough for tiles to pay, and the flash kernel is there."""
-    window = spec.window or 0
-    if backend != "blocked" or device.type != "cpu" or t < TILES_FROM:
-        return False
-    if spec.kind == "chunked":
-        return window >= TILES_FROM and spec.global_tokens <= window
-    least = tiles if _in_blocks(spec, backend, t) else TILES_FROM
-    return spec.kind == "full" or (spec.kind == "sliding" and window >= least)
-
-
-def attend(
-    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, backend: str, sink_h: Tensor | None
-) -> Tensor:
-    """Self-attention of a whole sequence (S = T); returns (B, H, T, D) in the dtype of the values."""
-    t, device = q_bhtd.shape[2], q_bhtd.device
-    backend = serving(backend, device)
-    if backend == "flex":
-        from model.attention.flex import flex
-
-        return flex(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
-    if _folds(spec) and not spec.global_tokens and backend != "reference":
-        return _attend_dilated(q_bhtd, k_bgsd, v_bgsd, spec, places, backend, sink_h)
-    if backend in _KERNELS:
-        return by_pieces(q_bhtd, k_bgsd, v_bgsd, spec, places, _KERNELS[backend])
-    in_tiles = _in_tiles(spec, backend, t, device, tiles_from(q_bhtd.dtype, q_bhtd.shape[-1]))
-    if places.documents is not None and _one_document_at_a_time(spec, backend, t, in_tiles):
-        return _attend_by_document(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
-    if in_tiles:
-        first = 0 if spec.kind == "full" else spec.global_tokens
-        return tiled(q_bhtd, k_bgsd, v_bgsd, spec.window or t, sink_h, spec.kind != "chunked", first)
-    if backend == "blocked" and spec.kind == "full" and places.documents is None and sink_h is None:
-        gqa = q_bhtd.shape[1] != k_bgsd.shape[1]
-        return F.scaled_dot_product_attention(q_bhtd, k_bgsd, v_bgsd, is_causal=True, enable_gqa=gqa)
-    if _in_blocks(spec, backend, t):
-        return blocked(q_bhtd, k_bgsd, v_bgsd, spec, places, sink_h)
-    return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, places, places, sink_h)
-
-
-def attend_after(
-    q_bhtd: Tensor,
-    k_bgsd: Tensor,
-    v_bgsd: Tensor,
-    spec: LayerSpec,
-    q: Places,
-    k: Places,
-    backend: str,
-    sink_h: Tensor | None,
-) -> Tensor:
-    """Attention of a chunk over what a cache holds: keys in order of age, of which the last T are the chunk's own."""
-    t, before = q_bhtd.shape[2], k_bgsd.shape[2] - q_bhtd.shape[2]
-    if backend == "reference":
-        return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
-    if _pads_in_front(spec, backend, t):
-        whole = F.pad(q_bhtd, (0, 0, before, 0))
-        if spec.kind == "chunked":  # its blocks begin where positions say, which the first key held need not be
-            return blocked(whole, k_bgsd, v_bgsd, spec, k, sink_h)[:, :, before:]
-        return attend(whole, k_bgsd, v_bgsd, spec, k, "blocked", sink_h)[:, :, before:]
-    if spec.kind == "full" and k.documents is None and sink_h is None and q_bhtd.device.type == "cpu":
-        return causal_after(q_bhtd, k_bgsd, v_bgsd)
-    parts = zip(q_bhtd.split(MASKED_QUERIES, 2), split(q, MASKED_QUERIES))
-    return torch.cat([_attend_masked(part, k_bgsd, v_bgsd, spec, at, k, sink_h) for part, at in parts], 2)
+    def _by_document(self, packing: Packing) -> Attend:
+        """Documents at the same positions in several rows are computed together."""
+        assert packing.documents is not None
+        device, documents = packing.positions.device, []
+        for (first, end), rows in document_spans(packing.documents).items():
+            documents.append((first, end, rows, self.prepare(Packing.of_whole_rows(end - first, device))))
+        return ByDocument(tuple(documents))
 
 
-def prepare_after(spec: LayerSpec, q: Places, k: Places, backend: str) -> Places:
-    """`prepare` for the keys of a chunk that `attend_after` serves."""
-    if not _pads_in_front(spec, backend, q.positions.shape[1]):
-        return k
-    return replace(k, made=block_bias(spec, k)) if spec.kind == "chunked" else prepare(spec, k, "blocked")
+@lru_cache(maxsize=8)
+def _prepare_whole_rows(plan: AttentionPlan, tokens: int, device: torch.device, batch_size: int) -> Attend:
+    with torch.inference_mode(False):  # what an evaluation prepares, training may use
+        return plan._prepare(Packing.of_whole_rows(tokens, device), batch_size)
 
 
-def _pads_in_front(spec: LayerSpec, backend: str, t: int) -> bool:
-    """Whether a chunk behind a cache is served as the end of a whole sequence, its queries padded in front."""
-    return backend != "reference" and 2 * (spec.ring_slots or t) < t and not spec.global_tokens
-
-
-def _attend_masked(
-    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, q: Places, k: Places, sink_h: Tensor | None
-) -> Tensor:
-    """What `attend_between` computes, without its float32 scores where the kernel of PyTorch can do it."""
-    if sink_h is not None:
-        return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, q, k, sink_h)
-    gqa = q_bhtd.shape[1] != k_bgsd.shape[1]
-    return F.scaled_dot_product_attention(q_bhtd, k_bgsd, v_bgsd, see(spec, q, k)[:, None], enable_gqa=gqa)
-
-
-def _attend_dilated(
-    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, backend: str, sink_h: Tensor | None
-) -> Tensor:
-    """Every r-th token is a sequence of its own, under a sliding window: r times less work than a window of r * W."""
-    b, t, r = q_bhtd.shape[0], q_bhtd.shape[2], spec.dilation
-    pad = -t % r
-
-    def fold(x: Tensor, value: int = 0) -> Tensor:
-        """(B, …, T[, D]) to (B * r, …, T / r[, D])."""
-        dim = x.ndim - 2 if x.ndim == 4 else 1
-        x = F.pad(x, (0, 0, 0, pad) if x.ndim == 4 else (0, pad), value=value)
-        return x.unflatten(dim, (-1, r)).movedim(dim + 1, 1).flatten(0, 1)
-
-    folded = Places(torch.arange((t + pad) // r, device=q_bhtd.device)[None])
-    if places.documents is not None:
-        positions, documents = (x.expand(b, -1) for x in (places.positions, places.documents))
-        folded = Places(fold(positions) // r, fold(documents, -1))
-    sliding = replace(spec, kind="sliding", dilation=1)
-    out = attend(fold(q_bhtd), fold(k_bgsd), fold(v_bgsd), sliding, folded, backend, sink_h)
-    return out.unflatten(0, (b, r)).movedim(1, 3).flatten(2, 3)[:, :, :t]
-
-
-@torch.compiler.disable
-def _attend_by_document(
-    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, places: Places, sink_h: Tensor | None
-) -> Tensor:
-    """Each document is a sequence of its own; those of equal place in several rows run together."""
-    assert places.documents is not None
-    found = stretches(places.documents.expand(len(q_bhtd), -1))
-    if not found:
-        return attend_between(q_bhtd, k_bgsd, v_bgsd, spec, places, places, sink_h)
-    out = torch.zeros_like(q_bhtd)
-    for (first, end), rows in found.items():
-        q, k, v = (x[rows, :, first:end] for x in (q_bhtd, k_bgsd, v_bgsd))
-        alone = Places(torch.arange(end - first, device=q_bhtd.device)[None])
-        out[rows, :, first:end] = attend(q, k, v, spec, alone, "blocked", sink_h)
-    return out
-
-
-def attend_between(
-    q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, spec: LayerSpec, q: Places, k: Places, sink_h: Tensor | None
-) -> Tensor:
-    """Dense attention with an explicit mask: the oracle, and the form that serves a cache. Softmax in float32."""
-    b, h, t, d = q_bhtd.shape
-    g = k_bgsd.shape[1]
-    q_grouped = q_bhtd.reshape(b, g, h // g * t, d)
-    scores = (q_grouped @ k_bgsd.transpose(-1, -2)).float().reshape(b, g, h // g, t, -1) * d**-0.5
-    weights = _softmax(scores, see(spec, q, k)[:, None, None], _sinks(sink_h, g, 5))
-    out = weights.to(v_bgsd.dtype).reshape(b, g, h // g * t, -1) @ v_bgsd
-    return out.reshape(b, h, t, d)
-
-
-def _sinks(sink_h: Tensor | None, groups: int, dims: int) -> Tensor | None:
-    """Sink logits (H,) as (1, G, R, 1, …) with `dims` dimensions."""
-    return None if sink_h is None else sink_h.float().reshape(1, groups, -1, *[1] * (dims - 3))
-
-
-def _softmax(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last dimension of visible scores; a sink takes its share; rows that see nothing are zero."""
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    peak = scores.amax(-1, keepdim=True)
-    if sinks is not None:
-        peak = torch.maximum(peak, sinks)
-    weights = torch.exp(scores - peak.detach()) * seen
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks - peak.detach())
-    return weights / total.clamp_min(torch.finfo(scores.dtype).tiny)
+def _check_start(packing: Packing) -> None:
+    """Blocks and tiles of these layers count from the start of the row."""
+    if packing.documents is None and not packing.whole and bool((packing.positions[:, 0] != 0).any()):
+        raise UserError("position_ids must start at 0 for chunked layers and global tokens, unless a cache is used")

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from model import decode, decoder
-from model.attention import plan as attention
+from model import decoder
+from model.attention import plan, reference
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import cache_bytes
 from model.windows import reach
 from scripts.benchmarks.timing import peak_bytes
+from tests.model.attention.oracle import forget_plans
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37
@@ -216,7 +217,7 @@ def test_cropping_that_can_not_be_honoured_is_refused() -> None:
     model = tiny_model()
     cache = RingCache(model.config)
     through_ring(model, [token_ids(2, T)], cache)
-    gone = r"^a ring cache can't be cropped by 2 tokens: those that a shorter sequence needs are overwritten$"
+    gone = r"^a ring cache can't be cropped by 2 tokens: keys that a shorter sequence needs are overwritten$"
     with pytest.raises(UserError, match=gone):
         cache.crop(-2)
     cache.crop(-1)
@@ -293,15 +294,15 @@ def test_a_token_is_written_where_it_belongs_and_nothing_held_is_moved() -> None
 
     def addresses() -> list[int]:
         places = [x for slots in cache.slots.values() for x in (slots.positions, slots.documents)]
-        return [x.data_ptr() for x in (*places, *(layer.held for layer in cache.layers))]
+        return [x.data_ptr() for x in (*places, *(layer.key_values for layer in cache.layers))]
 
-    before, held = addresses(), [layer.held.clone() for layer in cache.layers]
+    before, held = addresses(), [layer.key_values.clone() for layer in cache.layers]
     for token in ids[:, W + 1 :].split(1, 1):
         model(token, past_key_values=cache)
         assert addresses() == before
         for layer, past in zip(cache.layers, held, strict=True):
-            assert (layer.held != past).any(-1).any(-1).sum(1).tolist() == [1, 1]  # one slot of each row
-        held = [layer.held.clone() for layer in cache.layers]
+            assert (layer.key_values != past).any(-1).any(-1).sum(1).tolist() == [1, 1]  # one slot of each row
+        held = [layer.key_values.clone() for layer in cache.layers]
 
 
 @torch.inference_mode()
@@ -320,15 +321,16 @@ def test_the_compiled_step_is_one_graph_of_unchanging_shapes_however_often_the_r
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_single_tokens_take_the_short_way_and_it_computes_what_the_layers_do(qk_norm: bool) -> None:
-    model, ids = with_norms(tiny_model(STACKS["everything"], qk_norm=qk_norm)), token_ids(2, T)
-    short, watched = RingCache(model.config), RingCache(model.config)
-    logits = through_ring(model, list(ids.split(1, 1)), short)
-    assert short.step is not None
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(through_ring(model, list(ids.split(1, 1)), watched), logits, atol=1e-5, rtol=1e-4)
-    assert watched.step is None  # a hook must see its module run
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_hook_sees_every_single_token(compiled: bool) -> None:
+    model, ids, calls = tiny_model(STACKS["everything"]), token_ids(2, T), []
+    expected = through_ring(model, list(ids.split(1, 1)))
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    if compiled:
+        model.compile_decoding()
+    got = through_ring(model, list(ids.split(1, 1)))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert len(calls) == T
 
 
 def test_compiled_step_computes_the_same_also_while_a_full_layer_grows() -> None:
@@ -355,15 +357,6 @@ def test_an_adapter_inside_a_layer_is_not_passed_by() -> None:
     torch.testing.assert_close(through_ring(model, list(ids.split(1, 1))), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_layers_with_large_products_are_not_held_twice_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny_model(STACKS["mixed"]), token_ids(2, T)
-    fused = through_ring(model, list(ids.split(1, 1)))
-    monkeypatch.setattr(decode, "FUSED_WEIGHTS", 0)
-    cache = RingCache(model.config)
-    torch.testing.assert_close(through_ring(model, list(ids.split(1, 1)), cache), fused, atol=1e-5, rtol=1e-4)
-    assert cache.step.layers[0].qkv[0].data_ptr() == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
-
-
 def test_a_copied_cache_goes_its_own_way() -> None:
     model, ids = tiny_model(STACKS["everything"]), token_ids(2, T + 9)
     cache = RingCache(model.config)
@@ -378,8 +371,9 @@ def test_a_copied_cache_goes_its_own_way() -> None:
 @pytest.mark.parametrize("stack", ["sliding", "full", "hybrid", "everything"])
 def test_a_long_chunk_passes_in_slices(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * W + 3)
-    monkeypatch.setattr(attention, "MASKED_QUERIES", 3)
-    monkeypatch.setattr(attention, "TILES_FROM", 4)
+    monkeypatch.setattr(reference, "QUERIES_PER_MASK", 3)
+    monkeypatch.setattr(plan, "MIN_TILE_WINDOW", 4)
+    forget_plans()
     model, (ids, mask) = with_sinks(tiny_model(STACKS[stack])), left_padded()
     with torch.no_grad():
         whole = model.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
@@ -461,7 +455,7 @@ def test_bfloat16_goes_through_the_ring() -> None:
 
 
 def test_nothing_to_read_and_an_empty_input_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^nothing to read: give input_ids or inputs_embeds$"):
+    with pytest.raises(UserError, match=r"^there is no input; give input_ids or inputs_embeds$"):
         tiny_model()(past_key_values=RingCache(tiny_config()))
     with pytest.raises(UserError, match=r"^the input is empty; give at least one token a row$"):
         tiny_model()(token_ids(2, 0), past_key_values=RingCache(tiny_config()))

@@ -240,7 +240,7 @@ def test_sink_takes_mass_and_gives_nothing() -> None:
 
 
 def weights_of(model: WindreachForCausalLM) -> dict[str, Tensor]:
-    return {name: weight.detach() for name, weight in model.named_parameters()}
+    return model.state_dict()
 
 
 def test_weights_depend_on_the_seed_and_on_nothing_else() -> None:

@@ -23,12 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from model.attention.plan import attend, prepare, tiles_from
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import count_parameters, parameters
-from model.places import Places
 from model.windows import LayerSpec
 from training.objective import Scorer
 from training.settings.schema import OptimizerSettings

@@ -4,17 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.attention.test_plan import HEADS, draw_qkv, places
-from tests.model.attention.test_tiles import close
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from model.attention.backends import BACKENDS, choose_backend, serving
-from model.attention.plan import attend, attend_between, prepare
-from model.attention.varlen import Pieces, by_pieces, pieces_of
+from model.attention import plan
+from model.attention.plan import BACKENDS, check_backend, plan_attention
+from model.attention.varlen import Segments, Varlen, find_segments
 from model.errors import UserError
-from model.places import Places
+from model.packing import Packing, may_see
 from model.windows import LayerSpec
+from tests.model.attention.oracle import HEADS, attend, close, draw_qkv, forget_plans, oracle, packings, whole
 from tests.model.tiny import tiny_model, token_ids
 
 
@@ -38,23 +37,23 @@ def layers(draw: st.DrawFn, sinks: bool = True, global_tokens: bool = True) -> L
 def test_flex_equals_reference_whatever_the_layer(
     data: st.DataObject, spec: LayerSpec, total: int, groups: int, batch: int
 ) -> None:
-    where = data.draw(places(batch, total))
+    packing = data.draw(packings(batch, total))
     q, k, v, sinks = (x.detach().float() for x in draw_qkv(batch, groups, total, seed=total))
     chosen = sinks if spec.sink else None
     with pytest.MonkeyPatch.context() as patch:  # a compilation for each shape would take hours
         patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-        actual = attend(q, k, v, spec, prepare(spec, where, "flex"), "flex", chosen)
-    torch.testing.assert_close(actual, attend_between(q, k, v, spec, where, where, chosen), atol=1e-5, rtol=1e-4)
+        actual = attend(q, k, v, spec, packing, "flex", chosen)
+    torch.testing.assert_close(actual, oracle(q, k, v, spec, packing, chosen), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("spec", [LayerSpec("sliding", 20), LayerSpec("chunked", 20, global_tokens=2, sink=True)])
 def test_flex_as_it_runs_here_equals_reference_forward(spec: LayerSpec) -> None:
-    where = Places(torch.arange(200)[None])
+    packing = whole(200)
     q, k, v, sinks = (x.detach().float() for x in draw_qkv(2, 2, 200, seed=1))
     q, k, v = (torch.cat((x, x), -1) for x in (q, k, v))
     chosen = sinks if spec.sink else None
-    actual = attend(q, k, v, spec, prepare(spec, where, "flex"), "flex", chosen)
-    torch.testing.assert_close(actual, attend_between(q, k, v, spec, where, where, chosen), atol=1e-5, rtol=1e-4)
+    actual = attend(q, k, v, spec, packing, "flex", chosen)
+    torch.testing.assert_close(actual, oracle(q, k, v, spec, packing, chosen), atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_on_flex_gives_the_logits_of_the_reference() -> None:
@@ -73,51 +72,45 @@ def test_training_with_flex_on_a_cpu_is_refused() -> None:
         tiny_model(attention_backend="flex", head_dim=16)(token_ids(1, 12))
 
 
-# -- kernels for pieces ------------------------------------------------------------------------------------------------
+# -- kernels for segments ----------------------------------------------------------------------------------------------
 
 
-def dense_kernel(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, window: int | None) -> Tensor:
-    """What flash attention and xFormers compute, piece by piece, with the oracle."""
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
+    """What flash attention and xFormers compute, segment by segment, with the oracle."""
     spec = LayerSpec("full") if window is None else LayerSpec("sliding", window)
     outs = []
-    for first, end in zip(pieces.starts[:-1].tolist(), pieces.starts[1:].tolist(), strict=True):
-        where = Places(torch.arange(end - first)[None])
+    for first, end in zip(segments.borders[:-1].tolist(), segments.borders[1:].tolist(), strict=True):
+        packing = whole(end - first)
         one = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
-        outs.append(attend_between(*one, spec, where, where, None)[0].transpose(0, 1))
-    assert pieces.longest == max(len(out) for out in outs)
+        outs.append(oracle(*one, spec, packing)[0].transpose(0, 1))
+    assert segments.longest == max(len(out) for out in outs)
     return torch.cat(outs)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), layers(sinks=False, global_tokens=False), st.integers(1, 100), st.sampled_from([1, 2, 4]))
-def test_pieces_are_what_a_layer_sees_forward_and_backward(
+def test_segments_are_what_a_layer_sees_forward_and_backward(
     data: st.DataObject, spec: LayerSpec, total: int, groups: int
 ) -> None:
-    where = data.draw(places(2, total))
+    packing = data.draw(packings(2, total))
     q, k, v, _ = draw_qkv(2, groups, total, seed=total)
-    expected = attend_between(q, k, v, spec, where, where, None)
+    expected = oracle(q, k, v, spec, packing, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(by_pieces_kernels(), "flash", dense_kernel)
-        actual = attend(q, k, v, spec, prepare(spec, where, "flash", 2), "flash", None)
+        patch.setitem(plan._VARLEN_KERNELS, "flash", dense_kernel)
+        actual = attend(q, k, v, spec, packing, "flash", None)
     close(actual, expected, [q, k, v])
 
 
-def by_pieces_kernels() -> dict[str, object]:
-    from model.attention import plan as attention
-
-    return attention._KERNELS  # type: ignore[return-value]
-
-
 def test_padding_inside_a_document_is_refused_by_kernels_that_leave_it_out() -> None:
-    where = Places(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, -1, 0]]))
+    packing = Packing(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, -1, 0]]))
     with pytest.raises(UserError, match=r"^this attention backend can't leave out padding inside a document; use auto"):
-        pieces_of(LayerSpec("full"), where, 1)
+        find_segments(LayerSpec("full"), packing, 1)
 
 
 def test_rows_of_padding_alone_give_zeros() -> None:
-    where = Places(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -1))
+    packing = Packing(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -1))
     q = torch.randn(2, HEADS, 3, 8)
-    assert not by_pieces(q, q, q, LayerSpec("full"), where, dense_kernel).any()
+    assert not Varlen.of(LayerSpec("full"), packing, 2, dense_kernel)(q, q, q).any()
 
 
 # -- where they are ----------------------------------------------------------------------------------------------------
@@ -129,10 +122,8 @@ def test_xformers_counts_the_window_as_we_do() -> None:
 
     bias = BlockDiagonalCausalMask.from_seqlens([5, 3]).make_local_attention(3)
     documents = torch.tensor([[0] * 5 + [1] * 3])
-    from model.places import see
-
-    where = Places(torch.tensor([[*range(5), *range(3)]]), documents)
-    assert torch.equal(bias.materialize((1, 8, 8))[0] == 0, see(LayerSpec("sliding", 3), where, where)[0])
+    packing = Packing(torch.tensor([[*range(5), *range(3)]]), documents)
+    assert torch.equal(bias.materialize((1, 8, 8))[0] == 0, may_see(LayerSpec("sliding", 3), packing, packing)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -142,19 +133,19 @@ def test_xformers_counts_the_window_as_we_do() -> None:
 def test_on_cuda_forward_and_gradients_equal_the_reference(
     backend: str, data: st.DataObject, total: int, groups: int
 ) -> None:
-    if reason := BACKENDS[backend].lacks():
+    if reason := BACKENDS[backend].missing():
         pytest.skip(f"{backend} {reason}")
     able = BACKENDS[backend]
     spec = data.draw(layers(able.sinks, able.global_tokens))
-    where = data.draw(places(2, total))
-    where = Places(where.positions.cuda(), None if where.documents is None else where.documents.cuda())
+    packing = data.draw(packings(2, total))
+    packing = Packing(packing.positions.cuda(), None if packing.documents is None else packing.documents.cuda())
     drawn = [x.detach().repeat(*[1] * (x.ndim - 1), 4 if x.ndim == 4 else 1) for x in draw_qkv(2, groups, total, 1)]
     q, k, v, sinks = (x.cuda().bfloat16().requires_grad_() for x in drawn)
     chosen = sinks if spec.sink else None
     inputs = [q, k, v, *([sinks] if spec.sink else [])]
-    actual = attend(q, k, v, spec, prepare(spec, where, backend, 2), backend, chosen)
+    actual = attend(q, k, v, spec, packing, backend, chosen)
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    expected = attend_between(exact[0], exact[1], exact[2], spec, where, where, exact[3] if spec.sink else None)
+    expected = oracle(exact[0], exact[1], exact[2], spec, packing, exact[3] if spec.sink else None)
     torch.testing.assert_close(actual.float(), expected, atol=3e-2, rtol=3e-2)
     upstream = torch.randn_like(expected)
     got = torch.autograd.grad(actual, inputs, upstream.bfloat16())
@@ -165,15 +156,24 @@ def test_on_cuda_forward_and_gradients_equal_the_reference(
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_decided_by_the_device() -> None:
-    assert choose_backend("auto") == "auto"
-    assert serving("auto", torch.device("cpu")) == "blocked"
-    assert serving("reference", torch.device("cpu")) == "reference"
+def test_auto_takes_what_can_do_the_layer_on_the_device_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_plans()
+
+    def chosen(device: str, spec: LayerSpec, head_size: int, backend: str = "auto") -> tuple[str, str]:
+        made = plan_attention(spec, head_size, backend, device, torch.bfloat16, True)
+        return made.backend, made.reason
+
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: object())
+    layer = LayerSpec("sliding", 64)
+    assert chosen("cpu", layer, 64) == ("blocked", "auto on cpu")
+    assert chosen("cuda", layer, 64) == ("flex", "auto on cuda")
+    assert chosen("cuda", layer, 12) == ("blocked", "auto on cuda: flex needs a head size of at least 16, not 12")
+    assert chosen("cpu", layer, 64, "reference") == ("reference", "model.attention_backend is reference")
 
 
 def refusal(name: str, *specs: LayerSpec, head_dim: int = 64) -> str:
     with pytest.raises(UserError) as caught:
-        choose_backend(name, specs, head_dim)
+        check_backend(name, specs, head_dim)
     return str(caught.value)
 
 
@@ -202,7 +202,7 @@ def test_what_a_backend_cannot_do_is_refused_with_the_layer_and_a_remedy() -> No
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it can be had here")
 def test_what_the_machine_lacks_is_refused_with_the_reason() -> None:
     assert refusal("flash", LayerSpec("full")) == (
-        "model.attention_backend is 'flash', which needs an NVIDIA GPU, and none is there; "
+        "model.attention_backend is 'flash', which needs an NVIDIA GPU, and this machine has none; "
         "choose one of auto, reference, blocked, flex"
     )
     assert "'xformers', which needs " in refusal("xformers", LayerSpec("full"))
@@ -212,6 +212,6 @@ def test_what_the_machine_lacks_is_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize("spec", [{"kind": "chunked", "window": 4}, {"window": 4, "global_tokens": 2}])
 def test_rows_that_do_not_begin_at_0_are_refused_where_the_beginning_counts(spec: dict[str, object]) -> None:
-    message = r"^position_ids begin behind 0; chunked layers and global tokens need them from 0 on, or a cache$"
+    message = r"^position_ids must start at 0 for chunked layers and global tokens, unless a cache is used$"
     with pytest.raises(UserError, match=message):
         tiny_model([spec] * 2)(token_ids(1, 12), position_ids=torch.arange(3, 15)[None])

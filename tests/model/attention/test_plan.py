@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention.blocks import blocked
-from model.attention.plan import attend, attend_between, tiles_from
-from model.places import Places
+from model.attention.blocks import Blocks
+from model.attention.plan import plan_attention
+from model.attention.tiles import Tiles
+from model.packing import Packing
 from model.windows import LayerSpec, visible
-
-HEADS = 4
+from tests.model.attention.oracle import HEADS, attend, draw_qkv, oracle, packed, packings, whole
 
 
 @st.composite
@@ -25,42 +25,17 @@ def bounded_layers(draw: st.DrawFn) -> LayerSpec:
     )
 
 
-def packed(lengths: list[int], padding: int, total: int) -> tuple[Tensor, Tensor]:
-    """Positions and ids (T,) of documents of `lengths` (repeated to fill) behind `padding` tokens of padding."""
-    positions, documents = list(range(padding)), [-1] * padding
-    for i in range(total):
-        length = lengths[i % len(lengths)]
-        positions += range(length)
-        documents += [i] * length
-    return torch.tensor(positions[:total]), torch.tensor(documents[:total])
-
-
-@st.composite
-def places(draw: st.DrawFn, batch: int, total: int) -> Places:
-    if draw(st.booleans()):
-        return Places(torch.arange(total)[None])
-    lengths = draw(st.lists(st.one_of(st.just(1), st.integers(1, 60)), min_size=1, max_size=4))
-    rows = [packed(lengths[row:] or lengths, draw(st.integers(0, total)), total) for row in range(batch)]
-    return Places(torch.stack([p for p, _ in rows]), torch.stack([d for _, d in rows]))
-
-
-def draw_qkv(batch: int, groups: int, total: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, HEADS, total, 8), (batch, groups, total, 8), (batch, groups, total, 8), (HEADS,)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-
-
 @settings(deadline=None, max_examples=100)
 @given(st.data(), bounded_layers(), st.integers(1, 130), st.sampled_from([1, 2, 4]), st.integers(1, 2))
 def test_blocked_equals_reference_forward_and_backward(
     data: st.DataObject, spec: LayerSpec, total: int, groups: int, batch: int
 ) -> None:
-    where = data.draw(places(batch, total))
+    packing = data.draw(packings(batch, total))
     q, k, v, sinks = draw_qkv(batch, groups, total, seed=total)
     chosen = sinks if spec.sink else None
     inputs = [q, k, v, *([sinks] if spec.sink else [])]
-    expected = attend_between(q, k, v, spec, where, where, chosen)
-    actual = blocked(q, k, v, spec, where, chosen)
+    expected = oracle(q, k, v, spec, packing, chosen)
+    actual = Blocks.of(spec, packing)(q, k, v, chosen)
     upstream = torch.randn_like(expected)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(
@@ -81,8 +56,8 @@ def softmax_by_hand(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Ten
 def test_reference_is_softmax_over_the_visible_keys(spec: LayerSpec, groups: int) -> None:
     total = 2 * (spec.ring_slots or 0) + 5
     q, k, v, sinks = (x.detach() for x in draw_qkv(1, groups, total, seed=1))
-    where = Places(torch.arange(total)[None])
-    out = attend_between(q, k, v, spec, where, where, sinks if spec.sink else None)
+    packing = whole(total)
+    out = oracle(q, k, v, spec, packing, sinks if spec.sink else None)
     for i in (0, total // 2, total - 1):
         seen = visible(spec, torch.tensor(i), torch.arange(total))
         for head in range(HEADS):
@@ -96,13 +71,13 @@ def test_reference_is_softmax_over_the_visible_keys(spec: LayerSpec, groups: int
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_full_layer_gives_the_same_on_both_backends(backend: str, documents: int | None) -> None:
     q, k, v, sinks = (x.detach() for x in draw_qkv(2, 2, 40, seed=2))
-    alone = Places(torch.arange(40)[None])
-    where = alone if documents is None else Places(*(x.expand(2, 40) for x in packed([17], 3, 40)))
+    alone = whole(40)
+    packing = alone if documents is None else Packing(*(x.expand(2, 40) for x in packed([17], 3, 40)))
     spec = LayerSpec("full")
-    expected = attend_between(q, k, v, spec, where, where, None)
-    torch.testing.assert_close(attend(q, k, v, spec, where, backend, None), expected, atol=1e-5, rtol=1e-5)
-    with_sink = attend_between(q, k, v, spec, where, where, sinks)
-    torch.testing.assert_close(attend(q, k, v, spec, where, backend, sinks), with_sink, atol=1e-5, rtol=1e-5)
+    expected = oracle(q, k, v, spec, packing, None)
+    torch.testing.assert_close(attend(q, k, v, spec, packing, backend, None), expected, atol=1e-5, rtol=1e-5)
+    with_sink = oracle(q, k, v, spec, packing, sinks)
+    torch.testing.assert_close(attend(q, k, v, spec, packing, backend, sinks), with_sink, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["reference", "blocked"])
@@ -111,8 +86,8 @@ def test_padded_rows_give_zeros_and_finite_gradients_whatever_comes_from_above(f
     spec = LayerSpec("sliding", 5, sink=sink)
     q, k, v, sinks = (x.detach().float().requires_grad_() for x in draw_qkv(2, 2, 50, seed=3))
     positions, documents = (torch.stack(x) for x in zip(packed([50], 20, 50), packed([50], 50, 50)))
-    where = Places(positions, documents)
-    out = attend(q, k, v, spec, where, form, sinks if sink else None)
+    packing = Packing(positions, documents)
+    out = attend(q, k, v, spec, packing, form, sinks if sink else None)
     assert (out[0, :, :20] == 0).all()
     assert (out[1] == 0).all()
     out.backward(torch.full_like(out, 1e4))
@@ -126,10 +101,10 @@ def test_a_packed_document_is_what_it_is_alone(form: str) -> None:
     q, k, v, _ = (x.detach() for x in draw_qkv(1, 2, 90, seed=4))
     lengths = [31, 1, 1, 40, 17]
     for spec in (LayerSpec("sliding", 7), LayerSpec("chunked", 6), LayerSpec("dilated", 3, dilation=3)):
-        together = attend(q, k, v, spec, Places(*(x[None] for x in packed(lengths, 0, 90))), form, None)
+        together = attend(q, k, v, spec, Packing(*(x[None] for x in packed(lengths, 0, 90))), form, None)
         for part in torch.arange(90).split(lengths):
-            where = Places(torch.arange(len(part))[None])
-            alone = attend_between(*(x[:, :, part] for x in (q, k, v)), spec, where, where, None)
+            packing = whole(len(part))
+            alone = oracle(*(x[:, :, part] for x in (q, k, v)), spec, packing)
             torch.testing.assert_close(together[:, :, part], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -147,7 +122,7 @@ def test_blocked_memory_grows_with_the_window_and_not_with_the_square_of_the_len
 
         q, k, v, _ = (x.detach() for x in draw_qkv(1, 4, total, seed=5))
         with Watch():
-            attend(q, k, v, LayerSpec("sliding", window), Places(torch.arange(total)[None]), "blocked", None)
+            attend(q, k, v, LayerSpec("sliding", window), whole(total), "blocked", None)
         return largest
 
     assert widest(32, 2048) <= 2.1 * widest(32, 1024)
@@ -158,12 +133,12 @@ def test_blocked_memory_grows_with_the_window_and_not_with_the_square_of_the_len
 def test_bf16_is_near_the_reference_in_blocks_and_tiles(window: int) -> None:
     """With gradients blocks serve windows below 1,024, without them tiles do: both are near float32."""
     q, k, v, _ = draw_qkv(1, 2, 2300, seed=window)
-    spec, where = LayerSpec("sliding", window), Places(torch.arange(2300)[None])
-    expected = attend_between(q, k, v, spec, where, where, None)
+    spec, packing = LayerSpec("sliding", window), whole(2300)
+    expected = oracle(q, k, v, spec, packing, None)
     halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    actual = attend(*halves, spec, where, "blocked", None)
+    actual = attend(*halves, spec, packing, "blocked", None)
     with torch.no_grad():
-        alone = attend(*halves, spec, where, "blocked", None)
+        alone = attend(*halves, spec, packing, "blocked", None)
     for ours in (actual, alone):
         torch.testing.assert_close(ours.double(), expected, atol=0.03, rtol=0.03)
     wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
@@ -178,5 +153,6 @@ def test_bf16_is_near_the_reference_in_blocks_and_tiles(window: int) -> None:
      (torch.bfloat16, 64, False, 128)],
 )  # fmt: skip
 def test_tiles_begin_where_they_are_faster(dtype: torch.dtype, head_size: int, gradients: bool, least: int) -> None:
-    with torch.set_grad_enabled(gradients):
-        assert tiles_from(dtype, head_size) == least
+    for window in (least - 1, least):
+        plan = plan_attention(LayerSpec("sliding", window), head_size, "blocked", "cpu", dtype, gradients)
+        assert isinstance(plan.prepare(whole(4096)), Tiles if window == least else Blocks)

@@ -7,31 +7,37 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.model.attention.test_plan import draw_qkv, places
 from torch import Tensor
 
 from model.attention import plan as attention
 from model.attention import tiles
-from model.attention.plan import attend, attend_after, attend_between
+from model.attention.composed import ByDocument
+from model.attention.reference import attend_dense
 from model.attention.squares import Squares
-from model.attention.tiles import Tile, tiled
-from model.places import Places
+from model.attention.tiles import Tile, Tiles
+from model.packing import Packing, may_see
 from model.windows import LayerSpec, visible
-
-
-def close(actual: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    """Equal outputs, and equal gradients of every input."""
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    upstream = torch.randn_like(expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+from tests.model.attention.oracle import (
+    HEADS,
+    attend,
+    close,
+    draw_qkv,
+    forget_plans,
+    oracle,
+    packings,
+    plan_for,
+    prepared,
+    whole,
+)
 
 
 @pytest.fixture
-def tiles_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "TILES_FROM", 1)
+def tiles_for_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles for windows and rows of any length. Plans are kept, so those of other tests must go."""
+    monkeypatch.setattr(attention, "MIN_TILE_WINDOW", 1)
+    forget_plans()
+    yield
+    forget_plans()
 
 
 @settings(deadline=None, max_examples=150)
@@ -43,12 +49,12 @@ def test_tiles_equal_reference(
     kind: str, window: int, total: int, groups: int, batch: int, sink: bool, global_tokens: int, leaf: int
 ) -> None:
     q, k, v, sinks = draw_qkv(batch, groups, total, seed=total)
-    where = Places(torch.arange(total)[None])
+    packing = whole(total)
     first = min(global_tokens, window) if kind == "chunked" else global_tokens
     spec, chosen = LayerSpec(kind, window, sink=sink, global_tokens=first), sinks if sink else None
-    expected = attend_between(q, k, v, spec, where, where, chosen)
+    expected = oracle(q, k, v, spec, packing, chosen)
     with leaves_of(leaf):
-        actual = tiled(q, k, v, window, chosen, kind == "sliding", first)
+        actual = Tiles(window, kind == "sliding", first)(q, k, v, chosen)
     close(actual, expected, [q, k, v, *([sinks] if sink else [])])
 
 
@@ -97,10 +103,10 @@ def test_packed_and_padded_rows_equal_reference_in_tiles(
 ) -> None:
     window = None if kind == "full" else data.draw(st.integers(1, 30))
     spec = LayerSpec(kind, window, dilation=data.draw(st.integers(2, 5)) if kind == "dilated" else 1)
-    where = data.draw(places(2, total))
+    packing = data.draw(packings(2, total))
     q, k, v, _ = draw_qkv(2, groups, total, seed=total)
-    expected = attend_between(q, k, v, spec, where, where, None)
-    close(attend(q, k, v, spec, where, "blocked", None), expected, [q, k, v])
+    expected = oracle(q, k, v, spec, packing, None)
+    close(attend(q, k, v, spec, packing, "blocked", None), expected, [q, k, v])
 
 
 @settings(deadline=None, max_examples=60)
@@ -113,27 +119,27 @@ def test_global_tokens_equal_reference(data: st.DataObject, kind: str, total: in
         kind, data.draw(st.integers(1, 12)), dilation=data.draw(st.integers(2, 3)) if kind == "dilated" else 1,
         global_tokens=data.draw(st.integers(1, 5)), sink=sink,
     )  # fmt: skip
-    where = data.draw(places(2, total))
+    packing = data.draw(packings(2, total))
     q, k, v, sinks = draw_qkv(2, groups, total, seed=total)
     chosen = sinks if sink else None
-    expected = attend_between(q, k, v, spec, where, where, chosen)
-    actual = attend(q, k, v, spec, attention.prepare(spec, where, "blocked"), "blocked", chosen)
+    expected = oracle(q, k, v, spec, packing, chosen)
+    actual = attend(q, k, v, spec, packing, "blocked", chosen)
     close(actual, expected, [q, k, v])
 
 
 @pytest.mark.usefixtures("tiles_for_all")
 @pytest.mark.parametrize("kind", ["sliding", "full"])
-def test_prepared_places_of_whole_rows_lose_their_documents_and_nothing_else(kind: str) -> None:
+def test_rows_of_one_document_are_computed_whole_and_all_others_by_document(kind: str) -> None:
     spec = LayerSpec(kind, 7 if kind == "sliding" else None)
-    positions = torch.arange(30).expand(2, -1)
-    whole = Places(positions, torch.zeros(2, 30, dtype=torch.long))
-    assert attention.prepare(spec, whole, "blocked").documents is None
-    for changed in (
+    positions, q = torch.arange(30).expand(2, -1), torch.zeros(2, HEADS, 30, 8)
+    whole_rows = Packing(positions, torch.zeros(2, 30, dtype=torch.long))
+    assert isinstance(prepared(q, spec, whole_rows), Tiles)
+    for documents in (
         torch.full((2, 30), -1),
         torch.tensor([[0] * 30, [1] * 30]),
         torch.tensor([[0] * 15 + [1] * 15] * 2),
     ):
-        assert attention.prepare(spec, Places(positions, changed), "blocked").documents is not None
+        assert isinstance(prepared(q, spec, Packing(positions, documents)), ByDocument)
 
 
 @pytest.mark.usefixtures("tiles_for_all")
@@ -141,11 +147,11 @@ def test_prepared_places_of_whole_rows_lose_their_documents_and_nothing_else(kin
 def test_chunk_behind_a_cache_equals_reference_in_tiles(before: int) -> None:
     spec, total = LayerSpec("sliding", 9), 60
     q, k, v, _ = draw_qkv(2, 2, total, seed=before)
-    keys = Places(torch.arange(total).expand(2, -1), torch.zeros(2, total, dtype=torch.long))
+    keys = Packing(torch.arange(total).expand(2, -1), torch.zeros(2, total, dtype=torch.long))
     assert keys.documents is not None
-    queries = Places(keys.positions[:, before:], keys.documents[:, before:])
-    actual = attend_after(q[:, :, before:], k, v, spec, queries, keys, "blocked", None)
-    expected = attend_between(q[:, :, before:], k, v, spec, queries, keys, None)
+    queries = Packing(keys.positions[:, before:], keys.documents[:, before:])
+    actual = plan_for(q, spec).prepare_cached(queries, keys)(q[:, :, before:], k, v, None)
+    expected = attend_dense(q[:, :, before:], k, v, may_see(spec, queries, keys))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -155,5 +161,5 @@ def test_tiles_hold_no_scores() -> None:
 
     n, window = 8192, 2048
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
-    held = peak_bytes(lambda: torch.autograd.grad(tiled(q, k, v, window).sum(), (q, k, v)))
+    held = peak_bytes(lambda: torch.autograd.grad(Tiles(window)(q, k, v).sum(), (q, k, v)))
     assert held < window * window * 4
