@@ -131,7 +131,8 @@ class Slots:
         if missing:
             self.positions = F.pad(self.positions, (0, missing))
             self.documents = F.pad(self.documents, (0, missing), value=NO_DOCUMENT)
-        if missing or self.seen == 0:
+        self.grew = bool(missing) or self.seen == 0
+        if self.grew:
             self.first_slots = torch.arange(len(like), device=like.device)[:, None] * needed
 
     def can_remove(self, tokens: int) -> bool:
@@ -191,7 +192,8 @@ class RingLayer(CacheLayerMixin):
         """
         if self.slots.order is None:
             self._write(keys, values)
-            return self.keys, self.values
+            all_keys, all_values = self.key_values.transpose(1, 2).chunk(2, dim=1)
+            return all_keys, all_values
         self.lazy_initialization(keys, values)
         old = self.key_values.index_select(1, self.slots.order).transpose(1, 2).chunk(2, dim=1)
         all_keys, all_values = torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2)
@@ -237,14 +239,15 @@ class RingCache(Cache):
         self.ends: RowEnds | None = None
         self.owner: weakref.ref[nn.Module] | None = None
 
-    def claim(self, model: nn.Module, specs: tuple[LayerSpec, ...]) -> None:
-        """Make this the cache of `model`. Raises UserError where it is another model's."""
+    def claim(self, model: nn.Module, specs: tuple[LayerSpec, ...]) -> bool:
+        """Make this the cache of `model`, and return whether it is new. Raises UserError for another model's cache."""
         if tuple(layer.slots.spec for layer in self.layers) != specs:
             raise UserError("the cache was made for other layers; make it from this model's config: RingCache(config)")
-        if self.owner is None:
-            self.owner = weakref.ref(model)
-        elif self.owner() is not model:
+        is_new = self.owner is None
+        self.owner = self.owner or weakref.ref(model)
+        if self.owner() is not model:
             raise UserError("the cache was filled by another model; use a new one, or reset() it")
+        return is_new
 
     def count(self, documents: Tensor) -> Packing:
         """Positions of new tokens with document ids (B, T), continued from the tokens before them."""

@@ -27,6 +27,7 @@ from model.projections import FusedProjections
 from model.rope import Rotary, rotary_tables, rotate
 from model.windows import LayerSpec
 
+REGION = 4  # layers that are compiled once and called again and again: more take longer to compile, fewer to call
 PREFILL_TOKENS = 1024  # of a chunk behind a cache that pass through the layers at a time; any number gives the same
 
 
@@ -104,6 +105,8 @@ class WindreachModel(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
         self._decode: Callable[..., list[Tensor]] = self._run_one_token
+        self._run_region: Callable[..., Tensor] | None = None
+        self._structure = ""
 
     def forward(
         self,
@@ -130,8 +133,10 @@ class WindreachModel(nn.Module):
         elif tokens.shape[1] == 1 and not torch.is_grad_enabled() and self.config.attention_backend != "reference":
             cache.begin(packing, in_slots=True)
             x = self._embed(tokens)
-            self._make_room(x, cache)
-            streams = self._decode(x, packing, list(cache.slots.values()), cache.layers, output_hidden_states)
+            if any(kind.grew for kind in cache.slots.values()):
+                self._make_room(x, cache)
+            slots = list(cache.slots.values())
+            streams = self._decode(x, packing, slots, cache.layers, output_hidden_states, self._structure)
             cache.end()
         else:
             streams = self._run_chunk(tokens, packing, cache, output_hidden_states, positions_to_keep)
@@ -149,8 +154,8 @@ class WindreachModel(nn.Module):
             raise UserError("there is no input; give input_ids or inputs_embeds")
         if tokens.shape[1] == 0:
             raise UserError("the input is empty; give at least one token a row")
-        if cache is not None:
-            cache.claim(self, self.config.specs)
+        if cache is not None and cache.claim(self, self.config.specs) and self._run_region is not None:
+            self._structure = self._describe_modules()
         return cache
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -180,9 +185,15 @@ class WindreachModel(nn.Module):
         return [torch.cat(stream, 1) for stream in zip(*parts)]
 
     def _run_one_token(
-        self, x: Tensor, token: Packing, slots: Sequence[Slots], rings: Sequence[RingLayer], keep_all: bool
+        self,
+        x: Tensor,
+        token: Packing,
+        slots: Sequence[Slots],
+        rings: Sequence[RingLayer],
+        keep_all: bool,
+        structure: str,
     ) -> list[Tensor]:
-        """The same for one token a row behind a cache. `compile_decoding` compiles this function."""
+        """The same for one token a row behind a cache. `compile_decoding` compiles it, for each `structure` anew."""
         attends = [kind.attend_in_slots(product_dtype(x)) for kind in slots]
         return self._run_layers(x, token, attends, rings, keep_all)
 
@@ -191,6 +202,8 @@ class WindreachModel(nn.Module):
     ) -> list[Tensor]:
         """`attends` is the attention of each kind of layer, `rings` the cache of each layer."""
         rotary, streams = self._rotary(packing), [x]
+        if self._run_region is not None and packing.positions.shape[1] == 1 and not keep_all:
+            return [self._run_regions(x, rotary, attends, rings)]
         for layer, kind, ring in zip(self.layers, self.kind_of_layer, rings, strict=True):
             if self.gradient_checkpointing and self.training and ring is None:
                 x = self._gradient_checkpointing_func(layer, x, rotary[kind], attends[kind])
@@ -200,8 +213,41 @@ class WindreachModel(nn.Module):
         return streams
 
     def compile_decoding(self) -> None:
+        """Compile `_run_one_token`, a region of layers once for all regions.
+
+        Checking the modules at each token would cost a tenth of it. Instead `_describe_modules` describes them when a
+        cache is new, and another description is another compilation.
+        """
         grows = any(spec.ring_slots is None for spec in self.kinds)  # then sizes are variables, which costs some speed
-        self._decode = torch.compile(self._run_one_token, dynamic=None if grows else False, fullgraph=True)
+        self._run_region = torch.compiler.nested_compile_region(_run_region)
+        self._decode = torch.compile(
+            self._run_one_token,
+            dynamic=None if grows else False,
+            fullgraph=True,
+            options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+        )
+
+    def _run_regions(
+        self, x: Tensor, rotary: Sequence[Rotary | None], attends: Sequence[Attend], rings: Sequence[RingLayer | None]
+    ) -> Tensor:
+        assert self._run_region is not None
+        layers = list(
+            zip(
+                self.layers,
+                (rotary[kind] for kind in self.kind_of_layer),
+                (attends[kind] for kind in self.kind_of_layer),
+                rings,
+                strict=True,
+            )
+        )
+        for first in range(0, len(layers), REGION):
+            x = self._run_region(x, layers[first : first + REGION])
+        return x
+
+    def _describe_modules(self) -> str:
+        """Changes with every module that is replaced, every hook, and every dtype or device."""
+        modules = [(id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in self.modules()]
+        return str(hash((*modules, *((p.dtype, p.device, p.shape) for p in self.parameters()))))
 
     def plans(self, x: Tensor) -> list[AttentionPlan]:
         """The plan of each kind of layer for a residual stream like `x`."""
@@ -220,6 +266,12 @@ class WindreachModel(nn.Module):
         keys = x.new_empty(len(x), self.config.num_key_value_heads, 0, self.config.head_dim, dtype=product_dtype(x))
         for ring in cache.layers:
             ring.lazy_initialization(keys, keys)
+
+
+def _run_region(x: Tensor, layers: Sequence[tuple[nn.Module, Rotary | None, Attend, RingLayer | None]]) -> Tensor:
+    for layer, rotary, attend, ring in layers:
+        x = layer(x, rotary, attend, ring)
+    return x
 
 
 def _pack(
