@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import gc, json, os, signal, sys
-import train
+import train, training.loop  # `train.main` imports the loop late
 from model.errors import cli
 
 def run(argv, streams, environment, absent):

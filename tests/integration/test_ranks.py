@@ -55,7 +55,7 @@ from training.processes.signals import end_process
 
 join_ranks()
 for i in range(5):
-    assert sum_over_ranks([1.0]) == [2.0] and ask_main(lambda: i) == i and gather_from_ranks(i) == [i, i]
+    assert sum_over_ranks({"a": 1.0}) == {"a": 2.0} and ask_main(lambda: i) == i and gather_from_ranks(i) == [i, i]
 end_process(0)
 """
 

@@ -1,9 +1,9 @@
 """A window of steps under `torch.profiler`: where the time goes, as a trace and as a table.
 
     runs/NAME/profile/trace.json.gz    for chrome://tracing or ui.perfetto.dev
-    runs/NAME/profile/top-ops.txt      the operations that took most, by their own time
+    runs/NAME/profile/top-ops.txt      the operations that took most time themselves
 
-Only the main process records; others wait for it in their collectives, which the trace shows.
+Only the main process records. Others wait for it in their collectives, which the trace shows.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,27 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from training.settings.schema import ProfileSettings
 
-TOP = 40  # rows of the table
+TOP = 40  # operations in the table
 
 
 class ProfileWindow:
-    """Records the steps that the settings name; what was recorded is written at the window's end or the run's."""
+    """Records the steps of the settings, and writes the files at the window's end, or at the run's if that is first."""
 
     def __init__(self, settings: ProfileSettings | None, run_dir: Path, record: bool, say: Callable[[str], None]):
         self.folder, self.say = run_dir / "profile", say
-        wanted = settings is not None and record
-        self.steps = range(settings.start_step, settings.start_step + settings.steps) if wanted and settings else ()
+        self.steps = range(settings.start_step, settings.start_step + settings.steps) if settings and record else ()
         self.profiler: profile | None = None
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """Around the step of this number (0-based)."""
+        """Surrounds the step with this index, counted from 0."""
         if step in self.steps and self.profiler is None:
-            self.profiler = profile(activities=_activities())
+            self.profiler = profile()  # of the CPU, and of the GPU where there is one
             self.profiler.start()
         yield
         if self.steps and step == self.steps[-1]:
@@ -54,7 +53,3 @@ class ProfileWindow:
 
     def __exit__(self, *problem: object) -> None:
         self.finish()
-
-
-def _activities() -> list[ProfilerActivity]:
-    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
