@@ -78,7 +78,12 @@ def recall_batch(
     task_numbers = _task_numbers(draws, list(tasks.values()))
     batch = _batch(input_ids=np.zeros((len(rows), seq_len), dtype=np.int64))
     for number, task in enumerate(tasks):
-        _check_length(task, vocab, options, seq_len, max_distances[task])
+        needed = task_size(task, vocab, options).row(max_distances[task])
+        if seq_len < needed:
+            raise UserError(
+                f"recall.seq_len is {seq_len} and the distance of {task} {max_distances[task]}: "
+                f"rows of at least {needed} tokens are needed"
+            )
         of_task = task_numbers == number
         if not of_task.any():
             continue
@@ -102,15 +107,6 @@ def recall_batch(
 def _epoch(seed: int, epoch: int, chunks: int) -> IntArray:
     """(chunks,) the order of an epoch. Two are cached because a step may span two epochs."""
     return np.random.default_rng([seed, epoch]).permutation(chunks)
-
-
-def _check_length(task: str, vocab: RecallVocabulary, options: TaskOptions, seq_len: int, distance: int) -> None:
-    needed = task_size(task, vocab, options).row(distance)
-    if seq_len < needed:
-        raise UserError(
-            f"recall.seq_len is {seq_len} and the distance of {task} {distance}: "
-            f"rows of at least {needed} tokens are needed"
-        )
 
 
 def _task_numbers(draws: Draws, shares: list[float]) -> IntArray:

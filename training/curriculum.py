@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from training.settings.schema import CurriculumSettings
 
@@ -81,11 +80,6 @@ class Curricula:
     @classmethod
     def start(cls, rules: Curriculum, tasks: Iterable[str]) -> "Curricula":
         return cls({task: rules.start() for task in tasks})
-
-    @classmethod
-    def of_json(cls, saved: dict[str, Any]) -> "Curricula":
-        """The inverse of `dataclasses.asdict`."""
-        return cls({task: CurriculumState(**state) for task, state in saved["states"].items()})
 
     @property
     def distances(self) -> dict[str, int]:

@@ -8,10 +8,13 @@ weights, then applies the sum of their updates. Every process runs this code; th
 
 import gc
 import math
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import gather_object
 
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
@@ -23,18 +26,11 @@ from training.optimizer import SummedOptimizer
 from training.probe import Probe
 from training.processes.parallel import Tensors, load_whole, spread, whole, whole_weights
 from training.processes.precision import DTYPES, make_deterministic, set_up_threads
-from training.processes.ranks import (
-    ask_main,
-    gather_from_ranks,
-    join_ranks,
-    local_processes,
-    lost_rank_is_fault,
-    sum_over_ranks,
-)
+from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, sum_over_ranks
 from training.processes.signals import STOPPED, StopRequest
 from training.reporting.metrics import Metrics
 from training.reporting.nonfinite import keep_batch, stop_after
-from training.reporting.profiling import ProfileWindow
+from training.reporting.profiling import profiled
 from training.reporting.progress import TrainingProgress
 from training.run.checkpoint import load_state, prune, replace_export, save_checkpoint
 from training.run.folder import decide_once, open_run, run_dir
@@ -43,7 +39,7 @@ from training.run.resume import FACTS_SAVED, State, check_checkpoint, check_same
 from training.run.shards import stored_in_shards
 from training.schedule import interpolate, rate_factor
 from training.settings.schema import Settings
-from training.start import start
+from training.start import grow_from_run, new_decoder
 
 
 def train(settings: Settings, resume: str) -> int:
@@ -66,7 +62,8 @@ class Trainer:
         self.settings, self.dir = settings, run_dir(settings)
         self.stop = StopRequest()
         self.ranks = join_ranks()
-        set_up_threads(settings.training.num_threads, local_processes())
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
+        set_up_threads(settings.training.num_threads, local_processes)
         make_deterministic()
 
         # 1. Data: the main process fills the cache, then every process reads it.
@@ -74,7 +71,8 @@ class Trainer:
         self.tokenizer, train_store, heldout_store = self._cached_data()
 
         # 2. Model.
-        self.decoder, origin = start(settings, self.tokenizer, resume)
+        self.decoder = new_decoder(settings, self.tokenizer)
+        origin = grow_from_run(self.decoder, settings, self.tokenizer, resume)
         self.config = self.decoder.config
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
@@ -138,8 +136,8 @@ class Trainer:
         settings, main, step = self.settings.training, self.ranks.is_main_process, self.state.step
         self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
         self.progress = TrainingProgress(settings.max_steps, step, show=main)
-        window = ProfileWindow(settings.profile, self.dir, main, self.progress.say)
-        with self.metrics, self.progress, window:
+        profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
+        with self.metrics, self.progress, profile as after_step:
             gc.collect()
             gc.freeze()
             gc.disable()  # a full collection during a step costs more than the loop's few cycles
@@ -149,8 +147,8 @@ class Trainer:
                     self._save()
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
                     return False
-                with window.around(self.state.step):
-                    self._step()
+                self._step()
+                after_step()
         return True
 
     def _step(self) -> None:
@@ -241,7 +239,7 @@ class Trainer:
         if self.state.step == self.saved_step:
             return
         paused = time.perf_counter()
-        state = {"progress": asdict(self.state), "random": gather_from_ranks(get_random_states())}
+        state = {"progress": asdict(self.state), "random": gather_object([get_random_states()])}
         state |= {name: self.facts[name] for name in FACTS_SAVED}
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()

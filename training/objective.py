@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from data.batches import recall_batch, text_batch
 from data.tasks import need_keys
@@ -52,14 +53,14 @@ class MicroBatch:
     input_ids: Tensor
     documents: Tensor | None
     targets: dict[str, Target]
-    answer_tasks: Tensor = NO_TASKS  # (N,) number of the task of each answer; stays on the CPU
+    answer_tasks: Tensor = NO_TASKS  # (N,) number of the task of each answer
 
-    def to(self, device: torch.device) -> "MicroBatch":
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None, dict[str, Target]]:
+        """The arguments of `Scorer.forward`, on the device. It is not waited for."""
+        inputs = (self.input_ids, self.documents, self.targets)
         if device.type == "cpu":
-            return self
-        targets = {term: Target(_move(t.index, device), _move(t.labels, device)) for term, t in self.targets.items()}
-        documents = None if self.documents is None else _move(self.documents, device)
-        return MicroBatch(_move(self.input_ids, device), documents, targets, self.answer_tasks)
+            return inputs
+        return tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), inputs)
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,11 @@ class Objective(ABC):
 
     @abstractmethod
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
-        """Sequences `rows` of step `step`."""
+        """Sequences `rows` of a step."""
 
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
         """The plan of a step for `ranks` processes; default: as many as there are."""
-        tokens, seq_len = self.size(distances)
-        return step_plan(tokens, seq_len, self.settings.training.micro_batch_tokens, ranks or self.ranks)
+        return step_plan(*self.size(distances), self.settings.training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batches(self, step: int, distances: Mapping[str, int], rank: int) -> list[MicroBatch]:
         """All micro-batches of one rank in a step."""
@@ -304,8 +304,7 @@ def differentiate(
     scores: list[dict[str, Score]] = []
     for micro_batch in micro_batches:
         exchange_gradients(scorer, on=micro_batch is micro_batches[-1])
-        batch = micro_batch.to(accelerator.device)
-        score = scorer(batch.input_ids, batch.documents, batch.targets)
+        score = scorer(*micro_batch.inputs(accelerator.device))
         accelerator.backward(weighted_loss(score, objective.term_weights, counts, ranks))
         scores.append({term: Score(s.loss.detach(), s.right) for term, s in score.items()})
 
@@ -361,7 +360,3 @@ def _target(labels_bt: Tensor) -> Target:
     flat = labels_bt.flatten()
     index = (flat != UNSCORED).nonzero().squeeze(1)
     return Target(index, flat[index])
-
-
-def _move(x: Tensor, device: torch.device) -> Tensor:
-    return x.pin_memory().to(device, non_blocking=True)

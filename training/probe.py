@@ -6,6 +6,7 @@ Layers run uncompiled here, because other shapes and no gradients would compile 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -136,12 +137,7 @@ def horizon(accuracy: dict[int, float], level: float = 0.9) -> int:
     >>> horizon({16: 1.0, 32: 0.95, 64: 0.2, 128: 0.9})
     32
     """
-    reached = 0
-    for distance in sorted(accuracy):
-        if accuracy[distance] < level:
-            break
-        reached = distance
-    return reached
+    return max(takewhile(lambda distance: accuracy[distance] >= level, sorted(accuracy)), default=0)
 
 
 def _right(decoder: WindreachForCausalLM, items: list[RecallItem]) -> int:

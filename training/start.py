@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
@@ -12,7 +11,6 @@ from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError
 from model.growth import grow
 from training.objective import RELAY_HEAD
-from training.processes.ranks import ask_main
 from training.run.checkpoint import file_sha256, load_state, newest_valid
 from training.run.folder import check_tokenizer, read_facts, run_dir
 from training.settings.build import init_options, model_config
@@ -27,15 +25,6 @@ class Origin:
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
 
-def start(settings: Settings, tokenizer: Tokenizer, resume: str) -> tuple[WindreachForCausalLM, Origin]:
-    """The decoder before its first step, the same on every rank, and where its weights came from."""
-    decoder = new_decoder(settings, tokenizer)
-    origin = ask_main(lambda: grow_from_run(decoder, settings, tokenizer, resume))
-    if not PartialState().is_main_process:
-        grow_from_run(decoder, settings, tokenizer, resume)
-    return decoder, origin
-
-
 def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalLM:
     """The decoder with random weights; `seed` decides them."""
     return build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), settings.seed)
@@ -44,8 +33,8 @@ def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalL
 def grow_from_run(decoder: WindreachForCausalLM, settings: Settings, tokenizer: Tokenizer, resume: str) -> Origin:
     """Fill `decoder`, in place, with the layers of the run `model.init.grow_from`. Returns that run's relay head too.
 
-    Does nothing if no run is named or a checkpoint will be resumed. Raises UserError if that run has no export,
-    another tokenizer or other widths.
+    Does nothing if no run is named or a checkpoint will be resumed. Every rank calls this and gets the same answer.
+    Raises UserError if that run has no export, another tokenizer or other widths.
     """
     named = settings.model.init.grow_from
     if named is None or (resume != "never" and (resume != "auto" or newest_valid(run_dir(settings)))):

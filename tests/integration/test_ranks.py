@@ -50,12 +50,13 @@ def test_two_processes_of_accelerate_launch_equal_one_and_end_together_on_a_mist
 
 
 EXCHANGE = """
-from training.processes.ranks import ask_main, gather_from_ranks, join_ranks, sum_over_ranks
+from accelerate.utils import gather_object
+from training.processes.ranks import ask_main, join_ranks, sum_over_ranks
 from training.processes.signals import end_process
 
 join_ranks()
 for i in range(5):
-    assert sum_over_ranks({"a": 1.0}) == {"a": 2.0} and ask_main(lambda: i) == i and gather_from_ranks(i) == [i, i]
+    assert sum_over_ranks({"a": 1.0}) == {"a": 2.0} and ask_main(lambda: i) == i and gather_object([i]) == [i, i]
 end_process(0)
 """
 

@@ -1,6 +1,5 @@
 """Processes that must agree: only the main one decides, and a user's mistake that it meets ends all of them."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -8,7 +7,7 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 
 from model.errors import UserError
 from training.processes.signals import TrainingFault
@@ -23,11 +22,6 @@ def join_ranks() -> PartialState:
     Without `cpu=True` accelerate forms no process group on a CPU, and every process believes it is rank 0.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-
-
-def local_processes() -> int:
-    """Processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
 
 
 @contextmanager
@@ -65,8 +59,3 @@ def sum_over_ranks(values: dict[Name, float]) -> dict[Name, float]:
         return values
     summed = reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=state.device), "sum")
     return dict(zip(values, summed.tolist(), strict=True))
-
-
-def gather_from_ranks(value: Answer) -> list[Answer]:
-    """The value of every process, by rank."""
-    return gather_object([value])

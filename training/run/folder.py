@@ -7,7 +7,9 @@ checkpoints/    step-000200/ ...                       tokenizer/  metrics.jsonl
 import hashlib
 import json
 from collections.abc import Mapping
-from itertools import takewhile
+from functools import reduce
+from itertools import count, takewhile
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -174,24 +176,22 @@ def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = N
 
 def _read_settings(path: Path) -> tuple[Settings, list[str]]:
     """The settings saved at `path`, and the names of those that this version does not have."""
-    tree, dropped = yaml.safe_load(path.read_text()) or {}, []
-    try:
-        return Settings.model_validate(tree), []
-    except ValidationError as errors:
-        for unknown in (error["loc"] for error in errors.errors() if error["type"] == "extra_forbidden"):
-            section = tree
-            for key in unknown[:-1]:
-                section = section[key]
-            del section[unknown[-1]]
-            dropped.append(".".join(map(str, unknown)))
-    try:
-        return Settings.model_validate(tree), dropped
-    except ValidationError as errors:
-        what = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors.errors())
-        raise UserError(
-            f"{path}: this version can't read the settings of that run: {what}\n"
-            "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
-        ) from errors
+    tree: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    dropped: list[str] = []
+    while True:
+        try:
+            return Settings.model_validate(tree), dropped
+        except ValidationError as problem:
+            unknown = [error["loc"] for error in problem.errors() if error["type"] == "extra_forbidden"]
+            if not unknown:
+                wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
+                raise UserError(
+                    f"{path}: this version can't read the settings of that run: {wrong}\n"
+                    "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
+                ) from problem
+            for where in unknown:
+                del reduce(getitem, where[:-1], tree)[where[-1]]  # type: ignore[arg-type]
+                dropped.append(".".join(map(str, where)))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -253,7 +253,5 @@ def _set_aside_newer(chosen: Path, folder: Path) -> None:
 
 
 def _free_name(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    return target
+    names = (path.with_name(f"{path.name}.old-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
-from training.curriculum import Curricula
+from training.curriculum import Curricula, CurriculumState
 from training.run.folder import check_data, check_tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class State:
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "State":
         """From the JSON of a checkpoint."""
-        return cls(**saved | {"curriculum": Curricula.of_json(saved["curriculum"])})
+        states = {task: CurriculumState(**state) for task, state in saved["curriculum"]["states"].items()}
+        return cls(**saved | {"curriculum": Curricula(states)})
 
 
 def check_checkpoint(path: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:
