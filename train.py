@@ -5,8 +5,8 @@
 
 Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal after a checkpoint, run again to go on; 1 a fault.
 
-This file is the command. The run itself is `training/loop.py`, which is imported late because torch and transformers
-take seconds: `--help` and a mistake in the settings are answered before.
+This file is the command. The run itself is `training/loop.py`. It is imported late, because torch and transformers take
+seconds to import: `--help` and mistakes in the arguments are answered before.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from model.errors import cli
 from training.processes.allocator import keep_freed_memory
 from training.processes.signals import TrainingFault, end_process
-from training.run.folder import check_settings, run_dir
+from training.run.folder import check_start
 from training.settings.config_file import load_settings
 
 
@@ -30,8 +30,7 @@ def main() -> int:
 
             print(plan_text(settings))
         return 0
-    if arguments.resume != "never":
-        check_settings(run_dir(settings), settings)
+    check_start(settings, arguments.resume)
     keep_freed_memory()
     try:
         from training.loop import train

@@ -64,6 +64,14 @@ def settings_hash(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
+def check_start(settings: Settings, resume: str) -> None:
+    """Raises UserError for mistakes that are visible before torch is imported. `open_run` checks them again."""
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise _no_checkpoint(resume, "no such folder")
+    if resume != "never":
+        check_settings(run_dir(settings), settings)
+
+
 def open_run(settings: Settings, resume: str) -> Path | None:
     """Prepare the run folder and return the checkpoint to resume, or None for a fresh start.
 
@@ -222,7 +230,7 @@ def _explicit(path: Path, settings: Settings) -> Path:
     """The checkpoint at `path`, which may belong to another run with the same settings."""
     problem = problem_with(path) if path.is_dir() else "no such folder"
     if problem is not None:
-        raise UserError(f"--resume {path}: {problem}\n  give a folder such as runs/NAME/checkpoints/step-000200")
+        raise _no_checkpoint(path, problem)
     run = path.resolve().parents[1]
     check_settings(run, settings, path)
     if not (run / "settings.yaml").exists() and _state(path)["settings_sha256"] != settings_hash(settings):
@@ -231,6 +239,10 @@ def _explicit(path: Path, settings: Settings) -> Path:
             f"  give the settings of its run, or copy that run's settings.yaml to {run} to see what differs"
         )
     return path
+
+
+def _no_checkpoint(path: Path | str, problem: str) -> UserError:
+    return UserError(f"--resume {path}: {problem}\n  give a folder such as runs/NAME/checkpoints/step-000200")
 
 
 def _set_aside(folder: Path) -> None:

@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from model.errors import UserError
 from tests.training.conftest import Prepared
 from training.run.checkpoint import save_checkpoint
-from training.run.folder import check_settings, decide_once, open_run, read_facts, run_dir, settings_hash
+from training.run.folder import check_settings, check_start, decide_once, open_run, read_facts, run_dir, settings_hash
 from training.settings.schema import Settings
 
 CPU = torch.device("cpu")
@@ -91,8 +91,22 @@ def test_never_sets_the_folder_aside_again_and_again(settings: Settings) -> None
 
 @pytest.mark.parametrize(("name", "reason"), [("nowhere", "no such folder"), (".", "manifest.json can't be read")])
 def test_a_path_that_is_no_checkpoint_is_refused(settings: Settings, tmp_path: Path, name: str, reason: str) -> None:
-    with pytest.raises(UserError, match=rf"{reason}(.|\n)*give a folder such as runs/NAME/checkpoints/step-000200"):
+    refused = rf"{reason}(.|\n)*give a folder such as runs/NAME/checkpoints/step-000200"
+    with pytest.raises(UserError, match=refused):
         open_run(settings, str(tmp_path / name))
+    if reason == "no such folder":
+        with pytest.raises(UserError, match=refused):
+            check_start(settings, str(tmp_path / name))
+
+
+def test_a_start_is_checked_without_writing_anything(settings: Settings) -> None:
+    for resume in ("auto", "never"):
+        check_start(settings, resume)
+    assert not run_dir(settings).exists()
+    open_run(settings, "auto")
+    with pytest.raises(UserError, match="  seed: 0 there, 7 now"):
+        check_start(changed(settings, seed=7), "auto")
+    check_start(changed(settings, seed=7), "never")
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
