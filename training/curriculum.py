@@ -1,7 +1,6 @@
 """The recall curriculum: distances are drawn from [1, D], and D grows while accuracy holds. Each task has its own D."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from training.settings.schema import CurriculumSettings
 
@@ -61,39 +60,3 @@ class Curriculum:
     def batch_factor(self, distance: int) -> int:
         """How many times `tokens_per_step` a step has at D = `distance`."""
         return max((factor for start, factor in self.settings.larger_batches if distance >= start), default=1)
-
-
-@dataclass(frozen=True)
-class Curricula:
-    """The states of all tasks.
-
-    >>> rules = Curriculum(CurriculumSettings(growth=1.5, accuracy=0.9, smoothing=0.0), window=16, reach=480)
-    >>> after = Curricula.start(rules, ["needle", "keys"]).advanced(rules, {"needle": (9, 9), "keys": (1, 9)})
-    >>> print(after)
-    24/16
-    >>> after.columns()
-    {'distance': 24, 'distance_needle': 24, 'distance_keys': 16}
-    """
-
-    states: dict[str, CurriculumState] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, rules: Curriculum, tasks: Iterable[str]) -> "Curricula":
-        return cls({task: rules.start() for task in tasks})
-
-    @property
-    def distances(self) -> dict[str, int]:
-        """D of each task, in tokens."""
-        return {task: state.distance for task, state in self.states.items()}
-
-    def advanced(self, rules: Curriculum, answered: Mapping[str, tuple[float, float]]) -> "Curricula":
-        """The states after a step; `answered` holds each task's right answers and queries."""
-        return Curricula({task: rules.advance(state, *answered[task]) for task, state in self.states.items()})
-
-    def columns(self) -> dict[str, int]:
-        """For the log: the largest D, and each task's where there are several."""
-        each = {f"distance_{task}": d for task, d in self.distances.items()} if len(self.states) > 1 else {}
-        return {"distance": max(self.distances.values())} | each
-
-    def __str__(self) -> str:
-        return "/".join(map(str, self.distances.values()))

@@ -20,7 +20,7 @@ from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.windows import reach
-from training.curriculum import Curricula, Curriculum
+from training.curriculum import Curriculum
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
@@ -85,7 +85,7 @@ class Trainer:
         recall = settings.recall
         farthest = reach(self.config.specs) or settings.data.seq_len
         self.curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, farthest)
-        self.state, self.saved_step = State(curriculum=Curricula.start(self.curriculum, recall.tasks)), -1
+        self.state, self.saved_step = State(curriculum=dict.fromkeys(recall.tasks, self.curriculum.start())), -1
         vocabulary = task_vocabulary(settings, self.tokenizer) if recall.enabled else None
         self.objectives = objectives(settings, train_store, vocabulary, self.curriculum, self.ranks.num_processes)
         self.probe = Probe(settings, heldout_store, vocabulary, self.curriculum)
@@ -119,10 +119,9 @@ class Trainer:
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])
-        reached = self.state.curriculum.distances
-        to_come = range(min(reached.values(), default=0), self.curriculum.last_distance + 1)
-        distances = [dict.fromkeys(reached, distance) for distance in to_come]
-        check_same_batches(path, self.objectives, len(saved["random"]), distances)
+        reached, last = self.state.distances, self.curriculum.last_distance
+        to_come = [dict.fromkeys(reached, distance) for distance in range(min(reached.values()), last + 1)]
+        check_same_batches(path, self.objectives, len(saved["random"]), to_come)
         if self.ranks.process_index < len(saved["random"]):
             set_random_states(saved["random"][self.ranks.process_index])
         if path.parent.resolve() == (self.dir / "checkpoints").resolve():
@@ -162,7 +161,8 @@ class Trainer:
             self.optimizer.step(rate, weights)
             self.state.skipped_in_a_row = 0
             if "recall" in measured:
-                self.state.curriculum = self.state.curriculum.advanced(self.curriculum, measured["recall"].answered)
+                for task, answered in measured["recall"].answered.items():
+                    self.state.curriculum[task] = self.curriculum.advance(self.state.curriculum[task], *answered)
         else:
             self._skip(measured)
 
@@ -177,7 +177,7 @@ class Trainer:
 
     def _differentiate(self, objective: Objective, step: int) -> Measured:
         """Compute one objective's gradients, clip them, and set them aside until the update."""
-        distances = self.state.curriculum.distances
+        distances = self.state.distances
         measured = differentiate(objective, self.accelerator, self.wrapped, step, distances)
         measured.grad_norm = float(self.optimizer.take(objective.name, objective.max_grad_norm))
         plan, counts = objective.plan(distances), {term: tally.count for term, tally in measured.terms.items()}
@@ -192,7 +192,7 @@ class Trainer:
         self.optimizer.drop()
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
-        step, distances, in_a_row = self.state.step, self.state.curriculum.distances, self.state.skipped_in_a_row
+        step, distances, in_a_row = self.state.step, self.state.distances, self.state.skipped_in_a_row
         for objective in self.objectives:
             name = objective.name
             if name in measured and not measured[name].finite:
@@ -210,11 +210,12 @@ class Trainer:
         mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
         columns = {k: v for name, m in measured.items() for k, v in m.columns(name).items()}
         self.metrics.write(
-            "train", state.step, **columns, **schedule, **state.curriculum.columns(), horizon=state.horizon,
+            "train", state.step, **columns, **schedule, **state.columns(), horizon=state.horizon,
             tokens=state.tokens, tokens_per_second=rate, mfu=mfu, skipped=state.skipped,
         )  # fmt: skip
         losses = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in columns.items() if k.startswith("loss_"))
-        recall = f"  D {state.curriculum}  horizon {state.horizon}" if self.settings.recall.enabled else ""
+        distances = "/".join(map(str, state.distances.values()))
+        recall = f"  D {distances}  horizon {state.horizon}" if self.settings.recall.enabled else ""
         self.progress.figures(state.step, f"{losses}  {rate:,.0f} tok/s  MFU {mfu:.1%}{recall}")
         self._start_clock()
 

@@ -24,6 +24,7 @@ class StopRequest:
         self.received: int | None = None
         self.at = 0.0
         self.launched = "TORCHELASTIC_RUN_ID" in os.environ
+        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 signal.signal(number, self._handle)
@@ -34,6 +35,8 @@ class StopRequest:
                 return
             os._exit(128 + number)
         self.received, self.at = number, time.monotonic()
+        for stream in self.terminals if number == signal.SIGHUP else ():  # the terminal is gone: a write would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # os.write, because `print` fails inside a handler that interrupts a print
             os.write(2, f"\n{name}: finishing this step, then a checkpoint; again to leave at once\n".encode())

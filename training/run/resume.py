@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
-from training.curriculum import Curricula, CurriculumState
+from training.curriculum import CurriculumState
 from training.run.folder import check_data, check_tokenizer
 
 if TYPE_CHECKING:
@@ -25,13 +25,23 @@ class State:
     skipped_in_a_row: int = 0
     horizon: int = 0
     validation_bits_per_byte: float | None = None
-    curriculum: Curricula = field(default_factory=Curricula)
+    curriculum: dict[str, CurriculumState] = field(default_factory=dict)  # by task
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "State":
-        """From the JSON of a checkpoint."""
-        states = {task: CurriculumState(**state) for task, state in saved["curriculum"]["states"].items()}
-        return cls(**saved | {"curriculum": Curricula(states)})
+        """From the JSON of a checkpoint. The first version kept the curriculum one level deeper."""
+        states = saved["curriculum"].get("states", saved["curriculum"])
+        return cls(**saved | {"curriculum": {task: CurriculumState(**state) for task, state in states.items()}})
+
+    @property
+    def distances(self) -> dict[str, int]:
+        """D of each task, in tokens."""
+        return {task: state.distance for task, state in self.curriculum.items()}
+
+    def columns(self) -> dict[str, int]:
+        """For the log: the largest D, and each task's where there are several."""
+        each = {f"distance_{task}": d for task, d in self.distances.items()} if len(self.curriculum) > 1 else {}
+        return {"distance": max(self.distances.values())} | each
 
 
 def check_checkpoint(path: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,10 @@ from data.tasks.vocabulary import recall_vocabulary
 from model.errors import UserError
 from tests.training.conftest import Prepared
 from tests.training.run.test_folder import changed
-from training.curriculum import Curriculum
+from training.curriculum import Curriculum, CurriculumState
 from training.objective import Objective, objectives, step_plan
 from training.run.folder import decide_once, open_run
-from training.run.resume import check_checkpoint, check_same_batches
+from training.run.resume import State, check_checkpoint, check_same_batches
 
 HERE = Path("runs/a/checkpoints/step-000003")
 
@@ -25,6 +27,20 @@ def for_processes(prepared: Prepared, processes: int, **dotted: Any) -> list[Obj
 
 def needle(first: int, end: int) -> list[dict[str, int]]:
     return [{"needle": distance} for distance in range(first, end)]
+
+
+def test_progress_survives_json_also_that_of_the_first_version() -> None:
+    """The first version kept the curriculum one level deeper."""
+    state = State(step=3, curriculum={"needle": CurriculumState(24, 0.5), "keys": CurriculumState(16)})
+    saved = json.loads(json.dumps(asdict(state)))
+    assert State.of(saved) == state
+    assert State.of(saved | {"curriculum": {"states": saved["curriculum"]}}) == state
+
+
+def test_distances_are_logged_by_task_where_there_are_several() -> None:
+    one, two = {"needle": CurriculumState(24)}, {"needle": CurriculumState(24), "keys": CurriculumState(16)}
+    assert State(curriculum=one).columns() == {"distance": 24}
+    assert State(curriculum=two).columns() == {"distance": 24, "distance_needle": 24, "distance_keys": 16}
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
