@@ -18,21 +18,15 @@ from training.processes.parallel import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen by Jordan and others (2024) for the slope at zero
 ITERATIONS = 5
+MOMENTUM = 0.95
 EPS = 1e-7
 
 
 class BatchedMuon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised in `dtype`; every parameter is a matrix. Decay is decoupled, as in AdamW."""
 
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        lr: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.bfloat16,
-    ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, dtype: torch.dtype):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": MOMENTUM})
         self.dtype = dtype
 
     @torch.no_grad()

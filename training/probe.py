@@ -101,6 +101,8 @@ class Recalled(dict[str, dict[int, float]]):
       16:1.00  32:0.50
     >>> print(Recalled({"needle": {16: 1.0}, "keys": {16: 0.5}}))
       needle  16:1.00  keys  16:0.50
+    >>> print(Recalled())
+     off
     """
 
     @property
@@ -116,10 +118,8 @@ class Recalled(dict[str, dict[int, float]]):
         return columns
 
     def __str__(self) -> str:
-        names = {task: f"  {task}" if len(self) > 1 else "" for task in self}
-        return "".join(
-            names[task] + "".join(f"  {d}:{share:.2f}" for d, share in shares.items()) for task, shares in self.items()
-        )
+        shown = {task: "".join(f"  {d}:{share:.2f}" for d, share in shares.items()) for task, shares in self.items()}
+        return "".join(f"  {task}{shares}" if len(self) > 1 else shares for task, shares in shown.items()) or " off"
 
 
 def default_distances(window: int, reach: int) -> list[int]:

@@ -29,8 +29,8 @@ class Metrics:
     def write(self, kind: str, step: int, **values: Any) -> None:
         if self._file is None:
             return
-        row = {"step": step, "kind": kind} | {k: _finite(v) for k, v in values.items()}
-        self._file.write(json.dumps(row) + "\n")
+        nan = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, "kind": kind} | values | dict.fromkeys(nan)) + "\n")
         if self._wandb is not None:
             columns = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self._guarded("failed", lambda: self._wandb.log(columns, step=step))
@@ -84,8 +84,3 @@ def truncate(path: Path, step: int) -> None:
     aside = path.with_suffix(".new")
     aside.write_text("".join(f"{line}\n" for line in kept))
     aside.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    """None for NaN and infinity, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

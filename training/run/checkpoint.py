@@ -87,7 +87,8 @@ def problem_with(path: Path) -> str | None:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, newest first, not verified."""
-    return sorted((run_dir / "checkpoints").glob(f"{PREFIX}*"), key=_step_of, reverse=True)
+    steps = {path.name.removeprefix(PREFIX): path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")}
+    return [steps[step] for step in sorted(filter(str.isdigit, steps), key=int, reverse=True)]
 
 
 def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
@@ -164,11 +165,6 @@ def _put_tensors(tensors: "dict[str, Tensor] | Path", folder: Path) -> None:
     for shard in tensors.glob(SHARDS):
         shard.rename(folder / shard.name)
     shutil.rmtree(tensors)
-
-
-def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix(PREFIX)
-    return int(digits) if digits.isdigit() else -1
 
 
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
