@@ -1,4 +1,4 @@
-"""The same step, however it is cut: accumulated, at once, or over two processes; and what happens when one dies."""
+"""A step is the same accumulated, at once, or on two processes. When one process dies, the other ends with a message."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ end_process(0)
 
 
 def test_two_processes_end_without_an_abort_in_the_transport(tmp_path: Path) -> None:
-    """Left to the interpreter, the end of this one aborts nearly always, that of a real run sometimes."""
+    """Without `end_process` this program nearly always ends in an abort, and a real run sometimes does."""
     (tmp_path / "exchange.py").write_text(EXCHANGE)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "exchange.py"]
