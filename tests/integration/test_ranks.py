@@ -1,4 +1,4 @@
-"""A step is the same accumulated, at once, or on two processes. When one process dies, the other ends with a message."""
+"""A step is the same accumulated, at once, or on two processes. If one process dies, the other ends with a message."""
 
 import os
 import signal
