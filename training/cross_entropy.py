@@ -1,11 +1,11 @@
-"""The loss of the output matrix, without the logits of all positions at once where these are many.
+"""The cross-entropy of the output matrix. Where positions are many, their logits are computed in chunks.
 
 Legend: N scored positions, E hidden size, V vocabulary.
-The z-loss (Chowdhery and others, PaLM, 2022) adds weight x log(Z)^2 a token, Z the softmax's normaliser: it keeps the
-logits from drifting. It acts through the gradient alone; the loss returned is plain cross-entropy, whatever the weight.
+The z-loss (Chowdhery and others, PaLM, 2022) adds weight x log(Z)^2 per token, where Z is the softmax's normaliser.
+It keeps the logits from drifting. It changes the gradient only: the loss returned is plain cross-entropy.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,18 @@ from torch import Tensor
 
 from model.attention import product_dtype
 
-LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; the softmax and its gradient hold about three times that
+LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; with the softmax and its gradient about three times that
 
-Score = tuple[Tensor, Tensor]
+
+class Score(NamedTuple):
+    """The summed loss in nats (0-d), and which labels were the most likely of all tokens (N,)."""
+
+    loss: Tensor
+    right: Tensor
 
 
 def cross_entropy(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0) -> Score:
-    """The summed loss in nats (0-d), and which labels were the most likely of all tokens (N,)."""
+    """The score of `labels_n` under the logits `hidden_ne @ weight_ve.T`."""
     rows = max(1, LOGITS_AT_ONCE // len(weight_ve))
     if len(hidden_ne) > rows:
         return in_chunks(hidden_ne, weight_ve, labels_n, z_weight, rows)
@@ -33,25 +38,24 @@ def at_once(logits_nv: Tensor, labels_n: Tensor, z_weight: float) -> Score:
         loss = loss + (z - z.detach())
     with torch.no_grad():
         right = logits_nv.argmax(-1) == labels_n
-    return loss, right
+    return Score(loss, right)
 
 
 def in_chunks(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float, rows: int) -> Score:
-    """As `at_once`, `rows` positions at a time: only their logits exist at any moment."""
-    loss, right = _Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne))
-    return loss, right
+    """As `at_once`, `rows` positions at a time, so that only their logits exist at any moment."""
+    return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
 
 
 class _Chunks(torch.autograd.Function):
-    """The gradient is taken with the loss, while the chunk's logits are there: nothing is computed twice.
+    """Computes the gradient together with the loss, while the chunk's logits exist, so nothing is computed twice.
 
-    It is linear in the incoming gradient, a number, which the backward pass multiplies in.
+    The backward pass only multiplies it by the incoming gradient, which is one number.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, rows: int, dtype: torch.dtype
-    ) -> Score:
+    ) -> tuple[Tensor, Tensor]:
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         loss = hidden.new_zeros((), dtype=torch.float32)
         right = torch.empty_like(labels, dtype=torch.bool)
@@ -77,7 +81,7 @@ class _Chunks(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, wanted: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of float32 logits, and the gradient of it and of the z-loss, in the logits' memory."""
+    """Summed cross-entropy of float32 logits, and the gradient of it plus the z-loss. Overwrites `logits`."""
     normaliser = logits.logsumexp(-1, keepdim=True)
     loss = (normaliser - logits.gather(1, wanted)).sum()
     gradient = logits.sub_(normaliser).exp_()

@@ -1,15 +1,13 @@
 """The recall curriculum: distances are drawn from [1, D], and D grows while accuracy holds. Each task has its own D."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from training.settings.schema import CurriculumSettings
 
 
 @dataclass(frozen=True)
 class CurriculumState:
-    """Of one task, saved with each checkpoint. `distance` is D in tokens; `accuracy` the running mean since D grew."""
+    """State of one task, saved with each checkpoint: D in tokens, and the running mean accuracy since D last grew."""
 
     distance: int
     accuracy: float = 0.0
@@ -17,7 +15,7 @@ class CurriculumState:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Pure: maps a state and what a step measured to the next state.
+    """The rules: they map a state and what a step measured to the next state. `window` and `reach` are tokens.
 
     >>> rules = Curriculum(CurriculumSettings(growth=1.5, accuracy=0.9, smoothing=0.0), window=16, reach=480)
     >>> rules.start()
@@ -41,7 +39,7 @@ class Curriculum:
         return CurriculumState(self.last_distance if start == "last" else min(start or self.window, self.last_distance))
 
     def advance(self, state: CurriculumState, correct: float, asked: float) -> CurriculumState:
-        """The state after a step in which `correct` of `asked` queries were answered."""
+        """The state after a step that answered `correct` of `asked` queries."""
         if asked == 0:
             return state
         past = self.settings.smoothing
@@ -52,56 +50,13 @@ class Curriculum:
         return CurriculumState(min(grown, self.last_distance))
 
     def row_length(self, distance: int, full: int, needed: int = 0) -> int:
-        """Tokens per recall row at D = `distance`; the tasks need rows of at least `needed`."""
+        """Tokens of a recall sequence at D = `distance`: the shortest of `row_lengths` that holds it, else `full`.
+
+        `needed` is the least that the tasks' questions take.
+        """
         least = max(distance + 2 * self.window, needed)
-        enough = [n for n in self.settings.row_lengths if least <= n < full]
-        return min(enough, default=full)
+        return min((n for n in self.settings.row_lengths if least <= n < full), default=full)
 
     def batch_factor(self, distance: int) -> int:
+        """How many times `tokens_per_step` a step has at D = `distance`."""
         return max((factor for start, factor in self.settings.larger_batches if distance >= start), default=1)
-
-
-@dataclass(frozen=True)
-class Curricula:
-    """The states of all tasks.
-
-    >>> rules = Curriculum(CurriculumSettings(growth=1.5, accuracy=0.9, smoothing=0.0), window=16, reach=480)
-    >>> after = Curricula.start(rules, ["needle", "keys"]).advanced(rules, {"needle": (9, 9), "keys": (1, 9)})
-    >>> print(after)
-    24/16
-    >>> after.columns()
-    {'distance': 24, 'distance_needle': 24, 'distance_keys': 16}
-    """
-
-    states: dict[str, CurriculumState] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, rules: Curriculum, tasks: Iterable[str]) -> "Curricula":
-        return cls({task: rules.start() for task in tasks})
-
-    @classmethod
-    def of_json(cls, saved: dict[str, Any]) -> "Curricula":
-        """From what `dataclasses.asdict` made of it."""
-        return cls({task: CurriculumState(**state) for task, state in saved["states"].items()})
-
-    @property
-    def distances(self) -> dict[str, int]:
-        """D of each task, in tokens."""
-        return {task: state.distance for task, state in self.states.items()}
-
-    def advanced(self, rules: Curriculum, answered: Mapping[str, tuple[float, float]]) -> "Curricula":
-        """The states after a step; `answered` gives each task's right answers and queries."""
-        return Curricula({task: rules.advance(state, *answered[task]) for task, state in self.states.items()})
-
-    def to_come(self, rules: Curriculum) -> Iterator[dict[str, int]]:
-        """Distances that steps may still have, all tasks alike."""
-        for distance in range(min(self.distances.values(), default=0), rules.last_distance + 1):
-            yield dict.fromkeys(self.states, distance)
-
-    def columns(self) -> dict[str, int]:
-        """For the log: the farthest D, and each task's where there are several."""
-        each = {f"distance_{task}": d for task, d in self.distances.items()} if len(self.states) > 1 else {}
-        return {"distance": max(self.distances.values())} | each
-
-    def __str__(self) -> str:
-        return "/".join(map(str, self.distances.values()))

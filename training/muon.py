@@ -1,7 +1,7 @@
 """Muon for many small matrices: those of one shape are orthogonalised as one batch.
 
-The update is that of `torch.optim.Muon`, with its constants, scaled to the size of AdamW's (Liu and others, 2025). One
-matrix at a time, the some twenty calls for each of 224 matrices of a quickstart layer stack take a third of a step.
+The update is that of `torch.optim.Muon`, with its constants, scaled to the size of AdamW's (Liu and others, 2025).
+Matrix by matrix, the twenty or so calls for each of the quickstart's 224 matrices would take a third of a step.
 """
 
 from collections import defaultdict
@@ -18,21 +18,15 @@ from training.processes.parallel import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen by Jordan and others (2024) for the slope at zero
 ITERATIONS = 5
+MOMENTUM = 0.95
 EPS = 1e-7
 
 
 class BatchedMuon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised in `dtype`; every parameter is a matrix. Decay is decoupled, as in AdamW."""
 
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        lr: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.bfloat16,
-    ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, dtype: torch.dtype):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": MOMENTUM})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -61,26 +55,26 @@ class BatchedMuon(torch.optim.Optimizer):
 
 def _by_shape(params: list[Tensor]) -> dict[torch.Size, list[int]]:
     """Indices of the parameters of each shape."""
-    found: dict[torch.Size, list[int]] = defaultdict(list)
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for i, p in enumerate(params):
-        found[p.shape].append(i)
-    return found
+        by_shape[p.shape].append(i)
+    return by_shape
 
 
 def _orthogonal(updates: Tensor, like: Tensor) -> Tensor:
-    """`orthogonalise` for updates of parameters that are placed as `like`; the work is shared out over the ranks."""
+    """`orthogonalise` for updates of parameters that are sharded as `like` is; the ranks share the work."""
     if not isinstance(like, DTensor):
         return _shared_out(updates)
     return _from_rows(updates, like.shape[0], like.device_mesh.get_group())
 
 
 def _from_rows(rows: Tensor, height: int, group: dist.ProcessGroup) -> Tensor:
-    """(N, own rows, B) of N matrices of `height` rows, cut by rows over the ranks -> the same rows, orthogonalised.
+    """Orthogonalise N matrices of `height` rows that are sharded by rows: (N, own rows, B) in, the same rows out.
 
-    Each rank is sent whole matrices, its share of N, and sends their rows back: what it holds never exceeds its share.
+    Each rank receives N / ranks whole matrices and sends their rows back, so none ever holds more than its share.
     """
     ranks, (n, own, width) = dist.get_world_size(group), rows.shape
-    share, most = -(-n // ranks), -(-height // ranks)  # matrices a rank, rows a rank: the last ones may have fewer
+    share, most = -(-n // ranks), -(-height // ranks)  # matrices and rows per rank; the last has fewer
     sent = F.pad(rows, (0, 0, 0, most - own, 0, share * ranks - n))
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
@@ -93,7 +87,7 @@ def _from_rows(rows: Tensor, height: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _shared_out(matrices: Tensor) -> Tensor:
-    """`orthogonalise`, each rank its share: ranks hold the same gradients, so they need not all do the same work."""
+    """`orthogonalise`, each rank a share of the matrices. Ranks have the same gradients, so none repeats work."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     share = -(-len(matrices) // ranks)
     if ranks == 1 or len(matrices) < ranks:
@@ -109,7 +103,7 @@ def _shared_out(matrices: Tensor) -> Tensor:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """(N, A, B) -> the nearest semi-orthogonal matrices, roughly: singular values between .7 and 1.2.
 
-    Newton-Schulz iteration on the shorter side. bfloat16 is exact enough for it, where the machine has it.
+    Newton-Schulz iteration on the shorter side. bfloat16 is exact enough for it.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]

@@ -1,21 +1,22 @@
-"""What the model is trained on: an objective makes the batch of a step, and says what is scored where.
+"""What the model is trained on: an objective makes the batches of a step and says what is scored at which positions.
 
-Legend: B rows, T positions, E hidden size, N scored positions.
-The loss of a term is summed over its tokens and divided by their number over all micro-batches and ranks, so that
-1 x 8 accumulation, 8 x 1 and two ranks are the same step.
+Legend: B sequences, T positions, E hidden size, N scored positions.
+The loss of a term is its sum over tokens, divided by their number over all micro-batches and ranks. So one sequence
+eight times, eight sequences at once, and two ranks give the same step.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from data.batches import Batch, recall_batch, text_batch
+from data.batches import recall_batch, text_batch
 from data.tasks import need_keys
 from data.tasks.layout import RowRules
 from data.tasks.question import UNSCORED, TaskOptions
@@ -24,52 +25,47 @@ from data.token_store import TokenStore
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
-from training.cross_entropy import cross_entropy
+from training.cross_entropy import Score, cross_entropy
 from training.curriculum import Curriculum
-from training.processes.parallel import without_exchange
+from training.processes.parallel import exchange_gradients
 from training.processes.ranks import sum_over_ranks
 from training.settings.consistency import recall_seq_len, row_tokens
 from training.settings.schema import Settings
 
 RELAY_HEAD = "relay_head"  # its name in checkpoints
+NO_TASKS = torch.empty(0)
 
 
-@dataclass(frozen=True)
-class Target:
-    """Scored positions of a batch: `index` (N,) into its B*T positions, `labels` (N,) what each must predict.
+class Target(NamedTuple):
+    """Scored positions: `index` (N,) into the B*T positions of a batch, `labels` (N,) what each must predict.
 
-    `tasks` (N,), on the CPU, is the number of the objective's task that asks there.
+    For the relay head `index` counts into the (layers + 1) * B*T positions of the embedding and all layers' outputs.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     labels: Tensor
-    tasks: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass needs. `input_ids` and `documents` are (B, T); None: every row is one document."""
+    """What one forward pass needs. `input_ids` and `documents` are (B, T); None: each sequence is one document."""
 
     input_ids: Tensor
     documents: Tensor | None
     targets: dict[str, Target]
+    answer_tasks: Tensor = NO_TASKS  # (N,) number of the task of each answer
 
-    def arguments(self) -> dict[str, Any]:
-        """As `Scorer.forward` takes it; plain containers, so that data parallel wrappers see through them."""
-        targets = {term: (t.index, t.labels) for term, t in self.targets.items()}
-        return {"input_ids": self.input_ids, "documents": self.documents, "targets": targets}
-
-    def to(self, device: torch.device) -> "MicroBatch":
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None, dict[str, Target]]:
+        """The arguments of `Scorer.forward`, on the device. It is not waited for."""
+        inputs = (self.input_ids, self.documents, self.targets)
         if device.type == "cpu":
-            return self
-        targets = {k: Target(_move(t.index, device), _move(t.labels, device), t.tasks) for k, t in self.targets.items()}
-        documents = None if self.documents is None else _move(self.documents, device)
-        return MicroBatch(_move(self.input_ids, device), documents, targets)
+            return inputs
+        return tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), inputs)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Shape of an objective's share of a step: `rows` of `seq_len` tokens over all ranks, `micro_rows` at a time."""
+    """An objective's share of a step: `rows` sequences of `seq_len` tokens, `micro_rows` at a time on each rank."""
 
     rows: int
     seq_len: int
@@ -80,7 +76,7 @@ class Plan:
         return self.rows * self.seq_len
 
     def micro_ranges(self, rank: int, ranks: int) -> list[range]:
-        """Row ranges of this rank's micro-batches.
+        """Numbers of the sequences in each micro-batch of this rank.
 
         >>> Plan(rows=8, seq_len=4, micro_rows=2).micro_ranges(rank=1, ranks=2)
         [range(4, 6), range(6, 8)]
@@ -90,49 +86,71 @@ class Plan:
         return [range(i, min(i + self.micro_rows, last)) for i in range(first, last, self.micro_rows)]
 
 
-class Objective(Protocol):
+def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:
+    """The plan nearest to `tokens` a step; every rank has the same number of sequences, and at least one.
+
+    >>> step_plan(tokens=64, seq_len=16, micro_batch_tokens=None, ranks=3)
+    Plan(rows=3, seq_len=16, micro_rows=1)
+    """
+    rows = max(1, round(tokens / (seq_len * ranks))) * ranks
+    micro_rows = max(1, micro_batch_tokens // seq_len) if micro_batch_tokens else rows // ranks
+    return Plan(rows, seq_len, min(micro_rows, rows // ranks))
+
+
+class Objective(ABC):
     """One source of gradients, with its own clipping and its own moments."""
 
     name: str
     max_grad_norm: float
-    points: list[tuple[float, float]]
+    points: list[tuple[float, float]]  # its weight over the run: [share of all steps, weight]
     term_weights: Mapping[str, float]
-    ranks: int
-    tasks: list[str]  # whose answers are counted apart
-
-    def plan(self, distances: Mapping[str, int]) -> Plan:
-        """`distances` is D of each recall task."""
-        ...
-
-    def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch: ...
-
-
-class TextObjective:
-    """Next-token prediction on packed documents."""
-
-    name = "text"
+    tasks: tuple[str, ...] = ()  # recall tasks whose accuracy is reported separately
 
     def __init__(self, settings: Settings, store: TokenStore, ranks: int):
         self.settings, self.store, self.ranks = settings, store, ranks
+
+    @abstractmethod
+    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
+        """Tokens of a step and tokens of a sequence; `distances` is D of each recall task."""
+
+    @abstractmethod
+    def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
+        """Sequences `rows` of a step."""
+
+    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
+        """The plan of a step for `ranks` processes; default: as many as there are."""
+        return step_plan(*self.size(distances), self.settings.training.micro_batch_tokens, ranks or self.ranks)
+
+    def micro_batches(self, step: int, distances: Mapping[str, int], rank: int) -> list[MicroBatch]:
+        """All micro-batches of one rank in a step."""
+        plan = self.plan(distances)
+        return [self.micro_batch(step, plan, rows, distances) for rows in plan.micro_ranges(rank, self.ranks)]
+
+
+class TextObjective(Objective):
+    """Next-token prediction on packed documents."""
+
+    name = "text"
+    term_weights: Mapping[str, float] = {"text": 1.0}
+
+    def __init__(self, settings: Settings, store: TokenStore, ranks: int):
+        super().__init__(settings, store, ranks)
         self.max_grad_norm = settings.training.optimizer.max_grad_norm
         self.points = settings.training.text_weight
-        self.term_weights: Mapping[str, float] = {"text": 1.0}
-        self.tasks: list[str] = []
 
-    def plan(self, distances: Mapping[str, int]) -> Plan:
-        t = self.settings.training
-        return step_plan(t.tokens_per_step, self.settings.data.seq_len, t.micro_batch_tokens, self.ranks)
+    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
+        return self.settings.training.tokens_per_step, self.settings.data.seq_len
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
-        return _micro_batch(batch, batch.documents, {"text": batch.labels})
+        return MicroBatch(batch.input_ids, batch.documents, {"text": _target(batch.labels)})
 
 
-class RecallObjective:
-    """Answers at query positions; with `relay_loss_weight` also the value, read from plain filler positions.
+class RecallObjective(Objective):
+    """Answers at query positions; with `relay_loss_weight` the relay head also reads the value at filler positions.
 
-    `relay_pace` asks fillers after early layers too (deep supervision; Lee and others, 2015): each layer is told
-    to hand the value on, where the loss at the end alone would have to find that out through all layers at once.
+    With `relay_pace` the relay head reads after early layers too (deep supervision; Lee and others, 2015). So each
+    layer learns directly to pass the value on, and not only through the loss after the last layer.
     """
 
     name = "recall"
@@ -140,24 +158,23 @@ class RecallObjective:
     def __init__(
         self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary, curriculum: Curriculum, ranks: int
     ):
-        self.settings, self.store, self.vocabulary = settings, store, vocabulary
-        self.curriculum, self.ranks = curriculum, ranks
+        super().__init__(settings, store, ranks)
+        self.vocabulary, self.curriculum = vocabulary, curriculum
         recall = settings.recall
         self.max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
         self.points = recall.weight
         optional = {"relay": recall.relay_loss_weight, "text": recall.text_loss_weight}
-        self.term_weights: Mapping[str, float] = {"answer": recall.answer_loss_weight} | {
-            term: weight for term, weight in optional.items() if weight > 0
-        }
-        self.tasks = [str(task) for task in recall.tasks]
+        self.term_weights = {"answer": recall.answer_loss_weight} | {t: w for t, w in optional.items() if w > 0}
+        self.tasks = tuple(str(task) for task in recall.tasks)
+        self.rules, self.options = recall_rules(settings)
 
-    def plan(self, distances: Mapping[str, int]) -> Plan:
-        """All tasks share a step's rows, so the farthest of their distances decides."""
-        t, recall = self.settings.training, self.settings.recall
-        farthest, needed = max(distances.values()), row_tokens(self.settings, distances)
-        tokens = (recall.tokens_per_step or t.tokens_per_step) * self.curriculum.batch_factor(farthest)
-        length = self.curriculum.row_length(farthest, recall_seq_len(self.settings), needed)
-        return step_plan(tokens, length, t.micro_batch_tokens, self.ranks)
+    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
+        """All tasks share a step's sequences, so the largest of their distances decides."""
+        farthest, recall = max(distances.values()), self.settings.recall
+        tokens = recall.tokens_per_step or self.settings.training.tokens_per_step
+        needed = row_tokens(self.settings, distances)
+        seq_len = self.curriculum.row_length(farthest, recall_seq_len(self.settings), needed)
+        return tokens * self.curriculum.batch_factor(farthest), seq_len
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = recall_batch(
@@ -169,32 +186,36 @@ class RecallObjective:
             plan.seq_len,
             max_distances=distances,
             tasks={str(task): share for task, share in self.settings.recall.tasks.items()},
-            rules=RowRules(**self.settings.recall.rows.model_dump(), layers=self.settings.model.num_hidden_layers),
-            options=TaskOptions(**self.settings.recall.questions.model_dump()),
+            rules=self.rules,
+            options=self.options,
         )
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
-        micro = _micro_batch(batch, None, {term: labels[term] for term in self.term_weights})  # one document a row
-        answer = micro.targets["answer"]
-        micro.targets["answer"] = replace(answer, tasks=batch.tasks[answer.index // plan.seq_len])
-        if relay := micro.targets.get("relay"):
-            micro.targets["relay"] = _after_layers(relay, batch.relay_layers)
-        return micro
-
-
-def task_vocabulary(settings: Settings, tokenizer: TokenizerLike) -> RecallVocabulary:
-    """What the run's recall tasks are made of; keys only where a task uses them."""
-    recall = settings.recall
-    return recall_vocabulary(tokenizer, recall.values, recall.keys if need_keys(recall.tasks) else 0)
+        targets = {term: _target(labels[term]) for term in self.term_weights}
+        if "relay" in targets:
+            index = targets["relay"].index
+            layers = batch.relay_layers.flatten()[index]
+            targets["relay"] = targets["relay"]._replace(index=layers * batch.input_ids.numel() + index)
+        return MicroBatch(batch.input_ids, None, targets, batch.tasks[targets["answer"].index // plan.seq_len])
 
 
 def objectives(
     settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum, ranks: int
 ) -> list[Objective]:
-    """Text, and recall where it is enabled."""
+    """Text, and recall where there is a vocabulary for it."""
     text = TextObjective(settings, store, ranks)
-    if vocabulary is None:
-        return [text]
-    return [text, RecallObjective(settings, store, vocabulary, curriculum, ranks)]
+    return [text] if vocabulary is None else [text, RecallObjective(settings, store, vocabulary, curriculum, ranks)]
+
+
+def task_vocabulary(settings: Settings, tokenizer: TokenizerLike) -> RecallVocabulary:
+    """The tokens of the run's recall tasks; it has keys only where a task uses them."""
+    recall = settings.recall
+    return recall_vocabulary(tokenizer, recall.values, recall.keys if need_keys(recall.tasks) else 0)
+
+
+def recall_rules(settings: Settings) -> tuple[RowRules, TaskOptions]:
+    """The layout of recall sequences and the size of their questions, as the recall tasks take them."""
+    rows, questions = settings.recall.rows.model_dump(), settings.recall.questions.model_dump()
+    return RowRules(**rows, layers=settings.model.num_hidden_layers), TaskOptions(**questions)
 
 
 class Scorer(nn.Module):
@@ -213,10 +234,8 @@ class Scorer(nn.Module):
         if self.relay_head is not None:
             nn.init.zeros_(self.relay_head.weight)
 
-    def forward(
-        self, input_ids: Tensor, documents: Tensor | None, targets: dict[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per term: the summed loss in nats, and which were right (N,). Logits exist only at scored positions."""
+    def forward(self, input_ids: Tensor, documents: Tensor | None, targets: dict[str, Target]) -> dict[str, Score]:
+        """The score of each term. Logits exist only at scored positions."""
         out = self.decoder.model(input_ids, documents=documents, output_hidden_states="relay" in targets)
         scores = {}
         for term, (index, labels) in targets.items():
@@ -226,111 +245,106 @@ class Scorer(nn.Module):
                 hidden_ne = out.last_hidden_state.flatten(0, 1).index_select(0, index)
                 scores[term] = cross_entropy(hidden_ne, self.decoder.lm_head.weight, labels, self.z_loss_weight)
         if self.relay_head is not None and "relay" not in targets:
-            term, (loss, right) = next(iter(scores.items()))
-            scores[term] = loss + 0.0 * self.relay_head.weight.sum(), right  # ranks wait for a gradient of every weight
+            term, (loss, right) = next(iter(scores.items()))  # DDP waits for a gradient of every weight
+            scores[term] = Score(loss + 0.0 * self.relay_head.weight.sum(), right)
         return scores
 
     def auxiliary(self) -> dict[str, Tensor]:
-        """What is trained and saved, but not part of the decoder."""
+        """Weights that are trained and saved, but are not part of the decoder."""
         return {} if self.relay_head is None else {RELAY_HEAD: self.relay_head.weight}
 
     def _relay_logits(self, streams: tuple[Tensor, ...] | None, index: Tensor) -> Tensor:
-        """(N, values) at `index` into the positions of all streams (B, T, E): the embedding, then after each layer."""
+        """(N, values) logits at `index` into the positions of all `streams` (B, T, E), bottom first."""
         assert streams is not None
         assert self.relay_head is not None
         stream_ne = torch.stack(streams).flatten(0, 2).index_select(0, index)
         return self.relay_head(self.decoder.model.norm(stream_ne))
 
 
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the scored positions of a term, over all ranks: loss in nats, right answers, positions."""
+
+    loss: float
+    right: float
+    count: float
+
+
 @dataclass
 class Measured:
-    """What an objective gave in one step, over all ranks: per term the loss sum, right answers and tokens scored."""
+    """Results of one objective in one step, over all ranks, by term; `answered`: by task, right answers and queries."""
 
-    sums: dict[str, tuple[float, float, float]]
-    grad_norm: float
-    answered: dict[str, tuple[float, float]] = field(default_factory=dict)  # right answers and queries of each task
+    terms: dict[str, Tally]
+    answered: dict[str, tuple[float, float]] = field(default_factory=dict)
+    grad_norm: float = math.nan
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.grad_norm) and all(math.isfinite(total) for total, _, _ in self.sums.values())
+        return math.isfinite(self.grad_norm) and all(math.isfinite(tally.loss) for tally in self.terms.values())
 
     def columns(self, objective: str) -> dict[str, float]:
-        """For the log: `loss_text`, `accuracy_answer`, `grad_norm_recall` ..."""
+        """For the log: `loss_text`, `accuracy_answer`, `grad_norm_recall` and so on."""
         columns = {f"grad_norm_{objective}": self.grad_norm}
-        for term in self.sums:
+        for term, tally in self.terms.items():
             name = term if term != "text" or objective == "text" else f"text_of_{objective}"
-            columns |= {f"loss_{name}": self.loss(term), f"accuracy_{name}": self.accuracy(term)}
+            count = max(tally.count, 1.0)
+            columns |= {f"loss_{name}": tally.loss / count, f"accuracy_{name}": tally.right / count}
         if len(self.answered) > 1:
             columns |= {f"accuracy_{task}": right / max(n, 1.0) for task, (right, n) in self.answered.items()}
         return columns
 
-    def loss(self, term: str) -> float:
-        total, _, count = self.sums[term]
-        return total / max(count, 1.0)
-
-    def accuracy(self, term: str) -> float:
-        _, right, count = self.sums[term]
-        return right / max(count, 1.0)
-
 
 def differentiate(
-    objective: Objective, accelerator: Accelerator, wrapped: nn.Module, step: int, distances: Mapping[str, int]
-) -> tuple[Plan, dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
-    """Add the objective's gradients of this step to the parameters; returns `sums` and `answered` of `Measured`."""
-    plan = objective.plan(distances)
-    ranks = accelerator.num_processes
-    micro_batches = [
-        objective.micro_batch(step, plan, rows, distances)
-        for rows in plan.micro_ranges(accelerator.process_index, ranks)
-    ]
-    terms, tasks = list(objective.term_weights), objective.tasks
-    counts = sum_over_ranks([float(sum(len(m.targets[t].labels) for m in micro_batches)) for t in terms])
-    totals = torch.zeros(2 * len(terms), dtype=torch.float64)
-    answered = torch.zeros(2 * len(tasks), dtype=torch.float64)
-    for number, micro_batch in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)
-        with nullcontext() if last else without_exchange(accelerator, wrapped):
-            scores = wrapped(**micro_batch.to(accelerator.device).arguments())
-            loss = weighted_loss(scores, objective.term_weights, dict(zip(terms, counts, strict=True)), ranks)
-            accelerator.backward(loss)
-        totals += torch.stack([x.detach().double().sum() for t in terms for x in scores[t]]).cpu()
-        if tasks:
-            answered += _by_task(micro_batch.targets["answer"].tasks, scores["answer"][1].cpu(), len(tasks))
-    sums = sum_over_ranks([*totals.tolist(), *answered.tolist()])
-    right, asked = sums[2 * len(terms) :][: len(tasks)], sums[2 * len(terms) + len(tasks) :]
-    return (
-        plan,
-        {t: (sums[2 * i], sums[2 * i + 1], counts[i]) for i, t in enumerate(terms)},
-        {task: (right[i], asked[i]) for i, task in enumerate(tasks)},
+    objective: Objective, accelerator: Accelerator, scorer: nn.Module, step: int, distances: Mapping[str, int]
+) -> Measured:
+    """Add the objective's gradients of this step to the parameters. The device is not waited for until the end."""
+    micro_batches = objective.micro_batches(step, distances, accelerator.process_index)
+    terms, ranks = list(objective.term_weights), accelerator.num_processes
+    counts = sum_over_ranks({t: float(sum(len(m.targets[t].labels) for m in micro_batches)) for t in terms})
+    scores: list[dict[str, Score]] = []
+    for micro_batch in micro_batches:
+        exchange_gradients(scorer, on=micro_batch is micro_batches[-1])
+        score = scorer(*micro_batch.inputs(accelerator.device))
+        accelerator.backward(weighted_loss(score, objective.term_weights, counts, ranks))
+        scores.append({term: Score(s.loss.detach(), s.right) for term, s in score.items()})
+
+    mine: dict[tuple[str, str], float] = {}  # sums of this rank by (what, term or task)
+    for term in terms:
+        mine["loss", term] = float(sum(s[term].loss.double() for s in scores))
+        mine["right", term] = float(sum(s[term].right.sum() for s in scores))
+    if objective.tasks:
+        tasks = torch.cat([m.answer_tasks for m in micro_batches])
+        right = torch.cat([s["answer"].right for s in scores]).cpu()
+        for number, task in enumerate(objective.tasks):
+            mine["answered", task] = float(right[tasks == number].sum())
+            mine["asked", task] = float((tasks == number).sum())
+    total = sum_over_ranks(mine)
+    return Measured(
+        {term: Tally(total["loss", term], total["right", term], counts[term]) for term in terms},
+        {task: (total["answered", task], total["asked", task]) for task in objective.tasks},
     )
 
 
-def _by_task(tasks: Tensor | None, right: Tensor, n: int) -> Tensor:
-    """(2 n,) right answers of each task, then queries of each. Both arguments are (N,).
-
-    >>> _by_task(torch.tensor([0, 2, 2]), torch.tensor([True, True, False]), 3).tolist()
-    [1.0, 0.0, 1.0, 1.0, 0.0, 2.0]
-    """
-    assert tasks is not None
-    return torch.cat((torch.bincount(tasks, weights=right.double(), minlength=n), torch.bincount(tasks, minlength=n)))
-
-
-def step_flops(config: WindreachConfig, plan: Plan, scored: float) -> float:
-    """FLOPs of one forward and backward pass over the plan's rows, of which only `scored` positions reach a head."""
-    head = 6 * config.hidden_size * config.vocab_size
-    return plan.tokens * (flops_per_token(config, plan.seq_len, training=True) - head) + scored * head
-
-
 def weighted_loss(
-    scores: dict[str, tuple[Tensor, Tensor]], weights: Mapping[str, float], counts: Mapping[str, float], ranks: int
+    scores: dict[str, Score], weights: Mapping[str, float], counts: Mapping[str, float], ranks: int
 ) -> Tensor:
-    """The loss to differentiate. Times `ranks`, because data parallelism averages gradients over ranks."""
-    parts = [ranks * weights[term] / max(counts[term], 1.0) * total for term, (total, _) in scores.items()]
+    """The loss to differentiate. It is multiplied by `ranks` because data parallelism averages gradients over ranks."""
+    parts = [ranks * weights[term] / max(counts[term], 1.0) * score.loss for term, score in scores.items()]
     return torch.stack(parts).sum()
 
 
-def _score_relay(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy`; where there is no value yet (label: their number) all values are to be equally likely."""
+def step_flops(config: WindreachConfig, plan: Plan, scored: float, relayed: float = 0, relay_values: int = 0) -> float:
+    """FLOPs of one forward and backward pass over the plan's sequences.
+
+    The vocabulary head runs at `scored` positions only, the relay head with its `relay_values` outputs at `relayed`.
+    """
+    head = 6 * config.hidden_size  # for each output; see `model.flops`
+    layers = flops_per_token(config, plan.seq_len, training=True) - head * config.vocab_size
+    return plan.tokens * layers + head * (scored * config.vocab_size + relayed * relay_values)
+
+
+def _score_relay(logits: Tensor, labels: Tensor) -> Score:
+    """As `cross_entropy`. Before the first value (label: number of values) all values should be equally likely."""
     logits, n = logits.float(), logits.shape[-1]
     normaliser = logits.logsumexp(-1)
     known = labels < n
@@ -339,34 +353,10 @@ def _score_relay(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         peak, best = logits.max(-1)
         right = torch.where(known, best == labels, peak - normaliser < math.log(0.5))
-    return loss.sum(), right
-
-
-def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:
-    """The plan nearest to `tokens` a step, every rank with the same number of rows and at least one.
-
-    >>> step_plan(tokens=64, seq_len=16, micro_batch_tokens=None, ranks=3)
-    Plan(rows=3, seq_len=16, micro_rows=1)
-    """
-    rows = max(1, round(tokens / (seq_len * ranks))) * ranks
-    micro_rows = max(1, micro_batch_tokens // seq_len) if micro_batch_tokens else rows // ranks
-    return Plan(rows, seq_len, min(micro_rows, rows // ranks))
-
-
-def _micro_batch(batch: Batch, documents: Tensor | None, labels: dict[str, Tensor]) -> MicroBatch:
-    return MicroBatch(batch.input_ids, documents, {term: _target(x) for term, x in labels.items()})
-
-
-def _after_layers(target: Target, layers_bt: Tensor) -> Target:
-    """The target with its index into the (layers + 1) * B * T positions of the streams after each layer."""
-    return Target(target.index + layers_bt.flatten()[target.index] * layers_bt.numel(), target.labels)
+    return Score(loss.sum(), right)
 
 
 def _target(labels_bt: Tensor) -> Target:
     flat = labels_bt.flatten()
     index = (flat != UNSCORED).nonzero().squeeze(1)
     return Target(index, flat[index])
-
-
-def _move(x: Tensor, device: torch.device) -> Tensor:
-    return x.pin_memory().to(device, non_blocking=True)

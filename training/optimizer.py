@@ -1,11 +1,11 @@
-"""AdamW or Muon with moments and gradient clipping of their own for each objective; the updates are summed.
+"""AdamW or Muon with separate moments and gradient clipping for each objective; the updates are summed.
 
-Recall gradients are 10 to 90 times larger than those of text. Were they added first, recall alone would rule the
-clipping and the second moment, and text would hardly be learned. With moments of their own, the two updates meet at
-equal scale:  parameter -= rate * sum_i weight_i * update_i,  where update_i is the direction for objective i.
+Recall gradients are 10 to 90 times larger than those of text. If the gradients were summed, recall alone would decide
+the clipping and the second moment, and text would hardly be learned. With separate moments both updates have the same
+scale:  parameter -= rate * sum_i weight_i * update_i,  where update_i is the direction for objective i.
 
-Muon (Jordan and others, 2024) orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's (Liu
-and others, 2025), so that one learning rate serves both; embedding, head and norms keep AdamW.
+Muon (Jordan and others, 2024) orthogonalises the updates of the layers' matrices. They are scaled to the size of
+AdamW's (Liu and others, 2025), so that one learning rate serves both. Embedding, head and norms keep AdamW.
 """
 
 from collections import defaultdict
@@ -36,8 +36,8 @@ def orthogonalised(name: str, parameter: Tensor) -> bool:
 class SummedOptimizer:
     """One optimizer per objective over the same parameters.
 
-    Gradients of an objective are taken off the parameters after its backward pass (`take`); all objectives are
-    differentiated at the same weights before any update (`step`). `muon_dtype` is what Muon orthogonalises in.
+    `take` moves an objective's gradients off the parameters after its backward pass. Once all objectives have been
+    differentiated at the same weights, `step` updates them. Muon orthogonalises in `muon_dtype`.
     """
 
     def __init__(
@@ -48,8 +48,7 @@ class SummedOptimizer:
         muon_dtype: torch.dtype = torch.bfloat16,
     ):
         named = [(n, p) for n, p in parameters if p.requires_grad]
-        self.names = [n for n, _ in named]
-        self.parameters = [p for _, p in named]
+        self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
         self.weight_decay = s.weight_decay
         self.optimizers = {name: _optimizers(named, s, muon_dtype) for name in objectives}
         self._gradients: dict[str, list[Tensor | None]] = {}
@@ -70,7 +69,7 @@ class SummedOptimizer:
         self._gradients.clear()
 
     def step(self, rate: float, weights: Mapping[str, float]) -> None:
-        """Apply the gradients taken so far. Decay is shared out by weight: it does not depend on their number."""
+        """Apply the gradients taken so far. Each decays by its share of the weights: all of it once."""
         total = sum(weights[name] for name in self._gradients) or 1.0
         for name, gradients in self._gradients.items():
             for p, g in zip(self.parameters, gradients, strict=True):

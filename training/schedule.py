@@ -1,4 +1,4 @@
-"""Everything that changes over a run, as a pure function of the step: nothing here has state to resume."""
+"""Learning rate and weights of objectives as pure functions of the step, so a resume has nothing to restore."""
 
 import math
 from bisect import bisect_right

@@ -1,9 +1,8 @@
-"""The decoder as training begins: drawn from the seed, or grown from a shallower run."""
+"""The decoder before its first step: random weights, or the layers of a shallower run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
@@ -12,40 +11,30 @@ from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError
 from model.growth import grow
 from training.objective import RELAY_HEAD
-from training.processes.ranks import ask_main
 from training.run.checkpoint import file_sha256, load_state, newest_valid
 from training.run.folder import check_tokenizer, read_facts, run_dir
 from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
 
 
-def start(settings: Settings, tokenizer: Tokenizer, resume: str) -> tuple[WindreachForCausalLM, "Origin"]:
-    """The decoder before its first step, the same on every rank, and where its weights came from."""
-    decoder = new_decoder(settings, tokenizer)
-    origin = ask_main(lambda: grow_from_run(decoder, settings, tokenizer, resume))
-    if not PartialState().is_main_process:
-        grow_from_run(decoder, settings, tokenizer, resume)
-    return decoder, origin
-
-
-def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalLM:
-    """The decoder with weights drawn from the seed."""
-    return build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), settings.seed)
-
-
 @dataclass(frozen=True)
 class Origin:
-    """Where weights that were not drawn came from: `facts` for the run folder, and tensors beside the decoder's."""
+    """The source of weights that are not random: `facts` for run.json, and tensors outside the decoder."""
 
     facts: dict[str, str] = field(default_factory=dict)
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
 
-def grow_from_run(decoder: WindreachForCausalLM, settings: Settings, tokenizer: Tokenizer, resume: str) -> Origin:
-    """Grow `decoder`, in place, from the run that `model.init.grow_from` names, and find that run's relay head.
+def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalLM:
+    """The decoder with random weights; `seed` decides them."""
+    return build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), settings.seed)
 
-    Nothing to do, and an empty answer, where none is named or where a checkpoint will be resumed. Raises UserError
-    where that run is not there, or has another tokenizer or other widths.
+
+def grow_from_run(decoder: WindreachForCausalLM, settings: Settings, tokenizer: Tokenizer, resume: str) -> Origin:
+    """Fill `decoder`, in place, with the layers of the run `model.init.grow_from`. Returns that run's relay head too.
+
+    Does nothing if no run is named or a checkpoint will be resumed. Every rank calls this and gets the same answer.
+    Raises UserError if that run has no export, another tokenizer or other widths.
     """
     named = settings.model.init.grow_from
     if named is None or (resume != "never" and (resume != "auto" or newest_valid(run_dir(settings)))):
@@ -63,10 +52,11 @@ def grow_from_run(decoder: WindreachForCausalLM, settings: Settings, tokenizer: 
 
 
 def _relay_head(run: Path, settings: Settings) -> dict[str, Tensor]:
-    """From the run's last checkpoint, where both runs have one: a head that begins anew would mislead every layer."""
+    """The relay head of the run's last checkpoint, if both runs have one. A new head would mislead trained layers."""
     checkpoint = newest_valid(run) if settings.recall.enabled and settings.recall.relay_loss_weight else None
-    head = {} if checkpoint is None else load_state(checkpoint)[1]
-    head = {name: tensor for name, tensor in head.items() if name == RELAY_HEAD}
-    if head and len(head[RELAY_HEAD]) != settings.recall.values:
-        raise UserError(f"recall.values is {len(head[RELAY_HEAD])} there, {settings.recall.values} here")
-    return head
+    head = load_state(checkpoint)[1].get(RELAY_HEAD) if checkpoint is not None else None
+    if head is None:
+        return {}
+    if len(head) != settings.recall.values:
+        raise UserError(f"recall.values is {len(head)} there, {settings.recall.values} here")
+    return {RELAY_HEAD: head}

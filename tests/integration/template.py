@@ -1,7 +1,7 @@
-"""Cheap starts of `train.py`: a template process imports everything once, then every run is a fork of it.
+"""Fast starts of `train.py`: one template process imports everything once, and every run is a fork of it.
 
-A start spends seconds on imports before its first own line. A fork has them done and is otherwise a process like any
-other: its own session, its own signal handlers, its own files, and it can be killed.
+A normal start imports for seconds. A fork has no imports left to do. Otherwise it is a process like any other: it has
+its own session, signal handlers and files, and it can be killed.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import gc, json, os, signal, sys
-import train
+import train, training.loop  # `train.main` imports the loop late
 from model.errors import cli
 
 def run(argv, streams, environment, absent):
@@ -38,7 +38,7 @@ def run(argv, streams, environment, absent):
     os._exit(code)
 
 gc.collect()
-gc.freeze()  # a fork need not look through what it did not make
+gc.freeze()  # so that a fork's garbage collector skips all objects of the template
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 for line in sys.stdin:
     request = json.loads(line)
@@ -55,9 +55,9 @@ for line in sys.stdin:
 
 
 class Forked:
-    """A run; the part of `subprocess.Popen` that tests use. It leads a process group of its own.
+    """A run, with those methods of `subprocess.Popen` that tests use. It leads its own process group.
 
-    `environment` comes on top of ours; packages that are `absent` can't be imported.
+    `environment` is added to ours. Packages in `absent` can't be imported.
     """
 
     def __init__(

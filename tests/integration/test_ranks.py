@@ -1,4 +1,4 @@
-"""The same step, however it is cut: accumulated, at once, or over two processes; and what happens when one dies."""
+"""A step is the same accumulated, at once, or on two processes. If one process dies, the other ends with a message."""
 
 import os
 import signal
@@ -50,18 +50,19 @@ def test_two_processes_of_accelerate_launch_equal_one_and_end_together_on_a_mist
 
 
 EXCHANGE = """
-from training.processes.ranks import ask_main, gather_from_ranks, join_ranks, sum_over_ranks
+from accelerate.utils import gather_object
+from training.processes.ranks import ask_main, join_ranks, sum_over_ranks
 from training.processes.signals import end_process
 
 join_ranks()
 for i in range(5):
-    assert sum_over_ranks([1.0]) == [2.0] and ask_main(lambda: i) == i and gather_from_ranks(i) == [i, i]
+    assert sum_over_ranks({"a": 1.0}) == {"a": 2.0} and ask_main(lambda: i) == i and gather_object([i]) == [i, i]
 end_process(0)
 """
 
 
 def test_two_processes_end_without_an_abort_in_the_transport(tmp_path: Path) -> None:
-    """Left to the interpreter, the end of this one aborts nearly always, that of a real run sometimes."""
+    """Without `end_process` this program nearly always ends in an abort, and a real run sometimes does."""
     (tmp_path / "exchange.py").write_text(EXCHANGE)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "exchange.py"]

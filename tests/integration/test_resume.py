@@ -114,6 +114,22 @@ def test_flipped_bit_in_the_newest_checkpoint_is_said_aloud_and_the_older_used(
     assert losses(tmp_path) == uninterrupted["losses"]
 
 
+def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_micro_batches(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, max_steps=40)
+    assert kill_after_step(tmp_path, config, 30, signal.SIGTERM) == 75
+    stopped_at = max(metrics(tmp_path))
+    assert f"at step {stopped_at}" in run(config, "training.micro_batch_tokens=64")
+    for step, row in losses(tmp_path).items():
+        expected = uninterrupted["losses"][step]
+        if step <= stopped_at:
+            assert row == expected
+        for name in ("loss_text", "loss_answer", "grad_norm_text", "grad_norm_recall"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-3)
+    assert losses(tmp_path) != uninterrupted["losses"]  # it was cut into other micro-batches
+
+
 def test_finished_run_started_again_trains_nothing(uninterrupted: dict[str, Any]) -> None:
     before = (uninterrupted["folder"] / "run/metrics.jsonl").read_bytes()
     assert "done: 40 steps" in run(uninterrupted["folder"] / "tiny.yaml")

@@ -1,13 +1,13 @@
-"""How the model lies on the processes that accelerate launched: whole on each (DDP), or sharded layer by layer (FSDP2).
+"""How the model is spread over the processes that accelerate launched: a copy on each (DDP), or sharded (FSDP2).
 
-Under FSDP2 a parameter is a `DTensor`: each process keeps some rows of it and of its moments, and has the whole one
-only while its layer computes. `accelerate` reads the launch file; the sharding itself is torch's `fully_shard`, called
-here because accelerate's own call knows no CPU processes, and in bf16 rounds the residual stream and the summed loss.
+Under FSDP2 a parameter is a `DTensor`: each process holds some rows of it and of its moments, and gathers the whole
+parameter only while its layer computes. `accelerate` reads the launch file. We call torch's `fully_shard` ourselves,
+because accelerate's own call has no CPU processes, and in bf16 it rounds the residual stream and the summed loss.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from model.decoder import DecoderLayer
 from model.errors import UserError
@@ -24,9 +25,8 @@ Tensors = dict[str, Tensor]
 
 
 def spread(module: nn.Module, precision: str) -> tuple[Accelerator, nn.Module]:
-    """The accelerator, and `module` as the processes share it. Raises UserError for what we do not do with FSDP."""
-    bf16 = precision == "bf16"
-    plugin = _sharding()
+    """The accelerator, and `module` wrapped for these processes. Raises UserError for FSDP options we don't support."""
+    bf16, plugin = precision == "bf16", _sharding()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", fsdp_plugin=plugin)
     if plugin is None:
         return accelerator, accelerator.prepare(module)
@@ -34,14 +34,17 @@ def spread(module: nn.Module, precision: str) -> tuple[Accelerator, nn.Module]:
     return accelerator, module
 
 
-def without_exchange(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside keep their gradients to themselves: the last micro-batch of a step exchanges them all."""
-    return _unsynchronised(module) if isinstance(module, FSDPModule) else accelerator.no_sync(module)
+def exchange_gradients(module: nn.Module, on: bool) -> None:
+    """Whether the next backward pass sums gradients over the processes: only a step's last micro-batch needs to."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(on)
+    elif isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = on
 
 
 @contextmanager
 def whole(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
-    """Every process holds all weights inside, in the precision of training: it may compute what the others don't."""
+    """Inside, every process holds all weights in the precision of training, so each may compute something else."""
     units = [m for m in module.modules() if isinstance(m, FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -50,13 +53,14 @@ def whole(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
         with accelerator.autocast() if units else nullcontext():
             yield
     finally:
+        reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not module and _reshards(), recurse=False)
+            unit.set_reshard_after_forward(unit is not module and reshards, recurse=False)
 
 
 def whole_weights(module: nn.Module, keep: bool) -> Tensors:
-    """The state dict without shards. All processes take part; those that do not `keep` it get an empty one."""
+    """The state dict without shards. All processes must call this; those that do not `keep` it get an empty one."""
     weights = {}
     for name, tensor in module.state_dict().items():
         full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
@@ -67,25 +71,25 @@ def whole_weights(module: nn.Module, keep: bool) -> Tensors:
 
 @torch.no_grad()
 def load_whole(tensors: Tensors, saved: Tensors) -> None:
-    """Copy tensors without shards into those of the same names, which may be sharded."""
+    """Copy whole tensors into those of the same names, which may be sharded."""
     for name, tensor in tensors.items():
         tensor.copy_(as_placed(saved[name], tensor))
 
 
 def as_placed(full: Tensor, like: Tensor) -> Tensor:
-    """`full` on the device of `like`; where that is sharded, this process's part of it. Nothing is exchanged."""
+    """`full` on the device of `like`; if that is sharded, this process's shard. Processes exchange nothing."""
     if not isinstance(like, DTensor) or isinstance(full, DTensor):
         return full.to(like.device)
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, as a view."""
+    """This process's shard of a tensor, as a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sharding() -> FullyShardedDataParallelPlugin | None:
-    """What the launch file asks for; None: no sharding."""
+    """What the launch file says about FSDP; None: no sharding."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     version = os.environ.get("FSDP_VERSION", "1")
@@ -100,15 +104,11 @@ def _sharding() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def _reshards() -> bool:
-    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-
-
 def _shard(module: nn.Module, plugin: FullyShardedDataParallelPlugin, device: str, bf16: bool) -> None:
-    """A unit for each layer; embedding, head and final norm are the root's, which stays whole until its backward pass.
+    """Make each layer a unit; embedding, head and final norm belong to the root, whole until its backward pass.
 
-    In bf16 the layers' weights are exchanged in bfloat16, what autocast would round them to; the residual stream, the
-    root's weights and the sums of gradients stay in float32, as they are without shards.
+    In bf16 the layers' weights are gathered in bfloat16, to which autocast would round them anyway. The residual
+    stream, the root's weights and the sums of gradients stay in float32, as without shards.
     """
     root: dict[str, Any] = {"mesh": init_device_mesh(device, (torch.distributed.get_world_size(),))}
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
@@ -120,12 +120,3 @@ def _shard(module: nn.Module, plugin: FullyShardedDataParallelPlugin, device: st
     fully_shard(module, reshard_after_forward=False, **root)
     if bf16:
         module.forward = torch.autocast(device, torch.bfloat16)(module.forward)
-
-
-@contextmanager
-def _unsynchronised(module: FSDPModule) -> Iterator[None]:
-    module.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        module.set_requires_gradient_sync(True)

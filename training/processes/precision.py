@@ -1,4 +1,4 @@
-"""What this machine is good at, measured once: matmul rate in float32 and bfloat16, and the choice between them."""
+"""Threads, determinism, and the matmul rates of this machine, which decide what precision `auto` is."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BF16_GAIN = 1.5  # bf16 autocast costs casts; below this gain of the bare matmul it does not pay
+BF16_GAIN = 1.5  # autocast also costs casts, so a smaller gain of the bare matmul does not pay
 
 
 @dataclass(frozen=True)
@@ -22,41 +22,14 @@ class Machine:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
     def choose(self, wanted: str) -> str:
-        """`auto` is bf16 where its matmul is clearly faster. The answer is saved with the run: a resume never asks."""
+        """`wanted`, or for `auto`: bf16 where its matmul is clearly faster. The run keeps the choice for ever."""
         if wanted != "auto":
             return wanted
         return "bf16" if self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """Best FLOP/s over several square matmuls within about `seconds`.
-
-    They are of `size` rows (8 x that on a GPU), or smaller where one would take longer than `seconds`: bfloat16 without
-    instructions for it takes seconds at 1,024.
-    """
-    if device.type == "cuda":
-        size *= 8
-    small = size // 8
-    expected = 8**3 * min(_matmul_seconds(small, device, dtype) for _ in range(3))
-    while size > small and expected > seconds:
-        size, expected = size // 2, expected / 8
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds or best == float("inf"):
-        best = min(best, _matmul_seconds(size, device, dtype))
-    return 2 * size**3 / best
-
-
-def _matmul_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    _synchronize(device)
-    start = time.perf_counter()
-    a @ a
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
 def measure(device: torch.device) -> Machine:
-    """With the threads of this process as they are set now; measured once for each number of them."""
+    """The rates with this process's current number of threads; each number of threads is measured once."""
     return _measure(device, torch.get_num_threads())
 
 
@@ -65,8 +38,32 @@ def _measure(device: torch.device, threads: int) -> Machine:
     return Machine(matmul_rate(device, torch.float32), matmul_rate(device, torch.bfloat16))
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """Best FLOP/s of square matmuls within about `seconds`. Their width is `size`, and 8 x `size` on a GPU.
+
+    A CPU starts at an eighth of `size` and stays lower if it is slow, as in bfloat16 without instructions for it.
+    """
+    size, width = (8 * size, 8 * size) if device.type == "cuda" else (size, size // 8)
+    _matmul_seconds(width, device, dtype)  # the first one also loads the kernel
+    best, began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        took = _matmul_seconds(width, device, dtype)
+        best = max(best, 2 * width**3 / took)
+        if width < size and 8 * took < seconds:
+            width *= 2
+    return best
+
+
+def _matmul_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.ones(width, width, device=device, dtype=dtype)
+    a[0, 0].item()  # waits for the device, as it does below
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()
+    return time.perf_counter() - start
+
+
 def set_up_threads(wanted: int | None, local_processes: int) -> int:
-    """CPU threads of this process. `accelerate launch` leaves one process one thread; we share out all cores."""
+    """Set and return this process's CPU threads. Default: an equal share of all cores; `accelerate launch` gives 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = wanted or max(1, cores // local_processes)
     torch.set_num_threads(threads)
@@ -74,16 +71,11 @@ def set_up_threads(wanted: int | None, local_processes: int) -> int:
 
 
 def make_deterministic() -> None:
-    """What bit-equal resume needs: deterministic kernels, and code that depends on the shape alone.
+    """Deterministic kernels, and compiled code that depends on the shape alone: a bit-equal resume needs both.
 
-    With automatic dynamic shapes the code compiled for a shape depends on which shapes came before it, so a resumed
-    run would compile other kernels than the run it continues.
+    With automatic dynamic shapes the code compiled for a shape depends on the shapes before it, so a resumed run would
+    compile other kernels than the run it continues.
     """
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 64
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,6 +1,5 @@
-"""Several processes that must agree: only the main one decides, a user's mistake found there ends all of them."""
+"""Processes that must agree: only the main one decides, and a user's mistake that it meets ends all of them."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -8,41 +7,35 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 
 from model.errors import UserError
 from training.processes.signals import TrainingFault
 
 Answer = TypeVar("Answer")
+Name = TypeVar("Name")
 
 
 def join_ranks() -> PartialState:
-    """This process among those launched. Untold that it is on the CPU, accelerate lets each believe it is alone."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """This process among those launched; on the CPU without a GPU, or where the launch file says `use_cpu: true`.
 
-
-def local_processes() -> int:
-    """Processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+    Without `cpu=True` accelerate forms no process group on a CPU, and every process believes it is rank 0.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
 
 
 @contextmanager
 def lost_rank_is_fault() -> Iterator[None]:
-    """When another process has died, what waits for it fails in the transport: `TrainingFault` says so."""
+    """Raises TrainingFault for the transport's error when another process has died. gloo's is a bare RuntimeError."""
     try:
         yield
     except RuntimeError as problem:
-        if not _of_transport(problem):
+        if not (isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem).lower()):
             raise
         raise TrainingFault(
             f"another process of this run has ended, so this one ends too: {str(problem).splitlines()[0]}\n"
             "  its own message says why; the same command goes on from the last checkpoint"
         ) from problem
-
-
-def _of_transport(problem: RuntimeError) -> bool:
-    """gloo raises bare `RuntimeError`s that name it."""
-    return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem).lower()
 
 
 def ask_main(call: Callable[[], Answer]) -> Answer:
@@ -59,13 +52,10 @@ def ask_main(call: Callable[[], Answer]) -> Answer:
     return answer
 
 
-def sum_over_ranks(values: list[float]) -> list[float]:
-    """Elementwise sum of small figures."""
+def sum_over_ranks(values: dict[Name, float]) -> dict[Name, float]:
+    """Each value summed over all processes, which must call this with the same names in the same order."""
     state = PartialState()
     if state.num_processes == 1:
         return values
-    return reduce(torch.tensor(values, dtype=torch.float64, device=state.device), "sum").tolist()
-
-
-def gather_from_ranks(value: Answer) -> list[Answer]:
-    return gather_object([value])
+    summed = reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=state.device), "sum")
+    return dict(zip(values, summed.tolist(), strict=True))

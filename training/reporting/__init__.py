@@ -1,1 +1,1 @@
-"""What a run says while it trains: metrics, progress bar, profile, skipped batches."""
+"""Reports of a run while it trains: metrics, progress bar, profile, skipped batches."""

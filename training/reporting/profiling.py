@@ -1,9 +1,9 @@
 """A window of steps under `torch.profiler`: where the time goes, as a trace and as a table.
 
     runs/NAME/profile/trace.json.gz    for chrome://tracing or ui.perfetto.dev
-    runs/NAME/profile/top-ops.txt      the operations that took most, by their own time
+    runs/NAME/profile/top-ops.txt      the operations that took most time themselves
 
-Only the main process records; others wait for it in their collectives, which the trace shows.
+Only the main process records. Others wait for it in their collectives, which the trace shows.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,50 +11,39 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerAction, profile
 
 from training.settings.schema import ProfileSettings
 
-TOP = 40  # rows of the table
+TOP = 40  # operations in the table
 
 
-class ProfileWindow:
-    """Records the steps that the settings name; what was recorded is written at the window's end or the run's."""
+@contextmanager
+def profiled(
+    settings: ProfileSettings | None, run_dir: Path, step: int, say: Callable[[str], None]
+) -> Iterator[Callable[[], object]]:
+    """Records the steps that the settings name; yields a function that must be called after every step.
 
-    def __init__(self, settings: ProfileSettings | None, run_dir: Path, record: bool, say: Callable[[str], None]):
-        self.folder, self.say = run_dir / "profile", say
-        wanted = settings is not None and record
-        self.steps = range(settings.start_step, settings.start_step + settings.steps) if wanted and settings else ()
-        self.profiler: profile | None = None
+    `step` is the index of the first step of this start. The files are written at the window's end, or at the run's.
+    """
+    if settings is None:
+        yield lambda: None
+        return
+    folder, first = run_dir / "profile", settings.start_step - step
+    last = first + settings.steps - 1
 
-    @contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """Around the step of this number (0-based)."""
-        if step in self.steps and self.profiler is None:
-            self.profiler = profile(activities=_activities())
-            self.profiler.start()
-        yield
-        if self.steps and step == self.steps[-1]:
-            self.finish()
+    def action(done: int) -> ProfilerAction:
+        if done == last:
+            return ProfilerAction.RECORD_AND_SAVE
+        return ProfilerAction.RECORD if first <= done < last else ProfilerAction.NONE
 
-    def finish(self) -> None:
-        if self.profiler is None:
-            return
-        self.profiler.stop()
-        self.folder.mkdir(exist_ok=True)
-        self.profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+    def write(profiler: profile) -> None:
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json.gz"))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = self.profiler.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=80)
-        (self.folder / "top-ops.txt").write_text(table)
-        self.profiler, self.steps = None, ()
-        self.say(f"profile written to {self.folder}")
+        table = profiler.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=80)
+        (folder / "top-ops.txt").write_text(table)
+        say(f"profile written to {folder}")
 
-    def __enter__(self) -> "ProfileWindow":
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self.finish()
-
-
-def _activities() -> list[ProfilerActivity]:
-    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(schedule=action, on_trace_ready=write) as profiler:
+        yield profiler.step

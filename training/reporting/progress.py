@@ -1,7 +1,7 @@
-"""The progress bar on a terminal, plain lines elsewhere, silence on ranks other than the first."""
+"""The progress bar on a terminal, plain lines elsewhere, nothing on ranks other than the first."""
 
 import time
-from types import TracebackType
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,7 +24,7 @@ class TrainingProgress:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *problem: object) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -36,16 +36,12 @@ class TrainingProgress:
         """Show the figures of the last logged step."""
         if self.bar:
             self.bar.update(self.task, completed=step, figures=text)
-        elif self.show:
-            print(f"step {step}/{self.max_steps}  {text}  left {self._left(step)}", flush=True)
+            return
+        seconds = (time.monotonic() - self.began) / max(1, step - self.first_step) * (self.max_steps - step)
+        self.say(f"step {step}/{self.max_steps}  {text}  left {timedelta(seconds=int(seconds))}")
 
     def say(self, text: str) -> None:
         if self.bar:
             self.bar.console.print(text, highlight=False)
         elif self.show:
             print(text, flush=True)
-
-    def _left(self, step: int) -> str:
-        done = max(1, step - self.first_step)
-        seconds = int((time.monotonic() - self.began) / done * (self.max_steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, synced, renamed; each lists the hash of every file; the newest valid one is resumed.
+"""Checkpoints: written under another name, synced, renamed. Each has a manifest with the hash of every file.
 
 checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json": {"sha256": ..., "bytes": ...}}}
                         hf/                  a complete Hugging Face checkpoint with its tokenizer
@@ -12,31 +12,29 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from model.errors import UserError
-from training.run.shards import PATTERN, read_shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "step-"
 MANIFEST = "manifest.json"
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
+SHARDS = "shard-*.safetensors"
+Write = Callable[[Path], None]  # writes files into an existing folder
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor] | Path, write_hf: Callable[[Path], None]
+    run_dir: Path, step: int, state: dict[str, Any], tensors: "dict[str, Tensor] | Path", write_hf: Write
 ) -> None:
-    """Write a checkpoint that is there completely or not at all. Full disk or no permission: `UserError`.
+    """Write a checkpoint that appears complete or not at all. Raises UserError where the disk is full or read-only.
 
-    `tensors`: the trainer's; or a folder beside the checkpoints that holds their shards already (`training.run.shards`).
+    `tensors` are the trainer's, or a folder that holds their shards (`training.run.shards`).
     """
-    path = checkpoint_path(run_dir, step)
+    path = run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
     aside = path.with_name(f".writing-{path.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -45,8 +43,9 @@ def save_checkpoint(
         _put_tensors(tensors, aside)
         write_json(aside / "state.json", state)
         write_json(aside / MANIFEST, {"step": step, "files": _hashes(aside)})
-        _sync_tree(aside)
-        if path.exists():  # one found invalid at the last resume
+        for file in [*aside.rglob("*"), aside]:
+            _sync(file)
+        if path.exists():  # an invalid one that the last resume passed over
             shutil.rmtree(path)
         aside.rename(path)
         _sync(path.parent)
@@ -58,8 +57,18 @@ def save_checkpoint(
         ) from problem
 
 
+def replace_export(folder: Path, write_hf: Write) -> None:
+    """Write `folder` anew; the old one stays until the new one is complete."""
+    aside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write_hf(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
 def problem_with(path: Path) -> str | None:
-    """Why the checkpoint can't be trusted, or None: every file is there and has the hash of the manifest."""
+    """Why the checkpoint can't be trusted; None if every file has the size and hash of the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
@@ -77,21 +86,24 @@ def problem_with(path: Path) -> str | None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, newest first; none of them verified."""
-    return sorted((run_dir / "checkpoints").glob(f"{PREFIX}*"), key=_step_of, reverse=True)
+    """Finished checkpoints of a run, newest first, not verified."""
+    steps = {path.name.removeprefix(PREFIX): path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")}
+    return [steps[step] for step in sorted(filter(str.isdigit, steps), key=int, reverse=True)]
 
 
 def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint whose files have their hashes; bad ones are named aloud. `UserError` if all are bad."""
-    found = checkpoints(run_dir)
+    """The newest valid checkpoint, or None if there is none at all. Reports each invalid one that it passes over.
+
+    Raises UserError if all are invalid.
+    """
     problems = []
-    for path in found:
+    for path in checkpoints(run_dir):
         problem = problem_with(path)
         if problem is None:
             return path
         problems.append(f"{path}: {problem}")
         say(f"checkpoint passed over: {problems[-1]}")
-    if found:
+    if problems:
         raise UserError(
             "no valid checkpoint is left to resume from:\n  "
             + "\n  ".join(problems)
@@ -100,14 +112,18 @@ def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | No
     return None
 
 
-def load_state(path: Path, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """state.json and the trainer's tensors of a verified checkpoint; shards are placed as the parameters `like` are."""
+def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+    """state.json and the trainer's tensors; shards are spread over the processes as the parameters `like` are."""
+    from safetensors.torch import load_file
+
+    from training.run.shards import read_shards
+
     state, whole = json.loads((path / "state.json").read_text()), path / "trainer.safetensors"
     return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep`, and what interrupted writes left."""
+    """Delete all checkpoints but the newest `keep`, and leftovers."""
     for path in checkpoints(run_dir)[keep:]:
         doomed = path.with_name(f".deleting-{path.name}")
         path.rename(doomed)
@@ -116,7 +132,7 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Delete what interrupted writes and deletions left: it takes room, and is no checkpoint."""
+    """Delete what interrupted writes and deletions left: it takes room and is no checkpoint."""
     for leftover in (run_dir / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -126,7 +142,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic: the old file or the new one, never half of one."""
+    """Write atomically: a reader sees the old file or the new one, never half of one."""
     aside = path.with_name(f".writing-{path.name}")
     with aside.open("w") as file:
         file.write(text)
@@ -135,34 +151,25 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _put_tensors(tensors: dict[str, Tensor] | Path, folder: Path) -> None:
-    if not isinstance(tensors, Path):
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "trainer.safetensors")
-        return
-    for shard in tensors.glob(PATTERN):
-        shard.rename(folder / shard.name)
-    shutil.rmtree(tensors)
-
-
-def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix(PREFIX)
-    return int(digits) if digits.isdigit() else -1
-
-
-def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
-
-
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+def _put_tensors(tensors: "dict[str, Tensor] | Path", folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    if not isinstance(tensors, Path):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "trainer.safetensors")
+        return
+    for shard in tensors.glob(SHARDS):
+        shard.rename(folder / shard.name)
+    shutil.rmtree(tensors)
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
 
 
 def _sync(path: Path) -> None:

@@ -1,24 +1,33 @@
-"""The folder of a run: made, found again, refused when it holds another run, set aside when a fresh start is asked."""
+"""The folder of a run: created, opened again, refused if it holds another run, or set aside for a fresh start.
+
+settings.yaml   all settings, defaults included        run.json    what the first start decided
+checkpoints/    step-000200/ ...                       tokenizer/  metrics.jsonl  hf/  skipped/  profile/
+"""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from itertools import takewhile
+from functools import reduce
+from itertools import count, takewhile
+from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import torch
 import yaml
+from pydantic import ValidationError
 
-from data.token_store import TokenStore
-from data.tokenizer import Tokenizer
 from model.errors import UserError
-from training.processes.precision import measure
 from training.run.checkpoint import checkpoints, clear_leftovers, newest_valid, problem_with, write_json, write_text
 from training.settings.schema import Settings
 
-# Changing these between two starts of one run changes no loss.
+if TYPE_CHECKING:
+    import torch
+
+    from data.token_store import TokenStore
+    from data.tokenizer import Tokenizer
+
+# These settings change no weight, so they may change between two starts of a run.
 FREE = (
     "name",
     "run_dir",
@@ -34,6 +43,15 @@ FREE = (
     "training.profile",
     "data.cache_dir",
 )
+# These change weights only by rounding: the order of a sum, or where a product is computed. So a run that ran out of
+# memory can go on with smaller micro-batches, and on another machine. Not `training.precision`: the run keeps its own.
+ROUNDING = (
+    "training.micro_batch_tokens",
+    "training.activation_checkpointing",
+    "training.compile",
+    "training.num_threads",
+    "model.attention_backend",
+)
 
 
 def run_dir(settings: Settings) -> Path:
@@ -41,44 +59,54 @@ def run_dir(settings: Settings) -> Path:
 
 
 def settings_hash(settings: Settings) -> str:
-    """Hash of all settings that decide the weights."""
+    """Hash of all settings that are not `FREE`. It stands in for a settings.yaml that is missing."""
     bound = {k: v for k, v in _flat(settings.model_dump(mode="json")).items() if not k.startswith(FREE)}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
-def open_run(settings: Settings, resume: str) -> Path | None:
-    """Make the run folder fit for this run and return the checkpoint to go on from, or None for a fresh start.
+def check_start(settings: Settings, resume: str) -> None:
+    """Raises UserError for mistakes that are visible before torch is imported. `open_run` checks them again."""
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise _no_checkpoint(resume, "no such folder")
+    if resume != "never":
+        check_settings(run_dir(settings), settings)
 
-    `resume` is `auto` (newest valid checkpoint), `never` (a folder in the way is set aside) or a checkpoint's path.
+
+def open_run(settings: Settings, resume: str) -> Path | None:
+    """Prepare the run folder and return the checkpoint to resume, or None for a fresh start.
+
+    `resume` is `auto` (newest valid checkpoint), `never` (an existing folder is set aside) or a checkpoint's path.
     """
     folder = run_dir(settings)
     if resume == "never":
         _set_aside(folder)
     _check_writable(folder)
-    check_settings(f"run folder {folder}", folder / "settings.yaml", settings)
+    for key in check_settings(folder, settings):
+        print(f"{folder / 'settings.yaml'}: {key} is ignored, because this version has no such setting")
     clear_leftovers(folder)
     chosen = newest_valid(folder) if resume in ("auto", "never") else _explicit(Path(resume), settings)
     (folder / "checkpoints").mkdir(exist_ok=True)
     if chosen is not None and chosen.parent.resolve() == (folder / "checkpoints").resolve():
-        _set_aside_newer(folder, chosen)
+        _set_aside_newer(chosen, folder)
     write_text(folder / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     return chosen
 
 
 def decide_once(
     settings: Settings,
-    tokenizer: Tokenizer,
-    stores: Mapping[str, TokenStore],
-    device: torch.device,
+    tokenizer: "Tokenizer",
+    stores: Mapping[str, "TokenStore"],
+    device: "torch.device",
     checkpoint: Path | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a resume must find as it was, written at the first start; and the matmul rate of this machine, in FLOP/s.
+    """The facts that the first start writes and every resume keeps, and this machine's matmul rate in FLOP/s.
 
-    A run that goes on from another run's `checkpoint` takes its precision; `origin` tells of the weights that it began
-    with, where these were not drawn. Raises `UserError` where the text (`stores`
-    by split) or the tokenizer is not that of the run.
+    A run that resumes another run's `checkpoint` takes its precision. `origin` describes initial weights that were not
+    random. Raises UserError where the text (`stores` by split) or the tokenizer has changed.
     """
+    from training.processes.precision import measure
+
     folder = run_dir(settings)
     machine = measure(device)
     data_sha256 = {split: store.source_sha256 for split, store in stores.items()}
@@ -89,7 +117,9 @@ def decide_once(
         "settings_sha256": settings_hash(settings),
         "wandb_id": uuid4().hex[:8],
     } | dict(origin or {})
-    facts |= _inherited(checkpoint) | read_facts(folder)
+    if checkpoint is not None:
+        facts["precision"] = _state(checkpoint).get("precision", facts["precision"])
+    facts |= read_facts(folder)
     check_data(folder, facts["data_sha256"], data_sha256)
     check_tokenizer(folder, facts["tokenizer_sha256"], tokenizer.sha256)
     write_json(folder / "run.json", facts)
@@ -101,22 +131,17 @@ def decide_once(
     return facts | {"matmul_rate": machine.rate(facts["precision"])}
 
 
-def _inherited(checkpoint: Path | None) -> dict[str, Any]:
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
-    return {"precision": state["precision"]} if "precision" in state else {}
-
-
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What was decided when the run first started: precision, wandb id, tokenizer hash. Empty for a new run."""
+    """run.json: precision, wandb id, hashes of text and tokenizer. Empty for a new run."""
     path = folder / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def check_data(where: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """`expected` and `found` are the fingerprints of the text by split."""
-    changed = [split for split in found if expected[split] != found[split]]
+def check_data(where: Path, expected: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises UserError if the fingerprint of the text differs in any split."""
+    changed = [split for split in now if expected[split] != now[split]]
     if changed:
-        lines = [f"  {split}: sha256 {expected[split][:16]}... there, {found[split][:16]}... now" for split in changed]
+        lines = [f"  {split}: sha256 {expected[split][:16]}... there, {now[split][:16]}... now" for split in changed]
         raise UserError(
             f"{where}: the text under this run has changed since it began\n"
             + "\n".join(lines)
@@ -125,6 +150,7 @@ def check_data(where: Path, expected: Mapping[str, str], found: Mapping[str, str
 
 
 def check_tokenizer(where: Path, expected: str | None, tokenizer_sha256: str) -> None:
+    """Raises UserError if the run at `where` has another tokenizer."""
     if expected not in (None, tokenizer_sha256):
         raise UserError(
             f"{where}: was trained with another tokenizer\n"
@@ -133,10 +159,58 @@ def check_tokenizer(where: Path, expected: str | None, tokenizer_sha256: str) ->
         )
 
 
+def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = None) -> list[str]:
+    """Raises UserError if the run in `folder` has settings that would give other weights; the message lists them.
+
+    A setting that is newer than the run has its default there. Returns the settings of the run that no longer exist.
+    """
+    path = folder / "settings.yaml"
+    if not path.exists():
+        return []
+    saved, dropped = _read_settings(path)
+    there, now = (_flat(s.model_dump(mode="json")) for s in (saved, settings))
+    differing = sorted(k for k in there.keys() | now.keys() if there.get(k) != now.get(k))
+    lines = [
+        f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in differing if not k.startswith(FREE + ROUNDING)
+    ]
+    if lines:
+        raise UserError(
+            f"{checkpoint or f'run folder {folder}'} holds a run with other settings:\n"
+            + "\n".join(lines)
+            + "\n  use another name=..., or --resume never to set that folder aside and start anew"
+        )
+    return dropped
+
+
+def _read_settings(path: Path) -> tuple[Settings, list[str]]:
+    """The settings saved at `path`, and the names of those that this version does not have."""
+    tree: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    dropped: list[str] = []
+    while True:
+        try:
+            return Settings.model_validate(tree), dropped
+        except ValidationError as problem:
+            unknown = [error["loc"] for error in problem.errors() if error["type"] == "extra_forbidden"]
+            if not unknown:
+                wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
+                raise UserError(
+                    f"{path}: this version can't read the settings of that run: {wrong}\n"
+                    "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
+                ) from problem
+            for where in unknown:
+                del reduce(getitem, where[:-1], tree)[where[-1]]  # type: ignore[arg-type]
+                dropped.append(".".join(map(str, where)))
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
     if not isinstance(tree, dict) or not tree:
         return {prefix[:-1]: tree}
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
 
 
 def _check_writable(folder: Path) -> None:
@@ -152,33 +226,23 @@ def _check_writable(folder: Path) -> None:
         ) from problem
 
 
-def check_settings(where: object, path: Path, settings: Settings) -> None:
-    """Raises `UserError` where the settings saved at `path` would give other weights; `where` begins the sentence."""
-    if not path.exists():
-        return
-    there = _flat(yaml.safe_load(path.read_text()) or {})
-    now = _flat(settings.model_dump(mode="json"))
-    keys = sorted(k for k in there.keys() | now.keys() if there.get(k) != now.get(k) and not k.startswith(FREE))
-    if keys:
-        lines = [f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys]
-        raise UserError(
-            f"{where} holds a run with other settings:\n"
-            + "\n".join(lines)
-            + "\n  use another name=..., or --resume never to set that folder aside and start anew"
-        )
-
-
 def _explicit(path: Path, settings: Settings) -> Path:
-    """The checkpoint at `path`, which may be of another run with the same settings."""
+    """The checkpoint at `path`, which may belong to another run with the same settings."""
     problem = problem_with(path) if path.is_dir() else "no such folder"
     if problem is not None:
-        raise UserError(f"--resume {path}: {problem}\n  give a folder such as runs/NAME/checkpoints/step-000200")
-    beside = path.resolve().parents[1] / "settings.yaml"
-    check_settings(path, beside, settings)
-    saved = json.loads((path / "state.json").read_text())
-    if not beside.exists() and saved["settings_sha256"] != settings_hash(settings):
-        raise UserError(f"{path}: was written by a run with other settings\n  give those of its run folder")
+        raise _no_checkpoint(path, problem)
+    run = path.resolve().parents[1]
+    check_settings(run, settings, path)
+    if not (run / "settings.yaml").exists() and _state(path)["settings_sha256"] != settings_hash(settings):
+        raise UserError(
+            f"{path}: was written by a run with other settings, or by another version\n"
+            f"  give the settings of its run, or copy that run's settings.yaml to {run} to see what differs"
+        )
     return path
+
+
+def _no_checkpoint(path: Path | str, problem: str) -> UserError:
+    return UserError(f"--resume {path}: {problem}\n  give a folder such as runs/NAME/checkpoints/step-000200")
 
 
 def _set_aside(folder: Path) -> None:
@@ -192,8 +256,8 @@ def _set_aside(folder: Path) -> None:
     print(f"--resume never: {folder} was there and is now {target}")
 
 
-def _set_aside_newer(folder: Path, chosen: Path) -> None:
-    """After `--resume PATH` the run goes on from PATH; later checkpoints must not be resumed next time."""
+def _set_aside_newer(chosen: Path, folder: Path) -> None:
+    """Rename checkpoints later than `chosen`, so that the next start does not resume them."""
     for path in takewhile(lambda p: p.name != chosen.name, checkpoints(folder)):
         target = _free_name(path.with_name(f"not-resumed-{path.name}"))
         path.rename(target)
@@ -201,7 +265,5 @@ def _set_aside_newer(folder: Path, chosen: Path) -> None:
 
 
 def _free_name(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    return target
+    names = (path.with_name(f"{path.name}.old-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())

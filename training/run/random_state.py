@@ -1,4 +1,4 @@
-"""Every random generator of a process, as JSON: saved with a checkpoint, one entry a rank."""
+"""The state of every random generator of a process, as JSON; a checkpoint saves one entry per rank."""
 
 import base64
 import random
@@ -15,11 +15,10 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def get_random_states() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, [int(k) for k in keys], position, has_gauss, cached],
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": _to_text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
@@ -28,6 +27,7 @@ def get_random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    """Continue where `get_random_states` was called, before or after a trip through JSON."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = states["numpy"]

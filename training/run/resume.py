@@ -1,41 +1,73 @@
-"""What must be as it was for a run to go on from a checkpoint: text, tokenizer, and how a step is cut into rows."""
+"""How far a run has come, and what must not have changed for it to go on: text, tokenizer, the sequences of a step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
-from training.objective import Objective
+from training.curriculum import CurriculumState
 from training.run.folder import check_data, check_tokenizer
+
+if TYPE_CHECKING:
+    from training.objective import Objective
 
 FACTS_SAVED = ("data_sha256", "tokenizer_sha256", "settings_sha256", "precision", "wandb_id")  # with a checkpoint
 
 
+@dataclass
+class State:
+    """Progress that a checkpoint saves besides tensors. `step` counts finished steps; it is the index of the next."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    horizon: int = 0
+    validation_bits_per_byte: float | None = None
+    curriculum: dict[str, CurriculumState] = field(default_factory=dict)  # by task
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "State":
+        """From the JSON of a checkpoint. The first version kept the curriculum one level deeper."""
+        states = saved["curriculum"].get("states", saved["curriculum"])
+        return cls(**saved | {"curriculum": {task: CurriculumState(**state) for task, state in states.items()}})
+
+    @property
+    def distances(self) -> dict[str, int]:
+        """D of each task, in tokens."""
+        return {task: state.distance for task, state in self.curriculum.items()}
+
+    def columns(self) -> dict[str, int]:
+        """For the log: the largest D, and each task's where there are several."""
+        each = {f"distance_{task}": d for task, d in self.distances.items()} if len(self.curriculum) > 1 else {}
+        return {"distance": max(self.distances.values())} | each
+
+
 def check_checkpoint(path: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raises `UserError` where the checkpoint at `path`, whose state is `saved`, was made from other text or tokens."""
+    """Raises UserError if the checkpoint at `path`, whose state is `saved`, has other text or another tokenizer."""
     check_data(path, saved["data_sha256"], facts["data_sha256"])
     check_tokenizer(path, saved["tokenizer_sha256"], facts["tokenizer_sha256"])
 
 
 def check_same_batches(
-    path: Path, then: list[Objective], now: list[Objective], distances: Iterable[Mapping[str, int]]
+    path: Path, objectives: Sequence["Objective"], before: int, distances: Iterable[Mapping[str, int]]
 ) -> None:
-    """Another number of processes is fine while every step keeps its rows: each rank takes an equal share of them.
+    """Raises UserError if a step would have another number of sequences than with the `before` processes of `path`.
 
-    `then` is for the processes of the checkpoint at `path`, `now` for those of this start; `distances` are the
-    D of each task still to come. Raises `UserError` where steps would have other batches than those of the run so far.
+    Otherwise another number of processes changes nothing: each takes an equal share of the same sequences.
+    `distances` are the values of D that are still to come, by task.
     """
-    for before, after in zip(then, now, strict=True):
-        if before.ranks == after.ranks:
-            return
-        for of_tasks in distances:
-            rows = before.plan(of_tasks).rows
-            if rows != after.plan(of_tasks).rows:
-                at = f" at distance {max(of_tasks.values())}" if before.name == "recall" else ""
+    for objective in objectives:
+        now = objective.ranks
+        for of_tasks in distances if before != now else ():
+            rows = objective.plan(of_tasks, before).rows
+            if rows != objective.plan(of_tasks).rows:
+                at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
                 raise UserError(
-                    f"{path}: was saved by {_processes(before.ranks)}; {after.ranks} would train on other batches\n"
-                    f"  a step has {rows} rows of {before.name}{at}, which {after.ranks} can't share equally\n"
-                    f"  start it with {_processes(before.ranks)}, or with a number that divides {rows}"
+                    f"{path}: was saved by {_processes(before)}; {now} would train on other batches\n"
+                    f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
+                    f"  start it with {_processes(before)}, or with a number that divides {rows}"
                 )
 
 

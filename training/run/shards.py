@@ -1,8 +1,8 @@
 """The trainer's tensors of a sharded run: each process writes and reads its own part (torch.distributed.checkpoint).
 
-    shard-00001-model-00001-of-00001.safetensors    of the first process: its rows of every moment, and where they lie
+    shard-00001-model-00001-of-00001.safetensors    of the first process: its rows of every moment, and their positions
 
-Any number of processes can read what another number has written, one that holds whole tensors too.
+Any number of processes can read what another number has written, and so can one process that holds whole tensors.
 """
 
 import warnings
@@ -20,13 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from model.errors import UserError
 
-PATTERN = "shard-*.safetensors"
-
 
 def stored_in_shards(checkpoints: Path, step: int, tensors: dict[str, Tensor]) -> dict[str, Tensor] | Path:
-    """Tensors as they are where none is sharded; else a folder beside the checkpoints, with one file of each process.
+    """The tensors themselves if none is sharded; else a folder in `checkpoints` to which each process wrote one file.
 
-    Raises UserError on every process when one can't write.
+    Raises UserError on every process if one can't write.
     """
     if not any(isinstance(t, DTensor) for t in tensors.values()):
         return tensors
@@ -43,16 +41,15 @@ def stored_in_shards(checkpoints: Path, step: int, tensors: dict[str, Tensor]) -
 
 
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of the shards in `folder`; one named `.../NAME` is placed over the processes as `like[NAME]` is."""
+    """All tensors of the shards in `folder`. One named `.../NAME` is sharded as `like[NAME]` is, if shapes agree."""
     reader = HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata.items()
-    tensors = {name: _room(name, t.size, like) for name, t in saved if isinstance(t, TensorStorageMetadata)}
+    tensors = {}
+    for name, saved in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(saved, TensorStorageMetadata):
+            owner = like.get(name.rpartition("/")[2])
+            sharded = owner is not None and owner.shape == saved.size
+            tensors[name] = torch.empty_like(owner) if owner is not None and sharded else torch.empty(saved.size)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone: so it is
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is for one process alone
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return tensors
-
-
-def _room(name: str, size: torch.Size, like: Mapping[str, Tensor]) -> Tensor:
-    owner = like.get(name.rpartition("/")[2])
-    return torch.empty_like(owner) if owner is not None and owner.shape == size else torch.empty(size)

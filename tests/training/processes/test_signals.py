@@ -1,4 +1,5 @@
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ stop = StopRequest()
 print("ready", flush=True)
 while not (stop and sys.argv[1] == "polite"):
     time.sleep(0.01)
+print("stopping", flush=True)
 sys.exit(STOPPED)
 """
 
@@ -27,13 +29,37 @@ def start(kind: str, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_first_signal_ends_the_loop_with_code_75(number: signal.Signals) -> None:
     process = start("polite")
     process.send_signal(number)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 75
     assert f"{number.name}: finishing this step" in errors
+
+
+def test_a_run_whose_terminal_closes_can_still_print_and_stop() -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "polite"], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert os.read(ours, 5) == b"ready"
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=10) == 75
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_closes() -> None:
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-c", PROGRAM, "polite"], stdin=-3, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 75
 
 
 def test_second_signal_leaves_at_once() -> None:

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from data.tasks.vocabulary import recall_vocabulary
 from tests.training.conftest import Prepared
 from training.curriculum import Curriculum
-from training.objective import Measured, Objective, objectives
+from training.objective import Measured, Objective, Tally, objectives
 from training.processes.signals import TrainingFault
 from training.reporting.nonfinite import KEPT_FILES, keep_batch, stop_after
 
 FAR = {"needle": 8}
-NAN = Measured({"text": (float("nan"), 0.0, 504.0)}, float("inf"))
+NAN = Measured({"text": Tally(float("nan"), 0.0, 504.0)}, grad_norm=float("inf"))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
 def test_recall_rows_are_kept_with_all_that_was_asked(
     prepared: Prepared, tmp_path: Path, both: list[Objective]
 ) -> None:
-    keep_batch(tmp_path, both[1], Measured({}, float("nan")), 0, FAR, prepared.tokenizer)
+    keep_batch(tmp_path, both[1], Measured({}, grad_norm=float("nan")), 0, FAR, prepared.tokenizer)
     kept = load_file(tmp_path / "skipped/step-000001-recall-rank-0.safetensors")
     assert {"micro-0/input_ids", "micro-0/answer/labels", "micro-0/relay/labels"} <= set(kept)
     assert "micro-0/documents" not in kept

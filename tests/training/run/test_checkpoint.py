@@ -144,11 +144,13 @@ def take_name(folder: Path) -> None:
     (folder / "trainer.safetensors").mkdir()
 
 
-def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_and_what_is_no_checkpoint_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-000001-copy").mkdir(parents=True)
     for step in (1, 2, 3):
         save(tmp_path, step)
     prune(tmp_path, keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000003", "step-000002"]
+    assert (tmp_path / "checkpoints/step-000001-copy").is_dir()
 
 
 def test_manifest_lists_every_file(tmp_path: Path) -> None:

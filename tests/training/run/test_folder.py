@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from model.errors import UserError
 from tests.training.conftest import Prepared
 from training.run.checkpoint import save_checkpoint
-from training.run.folder import check_settings, decide_once, open_run, read_facts, run_dir, settings_hash
+from training.run.folder import check_settings, check_start, decide_once, open_run, read_facts, run_dir, settings_hash
 from training.settings.schema import Settings
 
 CPU = torch.device("cpu")
@@ -90,8 +91,22 @@ def test_never_sets_the_folder_aside_again_and_again(settings: Settings) -> None
 
 @pytest.mark.parametrize(("name", "reason"), [("nowhere", "no such folder"), (".", "manifest.json can't be read")])
 def test_a_path_that_is_no_checkpoint_is_refused(settings: Settings, tmp_path: Path, name: str, reason: str) -> None:
-    with pytest.raises(UserError, match=rf"{reason}(.|\n)*give a folder such as runs/NAME/checkpoints/step-000200"):
+    refused = rf"{reason}(.|\n)*give a folder such as runs/NAME/checkpoints/step-000200"
+    with pytest.raises(UserError, match=refused):
         open_run(settings, str(tmp_path / name))
+    if reason == "no such folder":
+        with pytest.raises(UserError, match=refused):
+            check_start(settings, str(tmp_path / name))
+
+
+def test_a_start_is_checked_without_writing_anything(settings: Settings) -> None:
+    for resume in ("auto", "never"):
+        check_start(settings, resume)
+    assert not run_dir(settings).exists()
+    open_run(settings, "auto")
+    with pytest.raises(UserError, match="  seed: 0 there, 7 now"):
+        check_start(changed(settings, seed=7), "auto")
+    check_start(changed(settings, seed=7), "never")
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -117,8 +132,70 @@ def test_settings_that_decide_no_weight_are_free_and_the_hash_knows_them(setting
     assert settings_hash(changed(settings, data__seq_len=32)) != settings_hash(settings)
 
 
-def test_a_folder_without_saved_settings_asks_nothing(settings: Settings, tmp_path: Path) -> None:
-    check_settings("here", tmp_path / "settings.yaml", settings)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training__micro_batch_tokens": 64},
+        {"training__activation_checkpointing": True},
+        {"training__compile": True},
+        {"training__num_threads": 2},
+        {"model__attention_backend": "reference"},
+    ],
+)
+def test_settings_that_change_weights_by_rounding_alone_may_change_on_resume(
+    settings: Settings, change: dict[str, Any]
+) -> None:
+    open_run(settings, "auto")
+    newest = save(settings, 1)
+    other = changed(settings, **change)
+    assert other != settings
+    assert open_run(other, "auto") == newest
+    assert yaml.safe_load((run_dir(settings) / "settings.yaml").read_text()) == other.model_dump(mode="json")
+
+
+def write_saved(settings: Settings, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A run folder whose settings.yaml another version has written."""
+    open_run(settings, "auto")
+    tree = settings.model_dump(mode="json")
+    change(tree)
+    path = run_dir(settings) / "settings.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_setting_that_is_newer_than_the_run_has_its_default_there(settings: Settings) -> None:
+    write_saved(settings, lambda tree: (tree["training"].pop("z_loss_weight"), tree["model"]["layers"][0].pop("sink")))
+    assert check_settings(run_dir(settings), settings) == []
+    with pytest.raises(UserError, match=r"\n  training.z_loss_weight: 0.0 there, 0.1 now\n"):
+        open_run(changed(settings, training__z_loss_weight=0.1), "auto")
+
+
+def test_a_setting_that_no_longer_exists_is_ignored_with_a_sentence(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_saved(
+        settings, lambda tree: (tree["training"].update(old=3), tree["model"]["layers"][0].update(odd=1))
+    )
+    assert open_run(settings, "auto") is None
+    said = capsys.readouterr().out
+    for key in ("training.old", "model.layers.0.odd"):
+        assert f"{path}: {key} is ignored, because this version has no such setting" in said
+    assert check_settings(run_dir(settings), settings) == []  # the file is written anew
+
+
+def test_saved_settings_that_this_version_cannot_read_are_a_sentence(settings: Settings) -> None:
+    path = write_saved(settings, lambda tree: tree["training"].update(max_steps="many", old=3))
+    with pytest.raises(
+        UserError, match=rf"{path}: this version can't read the settings of that run: training.max_steps"
+    ):
+        open_run(settings, "auto")
+
+
+def test_a_folder_without_saved_settings_fits_all_settings(settings: Settings) -> None:
+    open_run(settings, "auto")
+    (run_dir(settings) / "settings.yaml").unlink()
+    newest = save(settings, 1)
+    assert open_run(changed(settings, seed=7), "auto") == newest
 
 
 def test_a_checkpoint_of_another_run_is_taken_where_settings_agree_and_refused_with_their_names_where_not(
@@ -134,7 +211,9 @@ def test_a_checkpoint_of_another_run_is_taken_where_settings_agree_and_refused_w
     assert open_run(elsewhere, str(path)) == path
     (run_dir(settings) / "settings.yaml").unlink()  # a checkpoint that was carried elsewhere without its run
     assert open_run(elsewhere, str(path)) == path
-    with pytest.raises(UserError, match="was written by a run with other settings"):
+    with pytest.raises(
+        UserError, match=r"was written by a run with other settings(.|\n)*copy that run's settings.yaml"
+    ):
         open_run(changed(wider, run_dir=str(tmp_path / "third")), str(path))
 
 

@@ -1,0 +1,48 @@
+"""The work of a step: which head runs at which position."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.model.tiny import tiny_model
+from training.cross_entropy import Score
+from training.objective import Measured, Plan, Scorer, Tally, Target, step_flops, weighted_loss
+
+
+def test_relay_positions_are_charged_the_relay_head_and_not_the_vocabulary() -> None:
+    """The difference that scored positions make, against what torch counts."""
+    decoder = tiny_model([{"window": 5}])
+    scorer = Scorer(decoder, relay_values=3)
+    ids, plan = torch.arange(20).view(2, 10), Plan(rows=2, seq_len=10, micro_rows=2)
+
+    def counted(scored: int, relayed: int) -> int:
+        targets = {"text": Target(torch.arange(scored), torch.zeros(scored, dtype=torch.long))}
+        targets["relay"] = Target(torch.arange(relayed), torch.zeros(relayed, dtype=torch.long))
+        with FlopCounterMode(display=False) as counter:
+            weighted_loss(scorer(ids, None, targets), {"text": 1, "relay": 1}, {"text": 1, "relay": 1}, 1).backward()
+        return counter.get_total_flops()
+
+    def expected(scored: int, relayed: int) -> float:
+        return step_flops(decoder.config, plan, scored, relayed, relay_values=3)
+
+    assert counted(12, 5) - counted(7, 5) == expected(12, 5) - expected(7, 5)
+    assert counted(7, 9) - counted(7, 5) == expected(7, 9) - expected(7, 5)
+    assert step_flops(decoder.config, plan, 7) == expected(7, 0)
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_all_ranks_times_the_ranks() -> None:
+    scores = {term: Score(torch.tensor(total), torch.ones(1)) for term, total in (("answer", 6.0), ("text", 8.0))}
+    loss = weighted_loss(scores, {"answer": 1.0, "text": 0.5}, {"answer": 3.0, "text": 0.0}, ranks=2)
+    assert loss.item() == 2 * (6 / 3 + 0.5 * 8)
+
+
+def test_columns_are_means_by_term_and_by_task_where_there_are_several() -> None:
+    terms = {"answer": Tally(6.0, 2.0, 4.0), "text": Tally(0.0, 0.0, 0.0)}
+    measured = Measured(terms, {"needle": (1.0, 1.0), "keys": (1.0, 3.0)}, grad_norm=2.0)
+    assert measured.columns("recall") == {
+        "grad_norm_recall": 2.0, "loss_answer": 1.5, "accuracy_answer": 0.5, "loss_text_of_recall": 0.0,
+        "accuracy_text_of_recall": 0.0, "accuracy_needle": 1.0, "accuracy_keys": pytest.approx(1 / 3),
+    }  # fmt: skip
+    assert measured.finite
+    assert not Measured({"text": Tally(float("nan"), 0.0, 1.0)}, grad_norm=1.0).finite
+    assert not Measured({"text": Tally(1.0, 0.0, 1.0)}, grad_norm=float("inf")).finite

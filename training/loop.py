@@ -1,0 +1,274 @@
+"""A training run, in the order in which things happen:
+
+    1 data   2 model   3 run folder   4 objectives   5 optimizer   6 resume   7 loop   8 evaluate   9 save   10 export
+
+`train.py` reads the settings and calls `train`. Each step differentiates every objective (text, recall) at the same
+weights, then applies the sum of their updates. Every process runs this code; the main one decides and writes files.
+"""
+
+import gc
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from data.token_store import TokenStore, prepare_tokens
+from data.tokenizer import Tokenizer, prepare_tokenizer
+from model import hub
+from model.windows import reach
+from training.curriculum import Curriculum
+from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
+from training.optimizer import SummedOptimizer
+from training.probe import Probe
+from training.processes.parallel import Tensors, load_whole, spread, whole, whole_weights
+from training.processes.precision import DTYPES, make_deterministic, set_up_threads
+from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, sum_over_ranks
+from training.processes.signals import STOPPED, StopRequest
+from training.reporting.metrics import Metrics
+from training.reporting.nonfinite import keep_batch, stop_after
+from training.reporting.profiling import profiled
+from training.reporting.progress import TrainingProgress
+from training.run.checkpoint import load_state, prune, replace_export, save_checkpoint
+from training.run.folder import decide_once, open_run, run_dir
+from training.run.random_state import get_random_states, seed_everything, set_random_states
+from training.run.resume import FACTS_SAVED, State, check_checkpoint, check_same_batches
+from training.run.shards import stored_in_shards
+from training.schedule import interpolate, rate_factor
+from training.settings.schema import Settings
+from training.start import grow_from_run, new_decoder
+
+
+def train(settings: Settings, resume: str) -> int:
+    """Run or continue the training that `settings` describe. Returns the exit code; see train.py for `resume`.
+
+    Raises UserError for wrong input and TrainingFault where training can't go on.
+    """
+    with lost_rank_is_fault():
+        trainer = Trainer(settings, resume)
+        if not trainer.run():
+            return STOPPED
+        trainer.export()
+        return 0
+
+
+class Trainer:
+    """One run: set up or resumed by `__init__`, trained by `run`, exported by `export`."""
+
+    def __init__(self, settings: Settings, resume: str):
+        self.settings, self.dir = settings, run_dir(settings)
+        self.stop = StopRequest()
+        self.ranks = join_ranks()
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
+        set_up_threads(settings.training.num_threads, local_processes)
+        make_deterministic()
+
+        # 1. Data: the main process fills the cache, then every process reads it.
+        ask_main(lambda: self._cached_data() and None)
+        self.tokenizer, train_store, heldout_store = self._cached_data()
+
+        # 2. Model.
+        self.decoder = new_decoder(settings, self.tokenizer)
+        origin = grow_from_run(self.decoder, settings, self.tokenizer, resume)
+        self.config = self.decoder.config
+
+        # 3. Run folder: which checkpoint to resume, and what the first start decided.
+        checkpoint = ask_main(lambda: open_run(settings, resume))
+        stores, device = {"train": train_store, "heldout": heldout_store}, self.ranks.device
+        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, stores, device, checkpoint, origin.facts))
+
+        # 4. Objectives, and the probe that measures them during training.
+        seed_everything(settings.seed, self.ranks.process_index)
+        recall = settings.recall
+        farthest = reach(self.config.specs) or settings.data.seq_len
+        self.curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, farthest)
+        self.state, self.saved_step = State(curriculum=dict.fromkeys(recall.tasks, self.curriculum.start())), -1
+        vocabulary = task_vocabulary(settings, self.tokenizer) if recall.enabled else None
+        self.objectives = objectives(settings, train_store, vocabulary, self.curriculum, self.ranks.num_processes)
+        self.probe = Probe(settings, heldout_store, vocabulary, self.curriculum)
+
+        # 5. Optimizer, over the model as the processes share it.
+        self.relay_values = recall.values if recall.enabled and recall.relay_loss_weight else 0
+        self.scorer = Scorer(self.decoder, self.relay_values, settings.training.z_loss_weight)
+        if settings.training.activation_checkpointing:
+            self.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        if settings.training.compile:
+            self.decoder.compile_layers()
+        self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
+        names = [objective.name for objective in self.objectives]
+        muon_dtype = DTYPES[self.facts["precision"]]
+        self.optimizer = SummedOptimizer(self.scorer.named_parameters(), names, settings.training.optimizer, muon_dtype)
+
+        # 6. Resume.
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        elif origin.auxiliary:
+            load_whole(self.scorer.auxiliary(), origin.auxiliary)
+
+    def _cached_data(self) -> tuple[Tokenizer, TokenStore, TokenStore]:
+        tokenizer = prepare_tokenizer(self.settings)
+        return (tokenizer, *prepare_tokens(self.settings, tokenizer))
+
+    def _resume(self, path: Path) -> None:
+        saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
+        check_checkpoint(path, saved, self.facts)
+        load_whole(self.decoder.state_dict(), hub.load(path / "hf").state_dict())
+        self.optimizer.load_state_tensors(tensors)
+        load_whole(self.scorer.auxiliary(), tensors)
+        self.state = State.of(saved["progress"])
+        reached, last = self.state.distances, self.curriculum.last_distance
+        to_come = [dict.fromkeys(reached, distance) for distance in range(min(reached.values()), last + 1)]
+        check_same_batches(path, self.objectives, len(saved["random"]), to_come)
+        if self.ranks.process_index < len(saved["random"]):
+            set_random_states(saved["random"][self.ranks.process_index])
+        if path.parent.resolve() == (self.dir / "checkpoints").resolve():
+            self.saved_step = self.state.step
+        self.ranks.print(f"resumed {path} at step {self.state.step}")
+
+    # -- 7. loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train to the last step: True. Stopped by a signal, after a checkpoint: False."""
+        settings, main, step = self.settings.training, self.ranks.is_main_process, self.state.step
+        self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
+        self.progress = TrainingProgress(settings.max_steps, step, show=main)
+        profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
+        with self.metrics, self.progress, profile as after_step:
+            gc.collect()
+            gc.freeze()
+            gc.disable()  # a full collection during a step costs more than the loop's few cycles
+            self._start_clock()
+            while self.state.step < settings.max_steps:
+                if sum_over_ranks({"stop": float(bool(self.stop))})["stop"]:
+                    self._save()
+                    self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
+                    return False
+                self._step()
+                after_step()
+        return True
+
+    def _step(self) -> None:
+        """One update: differentiate every objective at the same weights, then apply the sum of their updates."""
+        step, settings = self.state.step, self.settings.training
+        weights = {o.name: interpolate(o.points, step, settings.max_steps) for o in self.objectives}
+        rate = settings.optimizer.lr * rate_factor(settings.schedule, step, settings.max_steps)
+        measured = {o.name: self._differentiate(o, step) for o in self.objectives if weights[o.name] > 0}
+        self.state.step += 1
+        if all(m.finite for m in measured.values()):
+            self.optimizer.step(rate, weights)
+            self.state.skipped_in_a_row = 0
+            if "recall" in measured:
+                for task, answered in measured["recall"].answered.items():
+                    self.state.curriculum[task] = self.curriculum.advance(self.state.curriculum[task], *answered)
+        else:
+            self._skip(measured)
+
+        step, last = self.state.step, self.state.step == settings.max_steps
+        if step % settings.log_every_steps == 0 or last or self.progress.first_step + 1 == step:
+            self._log(measured, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
+        if step % settings.validate_every_steps == 0 or last:
+            self._evaluate()
+        if step % settings.save_every_steps == 0 or last:
+            self._save()
+        self.progress.advance(step)
+
+    def _differentiate(self, objective: Objective, step: int) -> Measured:
+        """Compute one objective's gradients, clip them, and set them aside until the update."""
+        distances = self.state.distances
+        measured = differentiate(objective, self.accelerator, self.wrapped, step, distances)
+        measured.grad_norm = float(self.optimizer.take(objective.name, objective.max_grad_norm))
+        plan, counts = objective.plan(distances), {term: tally.count for term, tally in measured.terms.items()}
+        relayed = counts.pop("relay", 0)
+        self.state.tokens += plan.tokens
+        self.tokens += plan.tokens
+        self.flops += step_flops(self.config, plan, sum(counts.values()), relayed, self.relay_values)
+        return measured
+
+    def _skip(self, measured: dict[str, Measured]) -> None:
+        """Drop the update, so that a loss or gradient that is not finite never reaches the weights."""
+        self.optimizer.drop()
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        step, distances, in_a_row = self.state.step, self.state.distances, self.state.skipped_in_a_row
+        for objective in self.objectives:
+            name = objective.name
+            if name in measured and not measured[name].finite:
+                saved = keep_batch(self.dir, objective, measured[name], step - 1, distances, self.tokenizer)
+                self.progress.say(f"step {step} skipped: loss or gradient of {name} is not finite; {saved}")
+                self.metrics.write("skipped", step, objective=name, in_a_row=in_a_row)
+        stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
+
+    def _start_clock(self) -> None:
+        self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
+
+    def _log(self, measured: dict[str, Measured], schedule: dict[str, float]) -> None:
+        seconds, state = time.perf_counter() - self.began, self.state
+        rate = self.tokens / seconds
+        mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
+        columns = {k: v for name, m in measured.items() for k, v in m.columns(name).items()}
+        self.metrics.write(
+            "train", state.step, **columns, **schedule, **state.columns(), horizon=state.horizon,
+            tokens=state.tokens, tokens_per_second=rate, mfu=mfu, skipped=state.skipped,
+        )  # fmt: skip
+        losses = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in columns.items() if k.startswith("loss_"))
+        distances = "/".join(map(str, state.distances.values()))
+        recall = f"  D {distances}  horizon {state.horizon}" if self.settings.recall.enabled else ""
+        self.progress.figures(state.step, f"{losses}  {rate:,.0f} tok/s  MFU {mfu:.1%}{recall}")
+        self._start_clock()
+
+    # -- 8. evaluate --------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Measure held-out text and recall; every rank measures its share. The clock stands still meanwhile."""
+        paused = time.perf_counter()
+        with whole(self.accelerator, self.wrapped):
+            bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
+        self.state.validation_bits_per_byte, self.state.horizon = bits, recall.horizon
+        self.metrics.write("validation", self.state.step, bits_per_byte=bits)
+        if recall:
+            self.metrics.write("probe", self.state.step, **recall.columns())
+        self.progress.say(f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{recall}")
+        self.began += time.perf_counter() - paused
+
+    # -- 9. save ------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Save a checkpoint: every rank sends its random state, the main process writes. The clock stands still."""
+        if self.state.step == self.saved_step:
+            return
+        paused = time.perf_counter()
+        state = {"progress": asdict(self.state), "random": gather_object([get_random_states()])}
+        state |= {name: self.facts[name] for name in FACTS_SAVED}
+        weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
+        stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
+        ask_main(lambda: self._write_checkpoint(state, weights, stored))
+        self.saved_step = self.state.step
+        gc.collect()
+        self.began += time.perf_counter() - paused
+
+    def _write_checkpoint(self, state: dict[str, Any], weights: Tensors, stored: Tensors | Path) -> None:
+        save_checkpoint(self.dir, self.state.step, state, stored, lambda folder: self._write_hf(weights, folder))
+        prune(self.dir, self.settings.training.keep_checkpoints)
+
+    def _write_hf(self, weights: Tensors, folder: Path) -> None:
+        """A Hugging Face checkpoint with its tokenizer, without the relay head."""
+        hub.save_hf(self.decoder, folder, weights)
+        self.tokenizer.save(folder)
+
+    # -- 10. export ---------------------------------------------------------------------------------------------------
+
+    def export(self) -> None:
+        """Write the last weights to runs/NAME/hf and print where everything is."""
+        weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        ask_main(lambda: replace_export(self.dir / "hf", lambda folder: self._write_hf(weights, folder)))
+        s, R = self.state, reach(self.config.specs)
+        self.ranks.print(
+            f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"
+            f"held-out text  {s.validation_bits_per_byte or math.nan:.3f} bits per byte\n"
+            + (f"recall horizon {s.horizon} tokens of R = {R or 'unbounded'}\n" if self.settings.recall.enabled else "")
+            + f"run folder     {self.dir}\nexport         {self.dir / 'hf'}"
+        )
