@@ -128,11 +128,11 @@ def _put_both(tmp_path):
         patch.setattr(Path, "exists", lambda path: False)
 
 
-def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(make_settings):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(make_settings):
     check_vocabulary(400, 400)
     check_vocabulary(400, 512)
     check_vocabulary(400, None)
-    with pytest.raises(UserError, match=r"tokenizer has 400 pieces but model\.vocab_size is 399; leave"):
+    with pytest.raises(UserError, match=r"tokenizer has 400 tokens but model\.vocab_size is 399; leave"):
         prepared(make_settings(vocab_size=399))
 
 
