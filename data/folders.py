@@ -1,6 +1,7 @@
-"""Cache folders that appear complete or not at all."""
+"""Cache folders that appear complete or not at all, and hashes of files."""
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -9,6 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.errors import UserError
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -28,10 +35,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
         yield aside
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(aside, folder)
-    except OSError as error:
-        # Another process was faster. Folders are named by a fingerprint of their content, so it wrote the same.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
+        try:
+            os.replace(aside, folder)
+        except OSError as error:
+            # Another process was faster. Folders are named by a fingerprint of their content, so it wrote the same.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -17,7 +17,7 @@ class Strict(BaseModel):
     """A frozen section of settings that refuses unknown keys and values of the wrong type."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -25,8 +25,7 @@ class TokenizerSettings(Strict):
     """A sentencepiece model: trained on the training text, or a given file."""
 
     model_file: str | None = None
-    """Path of a sentencepiece `.model` file (BPE). Default: a tokenizer is trained on the training text. Set it to
-    use a published vocabulary such as Mistral's."""
+    """Path of a sentencepiece `.model` file (BPE), such as Mistral's. Default: one is trained on the training text."""
     vocab_size: PositiveInt = 2048
     """Number of tokens of a trained tokenizer, the 34 recall tokens included. Raise it for larger models."""
 
@@ -47,7 +46,7 @@ class HubSettings(Strict):
     streaming: bool = False
     """Whether rows are read during the download, without a copy on disk. Set it for data sets larger than the disk."""
     max_documents: PositiveInt | None = None
-    """Number of documents read from each split. Default: all. Set it to use the first part of a large data set."""
+    """Number of documents to read from each split. Default: all. Set it to read only the start of a large data set."""
 
 
 class DataSettings(Strict):
@@ -88,20 +87,18 @@ class RowSettings(Strict):
     """How recall rows for training are laid out. D is the largest distance that the curriculum allows at a step."""
 
     single_share: Fraction = 0.5
-    """Share of the recall rows that hold one question with its query at the end, as in evaluation. The other rows
-    hold as many questions as fit."""
+    """Share of the recall rows with one question, at the end, as in evaluation. The other rows hold as many as fit."""
     short_share: Fraction = 0.2
     """Share of the questions whose distance is drawn from 1 to `short_distance` instead of 1 to D."""
     short_distance: PositiveInt = 16
     """Largest short distance in tokens. The window W is a good value."""
     long_share: Fraction = 0.0
-    """Share of the questions at exactly distance D. Raise it for deep stacks, whose last layers matter only at D. The
-    sum with `short_share` is at most 1."""
+    """Share of the questions at exactly distance D. Raise it for deep stacks. At most 1 - `short_share`."""
     relay_share: Fraction = 1 / 9
     """Share of the filler tokens between value and query at which the relay head is trained."""
     relay_pace: PositiveFloat | None = None
-    """Tokens that a value is expected to move with each layer. After layer l the relay head is trained up to
-    l x pace tokens behind the value. Default: only after the last layer. At most W - 1 is possible."""
+    """Tokens that a value should move with each layer, at most W - 1: the relay head is trained after every layer l, up
+    to l x pace tokens behind the value. Default: it is trained after the last layer alone."""
 
 
 class RowRules(RowSettings):

@@ -15,14 +15,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data.folders import sha256_of
 from data.novels import BOOKS, novels
-from data.settings import DataSettings, HubSettings
+from data.settings import DataSettings
 from model.errors import UserError
 
 SPLITS = ("train", "heldout")
 HELDOUT_EVERY = 20  # documents
 # The builder of `datasets` for each suffix of a table, in any case, with or without .gz. Other files are text.
 TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_CHECKED = "training.settings.consistency requires data.hub for this source"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def source_fingerprint(data: DataSettings, split: str) -> str:
         paths, every = _split_files(data, split)
         parts += [data.text_column, every, [(_table_suffix(path) or path.suffix, _hash_file(path)) for path in paths]]
     else:
-        hub = _hub_settings(data)
+        hub = data.hub
+        assert hub is not None, _CHECKED
         local = sorted(path for path in Path(hub.name).rglob("*") if path.is_file())
         parts += [hub.model_dump(), [_hash_file(path) for path in local]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -87,8 +90,6 @@ def _split_files(data: DataSettings, split: str) -> tuple[list[Path], int | None
 
 def _expand(patterns: list[str], setting: str) -> list[Path]:
     """The files of the patterns, in order. Every pattern must match a file."""
-    if not patterns:
-        raise UserError(f"{setting} is empty and data.source is 'files'; name text, jsonl, csv or parquet files")
     paths: list[Path] = []
     for pattern in patterns:
         names = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # a file's own name may look like a pattern
@@ -137,16 +138,11 @@ def _table(builder: str, path: Path) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def _hub_settings(data: DataSettings) -> HubSettings:
-    if data.hub is None:
-        raise UserError("data.source is 'hub' and data.hub is missing; give at least data.hub.name")
-    return data.hub
-
-
 def _hub(data: DataSettings, split: str) -> Iterator[Document]:
     import datasets
 
-    hub = _hub_settings(data)
+    hub = data.hub
+    assert hub is not None, _CHECKED
     name = hub.train_split if split == "train" else hub.heldout_split
     try:
         rows = datasets.load_dataset(hub.name, hub.config, split=name, streaming=hub.streaming)
@@ -172,10 +168,9 @@ def _rows(rows: Iterable[dict[str, Any]], column: str, name: str, setting: str) 
 
 
 def _no_text(data: DataSettings, split: str) -> str:
-    if data.source == "hub":
-        hub = _hub_settings(data)
+    if data.hub is not None:
         setting = "data.hub.train_split" if split == "train" else "data.hub.heldout_split"
-        return f"{setting}: this split of {hub.name!r} has no text; name another split"
+        return f"{setting}: this split of {data.hub.name!r} has no text; name another split"
     if split == "heldout" and not data.heldout_files:
         return (
             f"data.heldout_files is empty and data.train_files {data.train_files} have fewer than {HELDOUT_EVERY} "
@@ -187,8 +182,7 @@ def _no_text(data: DataSettings, split: str) -> str:
 
 def _hash_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UserError(f"{str(path)!r} can't be read: {error.strerror}") from error
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.folders import written_whole
+from data.folders import sha256_of, written_whole
 from data.settings import RunSettings
 from data.sources import SPLITS, Document, documents, source_fingerprint
 from model.errors import UserError
@@ -100,10 +100,7 @@ def _intact_index(folder: Path) -> dict[str, Any] | None:
     """The index of a folder whose files have the hashes in it; None if the folder must be written (again)."""
     try:
         index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        for split in SPLITS:
-            with (folder / f"{split}.bin").open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != index[split]["sha256"]:
-                    return None
+        intact = all(index[split]["sha256"] == sha256_of(folder / f"{split}.bin") for split in SPLITS)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-    return index
+    return index if intact else None

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from data.folders import written_whole
+from data.folders import sha256_of, written_whole
 from data.settings import RunSettings
 from data.sources import documents, source_fingerprint
 from data.tasks.vocabulary import RESERVED
@@ -122,8 +122,7 @@ def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
 
 def _is_intact(folder: Path) -> bool:
     try:
-        expected = (folder / "sha256").read_text(encoding="ascii")
-        return hashlib.sha256((folder / FILE).read_bytes()).hexdigest() == expected
+        return sha256_of(folder / FILE) == (folder / "sha256").read_text(encoding="ascii")
     except (FileNotFoundError, NotADirectoryError):
         return False
 

@@ -54,10 +54,6 @@ class RecallItem:
         """The token that decides the answer."""
         return self.tokens[self.value_position]
 
-    @property
-    def counterfactual_value(self) -> int:
-        return self.counterfactual_tokens[self.value_position]
-
 
 @dataclass(frozen=True)
 class RecallRows:
@@ -123,7 +119,10 @@ def item(
     """
     _check_fits(task, vocab, total_length, distance, options, distractors)
     if isinstance(filler, TokenStore):
-        filler = _haystack(TASKS[task].noise, rng, filler, vocab, total_length)
+        if TASKS[task].noise:
+            filler = vocab.plain[rng.integers(len(vocab.plain), size=total_length)]
+        else:
+            filler = filler.tokens[int(rng.integers(filler_room(filler, total_length))) :]
     haystack = clean_filler(np.asarray(filler[:total_length], dtype=np.int64), vocab)
     assert len(haystack) == total_length, "the haystack is shorter than the item"
     draws = ItemDraws(rng)
@@ -164,15 +163,6 @@ def _check_fits(
         raise UserError(
             f"{task} needs rows of at least {size.least} tokens, not {length}; use a longer row or smaller questions"
         )
-
-
-def _haystack(
-    noise: bool, rng: np.random.Generator, store: TokenStore, vocab: RecallVocabulary, length: int
-) -> IntArray:
-    if noise:
-        return vocab.plain[rng.integers(len(vocab.plain), size=length)]
-    start = int(rng.integers(filler_room(store, length)))
-    return store.tokens[start : start + length].astype(np.int64)
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -9,21 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from data.settings import (
-    DataSettings,
-    Fraction,
-    PositiveInt,
-    QuestionSettings,
-    RowSettings,
-    Strict,
-    TaskName,
-)
+from data.settings import DataSettings, Fraction, PositiveInt, QuestionSettings, RowSettings, Strict, TaskName
 
 NonNegative = Annotated[float, Field(ge=0.0)]
-Points = Annotated[
-    list[Annotated[tuple[Fraction, NonNegative], Field(strict=False)]],  # YAML has lists, no tuples
-    Field(min_length=1),
-]
+Point = Annotated[tuple[Fraction, NonNegative], Field(strict=False)]  # YAML has lists, no tuples
+Points = Annotated[list[Point], Field(min_length=1)]
 
 
 class LayerSettings(Strict):
@@ -58,8 +48,8 @@ class InitSettings(Strict):
     copy_first_layer: bool = False
     """Whether all layers start as copies of the first one. Deep stacks then learn the first hop in fewer steps."""
     grow_from: str | None = None
-    """Run folder of a finished, shallower model whose trained layers are repeated to start this one. Default: random
-    weights. Use it to reach depths that don't train from scratch."""
+    """Run folder of a finished, shallower model whose layers are repeated to start this one. Default: random weights.
+    Use it for depths that don't train from scratch."""
 
 
 class ModelSettings(Strict):
@@ -118,8 +108,8 @@ class CurriculumSettings(Strict):
     smoothing: Fraction = 0.9
     """Weight of earlier steps in the running accuracy. 0 uses the current step alone."""
     row_lengths: list[PositiveInt] = Field(default_factory=list)
-    """Shorter recall rows, in tokens, for small D: a step uses the shortest that holds D + 2W. Saves time early in the
-    run. Each length is compiled once."""
+    """Lengths of shorter recall rows in tokens, to save time while D is small. A step uses the shortest length of at
+    least D + 2W. Each length is compiled once."""
     larger_batches: list[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]] = Field(default_factory=list)
     """Pairs [distance, factor]. From that D on, a step has `factor` times as many recall tokens."""
 
