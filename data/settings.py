@@ -1,7 +1,7 @@
 """Settings of the data: where text comes from, the tokenizer, and how recall rows and their questions are drawn.
 
 `training.settings.schema` puts them into the settings of a run, as `data`, `recall.rows` and `recall.questions`.
-The text below a field is its description in configs/base.yaml, in docs/configs.md and in editors.
+The text below a field or a class is its description in configs/base.yaml, in docs/configs.md and in editors.
 """
 
 from typing import Annotated, Any, Literal, Protocol
@@ -22,7 +22,7 @@ class Strict(BaseModel):
 
 
 class TokenizerSettings(Strict):
-    """A sentencepiece model: trained on the training text, or a given file."""
+    """The tokenizer, a sentencepiece model: trained on the training text, or a given file."""
 
     model_file: str | None = None
     """Path of a sentencepiece `.model` file (BPE), such as Mistral's. Default: one is trained on the training text."""
@@ -31,7 +31,7 @@ class TokenizerSettings(Strict):
 
 
 class HubSettings(Strict):
-    """A data set that `datasets.load_dataset` reads."""
+    """A data set that `datasets.load_dataset` reads, for `source: hub`."""
 
     name: str = Field(examples=["wikitext"])
     """Name of the data set on the hub, or path of a local folder, as `load_dataset` accepts it."""
@@ -50,7 +50,7 @@ class HubSettings(Strict):
 
 
 class DataSettings(Strict):
-    """Where the text comes from and how it is packed."""
+    """The text: where it comes from and how it is packed."""
 
     source: Literal["novels", "files", "hub"] = "novels"
     """Where the text comes from. novels: eight public-domain books that pip fetches once. files: `train_files` and
@@ -63,9 +63,7 @@ class DataSettings(Strict):
     text_column: str = "text"
     """Column that holds the text in jsonl, json, csv and parquet files."""
     hub: HubSettings | None = None
-    """A data set to read with the package `datasets`, for `source: hub`."""
     tokenizer: TokenizerSettings = TokenizerSettings()
-    """The tokenizer."""
     cache_dir: str = ".cache/data"
     """Folder for the trained tokenizer and the encoded text. Both are reused while the text stays the same."""
     seq_len: PositiveInt = 512
@@ -84,7 +82,7 @@ class RunSettings(Protocol):
 
 
 class RowSettings(Strict):
-    """How recall rows for training are laid out. D is the largest distance that the curriculum allows at a step."""
+    """Layout of recall rows in training. D is the largest distance that the curriculum allows at a step."""
 
     single_share: Fraction = 0.5
     """Share of the recall rows with one question, at the end, as in evaluation. The other rows hold as many as fit."""

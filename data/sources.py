@@ -76,7 +76,7 @@ def _novels(data: DataSettings, split: str) -> Iterator[Document]:
 
 def _files(data: DataSettings, split: str) -> Iterator[Document]:
     paths, every = _split_files(data, split)
-    for i, document in enumerate(_read_files(paths, data.text_column)):
+    for i, document in enumerate(document for path in paths for document in _read(path, data.text_column)):
         if every is None or (i % every == every - 1) == (split == "heldout"):
             yield document
 
@@ -100,23 +100,19 @@ def _expand(patterns: list[str], setting: str) -> list[Path]:
     return paths
 
 
-def _read_files(paths: Iterable[Path], column: str) -> Iterator[Document]:
-    for path in paths:
-        if suffix := _table_suffix(path):
-            yield from _rows(_table(TABLES[suffix], path), column, path.name, "data.text_column")
-        else:
-            yield Document(path.name, _read_text(path))
-
-
 def _table_suffix(path: Path) -> str | None:
     """`.jsonl` for a.JSONL and for a.jsonl.gz; None for a text file."""
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in TABLES if name.endswith(suffix)), None)
 
 
-def _read_text(path: Path) -> str:
+def _read(path: Path, column: str) -> Iterator[Document]:
+    """The documents of a file."""
+    if suffix := _table_suffix(path):
+        yield from _rows(_table(TABLES[suffix], path), column, path.name, "data.text_column")
+        return
     try:
-        return path.read_text(encoding="utf-8-sig")
+        yield Document(path.name, path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(
             f"data.train_files, data.heldout_files: {str(path)!r} can't be read as UTF-8 text: {error}; "

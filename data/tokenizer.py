@@ -160,32 +160,29 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
     """The `tokenizers` version of a BPE sentencepiece model, which gives the same ids."""
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
     proto = _parsed(model)
     assert _is_bpe(proto), "load_tokenizer accepts BPE models only"
+    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     converted = Tokenizer(
-        BPE(
-            vocab={piece.piece: i for i, piece in enumerate(proto.pieces)},
-            merges=_merges(proto),
-            unk_token=proto.trainer_spec.unk_piece,
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-        )
+        BPE(vocab, _merges(proto), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
     )
-    converted.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
-    strip = [decoders.Strip(content=" ", left=1)] if proto.normalizer_spec.add_dummy_prefix else []
-    converted.decoder = decoders.Sequence(
-        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    converted.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
-            for piece in proto.pieces
-            if piece.type in (_CONTROL, _USER_DEFINED)
-        ]
-    )
+    # What sentencepiece does to text before it looks for tokens, in its order.
+    converted.normalizer = normalizers.Sequence([
+        *([normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []),
+        *([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] if spec.remove_extra_whitespaces else []),
+        *([normalizers.Prepend(_BLANK)] if spec.add_dummy_prefix else []),
+        normalizers.Replace(" ", _BLANK),
+    ])  # fmt: skip
+    converted.decoder = decoders.Sequence([
+        decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(),
+        *([decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []),
+    ])  # fmt: skip
+    added = [piece for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)]
+    converted.add_tokens([AddedToken(p.piece, normalized=False, special=p.type == _CONTROL) for p in added])
     return converted
 
 
@@ -198,20 +195,6 @@ def _parsed(model: bytes) -> Any:
 
 def _is_bpe(proto: Any) -> bool:
     return bool(proto.trainer_spec.model_type == proto.trainer_spec.BPE)
-
-
-def _normalizers(spec: Any) -> "list[tokenizers.normalizers.Normalizer]":
-    """What sentencepiece does to text before it looks for tokens, in its order."""
-    from tokenizers import Regex, normalizers
-
-    steps: list[normalizers.Normalizer] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_BLANK))
-    return [*steps, normalizers.Replace(" ", _BLANK)]
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:

@@ -63,9 +63,6 @@ class Keys(Task):
         pair = needle + 2
         return Size(nearest=query + 1, before=pair, least=pair * (options.pairs + 2) + query + 1)
 
-    def most(self, n_values: int, n_keys: int) -> int:
-        return min(n_keys, n_values - 1)
-
 
 class Induction(Task):
     """A random span is repeated and breaks off after a key; the model must continue it. No marker announces it.
@@ -92,9 +89,6 @@ class Induction(Task):
     def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
         tokens = 2 * options.span_pairs
         return Size(nearest=tokens - 1, before=tokens, least=2 * tokens - 1)
-
-    def most(self, n_values: int, n_keys: int) -> int:
-        return min(n_keys, n_values - 1)
 
 
 def _repeated(span: IntArray, tokens: IntArray) -> tuple[IntArray, IntArray]:

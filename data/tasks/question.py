@@ -76,7 +76,7 @@ class Task(ABC):
 
     def most(self, n_values: int, n_keys: int) -> int | None:
         """Largest `option` that so many values and keys allow; None if the task has no option."""
-        return None
+        return min(n_keys, n_values - 1) if self.option else None
 
     def seen(self, options: TaskOptions) -> int:
         """Number of candidate answers in the context: naming any of them is right once in `seen` times."""

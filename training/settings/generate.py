@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from training.settings.problems import all_fields, described, section_of
@@ -61,43 +62,32 @@ def _rows() -> Iterator[str]:
     for path, info in all_fields(Settings):
         if section_of(info.annotation):
             yield f"| **`{path}`** | | {described(info)} |"
-        else:
-            choices = ", ".join(f"`{c}`" for c in _choices(info))
-            default = "required" if info.is_required() else f"`{_flow(_default(info))}`"
-            cell = "" if default in ("`null`", "`[]`") else f" {default}"
-            yield f"| `{path}` |{cell} | {choices}{'. ' if choices else ''}{described(info)} |"
-
-
-def _base_lines() -> Iterator[str]:
-    """Lines of configs/base.yaml below its head. A section that is absent by default is shown as null."""
-    absent, in_item = "-", False
-    for path, info in all_fields(Settings):
-        if path.startswith(f"{absent}."):
             continue
-        *parents, name = path.split(".")
-        first, in_item = "N" in parents and not in_item, "N" in parents
-        indent, key_indent = "  " * (len(parents) - first), "  " * (len(parents) - first) + "- " * first
+        default = info.get_default(call_default_factory=True)
+        cell = " required" if info.is_required() else "" if default in (None, []) else f" `{_flow(default)}`"
+        choices = ", ".join(f"`{choice}`" for choice in _choices(info))
+        yield f"| `{path}` |{cell} | {choices}{'. ' if choices else ''}{described(info)} |"
+
+
+def _base_lines(model: type[BaseModel] = Settings, depth: int = 0) -> Iterator[str]:
+    """Lines of a section of configs/base.yaml: the description of each setting, then its default or example."""
+    indent = "  " * depth
+    for name, info in model.model_fields.items():
+        section = section_of(info.annotation)
+        value = info.examples[0] if info.examples else info.get_default(call_default_factory=True)
         choices = f"{' | '.join(_choices(info))}. " if _choices(info) else ""
-        comment = f"{'(example) ' if _is_example(info) else ''}{choices}{described(info)}"
-        yield from [""] if not parents and section_of(info.annotation) else []
-        yield from textwrap.wrap(comment, 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-        if section_of(info.annotation) and _default(info) is not None:
-            yield f"{key_indent}{name}:"
+        comment = f"{indent}# {'(example) ' if info.examples else ''}{choices}{described(info)}"
+        yield from [""] if section and depth == 0 else []
+        yield from textwrap.wrap(comment, 118, subsequent_indent=f"{indent}# ")
+        if section is None or value is None:
+            yield f"{indent}{name}: {_flow(value)}"
+        elif get_origin(info.annotation) is list:
+            first, *others = _base_lines(section, depth + 2)
+            yield f"{indent}{name}:\n{indent}  - {first.strip()}"
+            yield from others
         else:
-            absent = path if section_of(info.annotation) else absent
-            yield f"{key_indent}{name}: {_flow(_default(info))}"
-
-
-def _is_example(info: FieldInfo) -> bool:
-    return info.is_required() and section_of(info.annotation) is None
-
-
-def _default(info: FieldInfo) -> Any:
-    """The default, or the example of a required setting. Required sections have neither."""
-    if info.is_required():
-        return (info.examples or [...])[0]
-    default = info.get_default(call_default_factory=True)
-    return ... if default is not None and section_of(info.annotation) else default
+            yield f"{indent}{name}:"
+            yield from _base_lines(section, depth + 1)
 
 
 def _choices(info: FieldInfo) -> tuple[str, ...]:

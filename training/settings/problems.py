@@ -127,8 +127,8 @@ def _nearest_key(keys: Keys, beside: dict[str, FieldInfo], root: type[BaseModel]
 
 
 def described(info: FieldInfo) -> str:
-    """The description of a setting, on one line."""
-    return " ".join((info.description or "").split())
+    """The description of a setting on one line; for a section, that of its class."""
+    return " ".join((info.description or (section_of(info.annotation) or object).__doc__ or "").split())
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -1,8 +1,8 @@
 """The settings of a run: one frozen, validated object that is read from YAML.
 
-The text below a field is its description in configs/base.yaml, in docs/configs.md and in editors. After a change here
-or in data/settings.py run `python -m training.settings.generate`. `config_file.py` reads the files, `problems.py` words
-the mistakes, and `consistency.py` checks settings against each other.
+The text below a field or a class is its description in configs/base.yaml, docs/configs.md and editors. After a change
+here or in data/settings.py run `python -m training.settings.generate`. `config_file.py` reads the files, `problems.py`
+words the mistakes, and `consistency.py` checks settings against each other.
 """
 
 from typing import Annotated, Literal
@@ -37,7 +37,7 @@ class LayerSettings(Strict):
 
 
 class InitSettings(Strict):
-    """How the weights are initialised."""
+    """Initial weights: drawn at random, or grown from a shallower run."""
 
     std: PositiveFloat | None = None
     """Standard deviation of the weight matrices. Default: 1/sqrt(inputs) of each matrix."""
@@ -86,7 +86,6 @@ class ModelSettings(Strict):
     attention_backend: Literal["auto", "reference", "blocked", "flex", "flash", "xformers"] = "auto"
     """Which implementation computes attention. auto: `flex` on CUDA where triton is installed, else `blocked`."""
     init: InitSettings = InitSettings()
-    """Initial weights: drawn at random, or grown from a shallower run."""
 
     @property
     def head_size(self) -> int:
@@ -126,7 +125,6 @@ class RecallSettings(Strict):
     keys: PositiveInt = 32
     """Number of rare words that serve as keys, variables and rules. The needle tasks use none."""
     questions: QuestionSettings = QuestionSettings()
-    """Size of the questions of each task."""
     seq_len: PositiveInt | None = None
     """Length of a recall row in tokens at the last D. Default: last D + 2W."""
     answer_loss_weight: PositiveFloat = 1.0
@@ -142,9 +140,7 @@ class RecallSettings(Strict):
     max_grad_norm: PositiveFloat | None = None
     """Norm to which the recall gradient is clipped. Default: `training.optimizer.max_grad_norm`."""
     rows: RowSettings = RowSettings()
-    """How recall rows for training are laid out."""
     curriculum: CurriculumSettings = CurriculumSettings()
-    """How distances grow during the run."""
 
 
 class OptimizerSettings(Strict):
@@ -167,7 +163,7 @@ class OptimizerSettings(Strict):
 
 
 class ScheduleSettings(Strict):
-    """Learning rate as a pure function of the step."""
+    """Learning rate over the run, a pure function of the step."""
 
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
     """Shape after the warm-up. wsd: constant, then a linear decay. cosine: half a cosine. constant: no decay."""
@@ -180,7 +176,7 @@ class ScheduleSettings(Strict):
 
 
 class ProfileSettings(Strict):
-    """Steps that torch.profiler records."""
+    """Steps to record with torch.profiler. Default: none."""
 
     start_step: int = Field(ge=0, le=2**53, examples=[20])
     """First step to record, counted from 0. Let a run compile and warm up first."""
@@ -212,11 +208,8 @@ class TrainingSettings(Strict):
     max_skipped_steps: PositiveInt = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    """The optimizer."""
     schedule: ScheduleSettings = ScheduleSettings()
-    """Learning rate over the run."""
     profile: ProfileSettings | None = None
-    """Steps to record with torch.profiler. Default: none."""
     log_every_steps: PositiveInt = 10
     """Steps between two log lines."""
     validate_every_steps: PositiveInt = 200
@@ -252,12 +245,7 @@ class Settings(Strict):
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """Seed of the initial weights, the order of the text and the recall rows."""
     model: ModelSettings
-    """The decoder."""
     data: DataSettings = DataSettings()
-    """The text."""
     recall: RecallSettings = RecallSettings()
-    """Recall rows in the training data."""
     training: TrainingSettings
-    """The training loop."""
     tracking: TrackingSettings = TrackingSettings()
-    """Metrics."""

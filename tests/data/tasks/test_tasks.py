@@ -111,6 +111,14 @@ def test_older_needles_do_not_change_the_answer_and_stand_before_the_needle(draw
     assert (np.diff(np.flatnonzero(np.isin(between, vocab.plain))) == 1).all()
 
 
+def test_an_older_needle_may_stand_immediately_before_the_needle():
+    vocab = RecallVocabulary((90,), (91,), tuple(range(92, 100)), np.arange(60), tuple(range(60, 80)))
+    options = TaskOptions(span_pairs=1)
+    made = item("induction", np.random.default_rng(0), haystack(vocab, 5, 0), vocab, 5, 1, options, distractors=1)
+    assert np.isin(made.tokens, vocab.reserved).all()  # two needles of two tokens, and the query
+    assert solve("induction", made.tokens, vocab, options) == made.answer == made.tokens[3]
+
+
 @given(items())
 @settings(deadline=None)
 def test_members_of_a_pair_differ_in_the_deciding_token_alone_and_that_stands_at_the_distance(drawn):
