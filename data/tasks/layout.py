@@ -251,8 +251,8 @@ def _relays(
 def _relay_layers(draws: Draws, age: IntArray, rules: RowRules) -> IntArray:
     """(B, T) the layer after which a filler `age` tokens behind its value is read; 0 where no layer can know it.
 
-    Without a pace that is the last layer. With a pace it is any layer that the value can have reached, more often an
-    early one, because those are at the front of the wave.
+    Without a pace that is the last layer. With a pace it is drawn among the layers that the value can have reached,
+    early ones more often than late ones.
     """
     if rules.relay_pace is None:
         return np.full_like(age, rules.layers)
