@@ -68,21 +68,36 @@ _EXPECTED = {
 }
 
 
-def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings) -> Iterator[Problem]:
-    """One problem for each of pydantic's errors; `root` is the class that raised them."""
+def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings) -> list[Problem]:
+    """One problem for each wrong key of `tree`, from pydantic's errors; `root` is the class that raised them."""
+    problems: dict[Keys, Problem] = {}
     for error in errors.errors(include_url=False):
-        keys = tuple(k for k in error["loc"] if k != "[key]")
+        keys = _keys(error["loc"], tree)
+        at = error["loc"] if "[key]" in error["loc"] else keys  # a wrong key of a dict and its wrong value are two
         kind, value, facts = error["type"], error["input"], error.get("ctx", {})
         beside = _section_at(keys[:-1], root)
         if kind == "extra_forbidden":
-            yield Problem(keys, value, "unknown key", _nearest_key(keys, beside, root))
+            problems[at] = Problem(keys, value, "unknown key", _nearest_key(keys, beside, root))
         elif kind == "missing":
             info = beside.get(str(keys[-1]))
             what = described(info).partition(". ")[0].rstrip(".") if info else "it has no default"
-            yield Problem(keys, ABSENT, f"missing: {what}", "add it")
+            problems[at] = Problem(keys, ABSENT, f"missing: {what}", "add it")
         else:
             expected = _EXPECTED.get(kind, error["msg"]).format(**facts)
-            yield Problem(keys, value, f"expected {expected}", _remedy(kind, value, facts))
+            before = f"{problems[at].what} or " if at in problems else "expected "  # one of several types
+            problems[at] = Problem(keys, value, before + expected, _remedy(kind, value, facts))
+    return list(problems.values())
+
+
+def _keys(loc: Keys, tree: Any) -> Keys:
+    """The keys in pydantic's location, without its names for the types of a union."""
+    keys: Keys = ()
+    for key in loc:
+        if isinstance(tree, dict) and key != "[key]":
+            keys, tree = (*keys, key), tree.get(key)
+        elif isinstance(key, int):
+            keys, tree = (*keys, key), tree[key] if isinstance(tree, list) and key < len(tree) else None
+    return keys
 
 
 def _remedy(kind: str, value: Any, facts: dict[str, Any]) -> str:

@@ -163,6 +163,11 @@ training: {max_steps: many, lr: 3e-4, optimizer: {lr: 0}, schedule: {kind: cosin
         ("recall.questions.rules=1", "expected at least 2"),
         ("recall.weight=[[0, 1, 2]]", "recall.weight.0 = [0, 1, 2]"),
         ("recall.weight=[]", "expected at least 1 of them"),
+        (
+            "recall.curriculum.start_distance=lst",
+            "recall.curriculum.start_distance = 'lst'  (override recall.curriculum.start_distance=lst)\n"
+            "    expected a whole number or one of 'last'; did you mean last?",
+        ),
         ("name.x=3", "name is text, not a section; use name=value"),
         ("model.layrs.0.kind=full", "unknown key; did you mean model.layers?"),
         ("data.hub={}", "data.hub.name  (override data.hub={})\n    missing"),
