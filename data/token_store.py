@@ -1,10 +1,10 @@
-"""Documents as one long row of tokens on disk, made once and mapped into memory.
+"""All documents of a split as one long row of token ids on disk, written once and mapped into memory.
 
     cache_dir/tokens-<fingerprint>/{train,heldout}.bin   little-endian uint16 or uint32
                                    index.json            document starts, names, SHA-256 of both files
 
-Each document is `<s> tokens </s>`. The fingerprint covers the sources' content, the tokenizer and `VERSION`: when one
-changes, another folder is made. A folder whose files are damaged is made again. Folders appear whole or not at all.
+Each document is `<s> tokens </s>`. The fingerprint covers the content of the sources, the tokenizer and `VERSION`, so a
+change of any of them leads to another folder. A damaged folder is written again.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.folders import written_whole
+from data.folders import sha256_of, written_whole
+from data.settings import RunSettings
 from data.sources import SPLITS, Document, documents, source_fingerprint
-from data.tokenizer import Tokenizer
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from training.settings.schema import Settings
+    from data.tokenizer import Tokenizer
 
-VERSION = 1  # raise it when the tokens of the same text and tokenizer would change
+VERSION = 1  # raise it when the same text and tokenizer would give other tokens
 IntArray = NDArray[np.int64]
 
 
@@ -36,51 +36,51 @@ class TokenStore:
     tokens: NDArray[Any]
     document_starts: IntArray
     names: list[str]
-    token_bytes: IntArray  # (vocab,) UTF-8 bytes that each token decodes to; markers have none
-    source_sha256: str = ""  # fingerprint of the text, whatever the tokenizer
+    token_bytes: IntArray  # (vocab,) UTF-8 bytes that each token decodes to; 0 for markers
+    source_sha256: str = ""  # fingerprint of the text, independent of the tokenizer
 
     def bytes_of(self, start: int, end: int) -> int:
-        """UTF-8 bytes of the text that tokens [start, end) stand for."""
+        """UTF-8 bytes of the text in tokens [start, end)."""
         return int(self.token_bytes[self.tokens[start:end]].sum())
 
 
 def check_vocabulary(tokenizer_size: int, vocab_size: int | None) -> None:
-    """Raises `UserError` when the tokenizer has tokens that the model has no embedding for."""
+    """Raises `UserError` when the tokenizer has more tokens than the model has embeddings."""
     if vocab_size is not None and tokenizer_size > vocab_size:
         raise UserError(
-            f"tokenizer has {tokenizer_size:,} pieces but model.vocab_size is {vocab_size:,}; "
+            f"tokenizer has {tokenizer_size:,} tokens but model.vocab_size is {vocab_size:,}; "
             "leave model.vocab_size out to take the tokenizer's, or give data.tokenizer its own"
         )
 
 
-def prepare_tokens(settings: "Settings", tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
-    """The train and held-out stores, from the cache where it is sound, else made."""
+def prepare_tokens(settings: RunSettings, tokenizer: "Tokenizer") -> tuple[TokenStore, TokenStore]:
+    """The train and held-out stores, from the cache if it is intact, else encoded now."""
     check_vocabulary(tokenizer.vocab_size, settings.model.vocab_size)
     sources = [source_fingerprint(settings.data, split) for split in SPLITS]
     folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(sources, tokenizer)[:16]}"
-    index = _sound_index(folder)
+    index = _intact_index(folder)
     if index is None:
-        _fill(folder, settings, tokenizer)
-        index = _sound_index(folder)
-        assert index is not None, "a cache just written is sound"
+        with written_whole(folder) as aside:
+            index = {split: _write(aside, split, documents(settings.data, split), tokenizer) for split in SPLITS}
+            (aside / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    token_bytes = tokenizer.token_bytes()
     train, heldout = (
-        _open(folder, index[split], tokenizer, split, source) for split, source in zip(SPLITS, sources, strict=True)
-    )
+        TokenStore(
+            np.memmap(folder / f"{split}.bin", dtype=index[split]["dtype"], mode="r"),
+            np.array(index[split]["starts"], dtype=np.int64), index[split]["names"], token_bytes, source,
+        )
+        for split, source in zip(SPLITS, sources, strict=True)
+    )  # fmt: skip
     return train, heldout
 
 
-def fingerprint(sources: list[str], tokenizer: Tokenizer) -> str:
-    """SHA-256, in hex, of all that the tokens depend on; `sources` are the fingerprints of the splits' text."""
+def fingerprint(sources: list[str], tokenizer: "Tokenizer") -> str:
+    """SHA-256 (hex) of everything that the tokens depend on. `sources` are the fingerprints of both splits."""
     return hashlib.sha256(json.dumps([VERSION, sources, tokenizer.sha256]).encode()).hexdigest()
 
 
-def _fill(folder: Path, settings: "Settings", tokenizer: Tokenizer) -> None:
-    with written_whole(folder) as aside:
-        index = {split: _write(aside, split, documents(settings.data, split), tokenizer) for split in SPLITS}
-        (aside / "index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-def _write(folder: Path, split: str, texts: Iterable[Document], tokenizer: Tokenizer) -> dict[str, Any]:
+def _write(folder: Path, split: str, texts: Iterable[Document], tokenizer: "Tokenizer") -> dict[str, Any]:
+    """Write the tokens of a split; returns its entry in the index."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     digest, starts, names, end = hashlib.sha256(), [], [], 0
     with (folder / f"{split}.bin").open("wb") as file:
@@ -96,23 +96,11 @@ def _write(folder: Path, split: str, texts: Iterable[Document], tokenizer: Token
     return {"dtype": dtype.str, "tokens": end, "sha256": digest.hexdigest(), "starts": starts, "names": names}
 
 
-def _sound_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a folder whose files are what it says; None when it must be made (again)."""
+def _intact_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a folder whose files have the hashes in it; None if the folder must be written (again)."""
     try:
         index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        sound = all(index[split]["sha256"] == _sha256(folder / f"{split}.bin") for split in SPLITS)
+        intact = all(index[split]["sha256"] == sha256_of(folder / f"{split}.bin") for split in SPLITS)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-    return index if sound else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open(folder: Path, index: dict[str, Any], tokenizer: Tokenizer, split: str, source: str) -> TokenStore:
-    tokens = np.memmap(folder / f"{split}.bin", dtype=index["dtype"], mode="r")
-    return TokenStore(
-        tokens, np.array(index["starts"], dtype=np.int64), index["names"], tokenizer.token_bytes(), source
-    )
+    return index if intact else None

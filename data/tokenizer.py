@@ -1,9 +1,9 @@
 """A sentencepiece tokenizer: trained on the training text, or given (Mistral's own `.model` files included).
 
-Trained ones are lossless: `decode(encode(text)) == text`, blanks and line ends too, because nothing is normalised and
-unknown characters fall back to bytes. (One exception: U+2581, which sentencepiece keeps for blanks, comes back as one.)
-BPE, because `tokenizers` can repeat its merges exactly; unigram scores are summed in another precision there.
-Their first pieces are <unk>, <s>, </s> and the tokens of the recall tasks.
+A trained tokenizer is lossless: `decode(encode(text)) == text`, blanks and line ends included. Nothing is normalised,
+and unknown characters become bytes. The one exception is U+2581, sentencepiece's mark for a blank, which becomes one.
+It is a BPE model, because `tokenizers` can repeat its merges exactly. (Unigram scores are summed in another precision
+there.) Its first tokens are <unk>, <s>, </s> and the tokens of the recall tasks.
 """
 
 import hashlib
@@ -15,30 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece
-import tokenizers
 from numpy.typing import NDArray
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-from tokenizers import decoders, normalizers
-from transformers import PreTrainedTokenizerFast
 
-from data.folders import written_whole
+from data.folders import sha256_of, written_whole
+from data.settings import RunSettings
 from data.sources import documents, source_fingerprint
 from data.tasks.vocabulary import RESERVED
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from training.settings.schema import Settings
+    import tokenizers
 
 FILE = "tokenizer.model"
 VERSION = 1  # raise it when the same text would give another tokenizer
-TRAINING_CHARACTERS = 50_000_000  # more text makes no better pieces
+TRAINING_CHARACTERS = 50_000_000  # more text gives no better tokens
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # ModelProto.SentencePiece.Type
 _BLANK = "▁"
 
 
 class Tokenizer:
-    """A sentencepiece model. `encode` adds no markers."""
+    """A sentencepiece model. `encode` adds no <s> or </s>."""
 
     def __init__(self, model: bytes):
         self.model = model
@@ -56,28 +53,27 @@ class Tokenizer:
         return str(self.processor.decode([int(i) for i in ids]))
 
     def get_vocab(self) -> dict[str, int]:
-        """Piece to id."""
+        """Token to id."""
         return {self.processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """(vocab,) UTF-8 bytes of text that each token stands for: none for markers and the recall tokens."""
+        """(vocab,) UTF-8 bytes of text in each token: 0 for markers and the recall tokens."""
         return np.array([self._bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.model`, and the files from which `AutoTokenizer` makes one that encodes identically."""
+        """Write `tokenizer.model`, and files from which `AutoTokenizer` builds a tokenizer with the same ids."""
+        from transformers import PreTrainedTokenizerFast
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_bytes(self.model)
         for stale in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             (folder / stale).unlink(missing_ok=True)
-        piece = self.processor.id_to_piece
+        bos, eos, unk = map(self.processor.id_to_piece, (self.bos_id, self.eos_id, self.unk_id))
         PreTrainedTokenizerFast(
-            tokenizer_object=to_hugging_face(self.model),
-            bos_token=piece(self.bos_id),
-            eos_token=piece(self.eos_id),
-            unk_token=piece(self.processor.unk_id()),
+            tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk,
             clean_up_tokenization_spaces=False,
-        ).save_pretrained(folder)
+        ).save_pretrained(folder)  # fmt: skip
 
     def _bytes(self, i: int) -> int:
         piece = self.processor.id_to_piece(i)
@@ -89,37 +85,33 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `.model` file, or of a folder that holds `tokenizer.model`."""
+    """The tokenizer in a `.model` file or in a folder. Raises `UserError` if it can't be used."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    name = f"data.tokenizer.model_file {str(file)!r}"
     try:
         tokenizer = Tokenizer(file.read_bytes())
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a sentencepiece model"
+        raise UserError(f"{name}: {reason}; name a sentencepiece .model file, or leave it out to train one") from error
+    if not _is_bpe(_parsed(tokenizer.model)):
         raise UserError(
-            f"data.tokenizer.model_file {str(file)!r}: {reason}; name a sentencepiece .model file, "
-            "or leave it out to train one"
-        ) from error
-    if not _is_bpe(ModelProto.FromString(tokenizer.model)):
-        raise UserError(
-            f"data.tokenizer.model_file {str(file)!r} is no BPE model, and Hugging Face can't repeat others exactly; "
-            "name a BPE one, or leave it out to train one"
+            f"{name} is not a BPE model, and Hugging Face can't repeat other models exactly; "
+            "name a BPE model, or leave it out to train one"
         )
     if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError(
-            f"data.tokenizer.model_file {str(file)!r} has no <s> or </s>, which frame documents; name another"
-        )
+        raise UserError(f"{name} has no <s> or </s>, which mark the ends of documents; name another")
     return tokenizer
 
 
-def prepare_tokenizer(settings: "Settings") -> Tokenizer:
-    """The given tokenizer, else one trained on the training text and kept in `data.cache_dir`."""
+def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
+    """The given tokenizer, else one that is trained on the training text and kept in `data.cache_dir`."""
     data = settings.data
     if data.tokenizer.model_file is not None:
         return load_tokenizer(data.tokenizer.model_file)
-    made_of = [VERSION, source_fingerprint(data, "train"), data.tokenizer.vocab_size, sentencepiece.__version__]
-    fingerprint = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    inputs = [VERSION, source_fingerprint(data, "train"), data.tokenizer.vocab_size, sentencepiece.__version__]
+    fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     folder = Path(data.cache_dir) / f"tokenizer-{fingerprint[:16]}"
-    if not _is_sound(folder):
+    if not _is_intact(folder):
         texts = (document.text for document in documents(data, "train"))
         tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size)
         with written_whole(folder) as aside:
@@ -128,101 +120,89 @@ def prepare_tokenizer(settings: "Settings") -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def _is_intact(folder: Path) -> bool:
+    try:
+        return sha256_of(folder / FILE) == (folder / "sha256").read_text(encoding="ascii")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BPE on paragraphs, deterministic. Raises `UserError` where the text does not allow `vocab_size` pieces."""
+    """BPE on lines of text, deterministic. Raises `UserError` if the text does not allow `vocab_size` tokens."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_paragraphs(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            user_defined_symbols=list(RESERVED),
-            byte_fallback=True,
-            character_coverage=0.9999,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            max_sentence_length=1 << 20,
-            num_threads=1,
-            minloglevel=2,
-        )
+            sentence_iterator=_lines(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            user_defined_symbols=list(RESERVED), byte_fallback=True, character_coverage=0.9999,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            max_sentence_length=1 << 20, num_threads=1, minloglevel=2,
+        )  # fmt: skip
     except RuntimeError as error:
-        raise UserError(f"data.tokenizer.vocab_size is {vocab_size}: {_reason(error)}") from error
+        # The last sentence is the reason; the text before it quotes the trainer's source code.
+        reason = str(error).strip().splitlines()[-1].split("]")[-1].strip() or "too small or too large for this text"
+        raise UserError(f"data.tokenizer.vocab_size is {vocab_size}: {reason}") from error
     return Tokenizer(model.getvalue())
 
 
-def to_hugging_face(model: bytes) -> tokenizers.Tokenizer:
-    """A BPE sentencepiece model as a `tokenizers` one that gives the same ids."""
-    proto = ModelProto.FromString(model)
-    assert _is_bpe(proto), "load_tokenizer takes BPE models only"
-    bpe = tokenizers.models.BPE(
-        vocab={piece.piece: i for i, piece in enumerate(proto.pieces)},
-        merges=_merges(proto),
-        unk_token=proto.trainer_spec.unk_piece,
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines without their ends, which are encoded as bytes and never part of a longer token."""
+    left = TRAINING_CHARACTERS
+    for text in texts:
+        for line in filter(None, text.split("\n")):
+            yield line
+            left -= len(line)
+        if left <= 0:
+            return
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face
+
+
+def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
+    """The `tokenizers` version of a BPE sentencepiece model, which gives the same ids."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    proto = _parsed(model)
+    assert _is_bpe(proto), "load_tokenizer accepts BPE models only"
+    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    converted = Tokenizer(
+        BPE(vocab, _merges(proto), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
     )
-    made = tokenizers.Tokenizer(bpe)
-    made.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
-    strip = [decoders.Strip(content=" ", left=1)] if proto.normalizer_spec.add_dummy_prefix else []
-    made.decoder = decoders.Sequence([decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    made.add_tokens([_added(piece) for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)])
-    return made
+    # What sentencepiece does to text before it looks for tokens, in its order.
+    converted.normalizer = normalizers.Sequence([
+        *([normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []),
+        *([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] if spec.remove_extra_whitespaces else []),
+        *([normalizers.Prepend(_BLANK)] if spec.add_dummy_prefix else []),
+        normalizers.Replace(" ", _BLANK),
+    ])  # fmt: skip
+    converted.decoder = decoders.Sequence([
+        decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(),
+        *([decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []),
+    ])  # fmt: skip
+    added = [piece for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)]
+    converted.add_tokens([AddedToken(p.piece, normalized=False, special=p.type == _CONTROL) for p in added])
+    return converted
+
+
+def _parsed(model: bytes) -> Any:
+    """The protocol buffer of a sentencepiece model."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    return ModelProto.FromString(model)
 
 
 def _is_bpe(proto: Any) -> bool:
     return bool(proto.trainer_spec.model_type == proto.trainer_spec.BPE)
 
 
-def _normalizers(spec: Any) -> list[normalizers.Normalizer]:
-    """What sentencepiece does to text before it looks for pieces, in its order."""
-    steps: list[normalizers.Normalizer] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_BLANK))
-    return [*steps, normalizers.Replace(" ", _BLANK)]
-
-
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best piece first: sentencepiece merges by the score of the result."""
+    """Every split of a token into two others, best token first: sentencepiece merges by the score of the result."""
     score = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
-    ranked = sorted(score, key=score.__getitem__, reverse=True)
     return [
         (piece[:cut], piece[cut:])
-        for piece in ranked
+        for piece in sorted(score, key=score.__getitem__, reverse=True)
         for cut in range(1, len(piece))
         if piece[:cut] in score and piece[cut:] in score
     ]
-
-
-def _added(piece: Any) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
-
-
-def _paragraphs(texts: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends, which are bytes, never part of a piece."""
-    left = TRAINING_CHARACTERS
-    for text in texts:
-        for line in text.split("\n"):
-            if line:
-                yield line
-                left -= len(line)
-        if left <= 0:
-            return
-
-
-def _is_sound(folder: Path) -> bool:
-    try:
-        expected = (folder / "sha256").read_text(encoding="ascii")
-        return hashlib.sha256((folder / FILE).read_bytes()).hexdigest() == expected
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def _reason(error: RuntimeError) -> str:
-    """The trainer's last sentence; the rest is its source code."""
-    return str(error).strip().splitlines()[-1].split("]")[-1].strip() or "too small or too large for this text"

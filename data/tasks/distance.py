@@ -6,9 +6,9 @@ PATTERN = r"(?P<share>\d*\.?\d+)?(?P<unit>[WR])(/(?P<part>[1-9]\d{0,8}))?(?P<mor
 
 
 def in_tokens(word: str, window: int | None, reach: int | None) -> int:
-    """A distance in tokens, from tokens or from a share of W or R, rounded, and some tokens more or less.
+    """The distance in tokens that `word` means: a number, or a share of W or R plus or minus some tokens.
 
-    Raises ValueError for other words, and for a share of what the model has not.
+    Raises ValueError for other words, and for W or R where the model has none.
 
     >>> [in_tokens(word, window=16, reach=120) for word in ("48", "W", "1.5W", "0.9R", "R/8+1", "R-1")]
     [48, 16, 24, 108, 16, 119]

@@ -1,6 +1,8 @@
 """The token cache: what it holds, when it is made again, and that it is never half there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,11 +130,11 @@ def _put_both(tmp_path):
         patch.setattr(Path, "exists", lambda path: False)
 
 
-def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(make_settings):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(make_settings):
     check_vocabulary(400, 400)
     check_vocabulary(400, 512)
     check_vocabulary(400, None)
-    with pytest.raises(UserError, match=r"tokenizer has 400 pieces but model\.vocab_size is 399; leave"):
+    with pytest.raises(UserError, match=r"tokenizer has 400 tokens but model\.vocab_size is 399; leave"):
         prepared(make_settings(vocab_size=399))
 
 
@@ -142,8 +144,12 @@ def test_an_unwritable_cache_folder_is_refused(make_settings, tmp_path):
         prepared(make_settings(cache_dir=str(tmp_path / "file" / "cache")))
 
 
-def test_data_imports_training_for_type_checks_only():
-    folder = Path(packing.__file__).parent
-    assert not [
-        p.name for p in folder.glob("*.py") if re.search(r"^(from|import) (training|eval)", p.read_text(), re.M)
-    ]
+def test_data_imports_nothing_of_training_or_evaluation():
+    files = Path(packing.__file__).parent.rglob("*.py")
+    assert [p.name for p in files if re.search(r"^\s*(from|import) (training|eval)\b", p.read_text(), re.M)] == []
+
+
+def test_settings_tasks_and_sources_are_imported_without_torch():
+    modules = "data.sources, data.token_store, data.tokenizer, data.tasks.layout, training.settings.config_file"
+    heavy = "{'torch', 'transformers', 'tokenizers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert not {heavy}, {heavy}"], check=True)

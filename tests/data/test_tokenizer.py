@@ -115,8 +115,11 @@ def test_a_missing_or_broken_model_is_refused(content, reason, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model_type": "unigram"}, "is no BPE model, and Hugging Face can't repeat others exactly; name a BPE one"),
-        ({"model_type": "bpe", "bos_id": -1}, "has no <s> or </s>, which frame documents; name another"),
+        (
+            {"model_type": "unigram"},
+            "is not a BPE model, and Hugging Face can't repeat other models exactly; name a BPE model",
+        ),
+        ({"model_type": "bpe", "bos_id": -1}, "has no <s> or </s>, which mark the ends of documents; name another"),
     ],
 )
 def test_a_model_that_would_not_do_is_refused(options, reason, tmp_path):

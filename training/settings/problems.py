@@ -1,28 +1,23 @@
-"""What is wrong with a setting, as a sentence: dotted path, value, where it was written, what is expected, remedy."""
+"""Mistakes in settings as sentences: dotted path, value, where it was written, what is expected, remedy."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from training.settings.schema import Settings
 
 Keys = tuple[str | int, ...]
-
-
-class _Absent:
-    """The value of a setting that is not there."""
-
-
-ABSENT = _Absent()
+ABSENT = object()  # the value of a setting that is missing
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`keys` lead to the setting; `rests_on` are the dotted paths of the other settings it was judged by."""
+    """`keys` lead to the setting; `rests_on` are the dotted paths of the settings that it contradicts."""
 
     keys: Keys
     value: Any
@@ -49,19 +44,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings) -> Iterator[Problem]:
-    """One problem for each of pydantic's errors; `root` is the class that found them."""
-    for error in errors.errors(include_url=False):
-        keys = tuple(k for k in error["loc"] if k != "[key]")
-        kind, value, facts = error["type"], error["input"], error.get("ctx", {})
-        if kind == "extra_forbidden":
-            yield Problem(keys, value, "unknown key", _nearest_key(keys, root))
-        elif kind == "missing":
-            yield Problem(keys, ABSENT, f"missing: {_described(keys, root)}", "add it")
-        else:
-            expected = _EXPECTED.get(kind, error["msg"]).format(**facts)
-            yield Problem(keys, value, f"expected {expected}", _remedy(kind, value, facts))
-
+# -- pydantic's errors ------------------------------------------------------------------------------------------------
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -83,13 +66,43 @@ _EXPECTED = {
     "too_long": "{max_length} of them, not {actual_length}",
     "finite_number": "a finite number",
 }
-_FORMS = {"list": "[a, b]", "model": "key: value on lines of its own", "dict": "key: value on lines of its own"}
+
+
+def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings) -> list[Problem]:
+    """One problem for each wrong key of `tree`, from pydantic's errors; `root` is the class that raised them."""
+    problems: dict[Keys, Problem] = {}
+    for error in errors.errors(include_url=False):
+        keys = _keys(error["loc"], tree)
+        at = error["loc"] if "[key]" in error["loc"] else keys  # a wrong key of a dict and its wrong value are two
+        kind, value, facts = error["type"], error["input"], error.get("ctx", {})
+        beside = _section_at(keys[:-1], root)
+        if kind == "extra_forbidden":
+            problems[at] = Problem(keys, value, "unknown key", _nearest_key(keys, beside, root))
+        elif kind == "missing":
+            info = beside.get(str(keys[-1]))
+            what = described(info).partition(". ")[0].rstrip(".") if info else "it has no default"
+            problems[at] = Problem(keys, ABSENT, f"missing: {what}", "add it")
+        else:
+            expected = _EXPECTED.get(kind, error["msg"]).format(**facts)
+            before = f"{problems[at].what} or " if at in problems else "expected "  # one of several types
+            problems[at] = Problem(keys, value, before + expected, _remedy(kind, value, facts))
+    return list(problems.values())
+
+
+def _keys(loc: Keys, tree: Any) -> Keys:
+    """The keys in pydantic's location, without its names for the types of a union."""
+    keys: Keys = ()
+    for key in loc:
+        if isinstance(tree, dict) and key != "[key]":
+            keys, tree = (*keys, key), tree.get(key)
+        elif isinstance(key, int):
+            keys, tree = (*keys, key), tree[key] if isinstance(tree, list) and key < len(tree) else None
+    return keys
 
 
 def _remedy(kind: str, value: Any, facts: dict[str, Any]) -> str:
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", facts["expected"])
-        near = get_close_matches(str(value), choices, n=1)
+        near = get_close_matches(str(value), re.findall(r"'([^']*)'", facts["expected"]), n=1)
         return f"did you mean {near[0]}?" if near else "choose one of these"
     if isinstance(value, str) and kind in ("int_type", "float_type"):
         return _number_hint(value)
@@ -97,12 +110,15 @@ def _remedy(kind: str, value: Any, facts: dict[str, Any]) -> str:
         return "only true and false are read as switches: write one of them"
     if kind == "string_type":
         return f'quote it: "{value}"' if isinstance(value, int | float) else "give text"
-    form = _FORMS.get(kind.removesuffix("_type"))
-    return f"write it as {form}" if form else "give such a value, or remove the line to take the default"
+    if kind in ("model_type", "dict_type"):
+        return "write it as key: value on lines of its own"
+    if kind == "list_type":
+        return "write it as [a, b]"
+    return "give such a value, or remove the line to take the default"
 
 
 def _number_hint(value: str) -> str:
-    """For text where a number is wanted.
+    """The remedy for text in place of a number.
 
     >>> _number_hint("1_000"), _number_hint("3e-4"), _number_hint("many")
     ('write it as 1000', 'it is quoted: write 3e-4 without quotes', 'it is text: write digits')
@@ -113,47 +129,50 @@ def _number_hint(value: str) -> str:
     return f"write it as {plain}" if plain != value else f"it is quoted: write {plain} without quotes"
 
 
-def _nearest_key(keys: Keys, root: type[BaseModel]) -> str:
-    """Nearest right spelling beside the key, else the same name in another section."""
+def _nearest_key(keys: Keys, beside: dict[str, FieldInfo], root: type[BaseModel]) -> str:
+    """The nearest spelling in the same section, else the same name in another section."""
     *parents, name = keys
-    beside = _model_at(tuple(parents), root)
-    names = list(beside.model_fields) if beside else []
-    if near := get_close_matches(str(name), names, n=1):
+    if near := get_close_matches(str(name), beside, n=1):
         return f"did you mean {dotted((*parents, near[0]))}?"
     elsewhere = [path for path in all_paths(root) if path.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return f"known here: {', '.join(names)}"
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(beside)}"
 
 
-def _described(keys: Keys, root: type[BaseModel]) -> str:
-    *parents, name = keys
-    beside = _model_at(tuple(parents), root)
-    info = beside.model_fields.get(str(name)) if beside else None
-    return (info and info.description) or "it has no default"
+# -- the settings classes ---------------------------------------------------------------------------------------------
 
 
-def _model_at(keys: Keys, root: type[BaseModel]) -> type[BaseModel] | None:
-    """The settings class of the section that `keys` lead to."""
-    found: type[BaseModel] | None = root
-    for key in keys:
-        if found is None:
-            return None
-        if not isinstance(key, int):
-            info = found.model_fields.get(key)
-            found = section_of(info.annotation) if info else None
-    return found
+def described(info: FieldInfo) -> str:
+    """The description of a setting on one line; for a section, that of its class."""
+    return " ".join((info.description or (section_of(info.annotation) or object).__doc__ or "").split())
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The settings class inside an annotation such as `HubSettings | None` or `list[LayerSettings]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for a in get_args(annotation) if (found := section_of(a))), None)
+    return next((section for a in get_args(annotation) if (section := section_of(a))), None)
 
 
-def all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all settings, those in a list without their index."""
+def _section_at(keys: Keys, root: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The settings of the section that `keys` lead to."""
+    section: type[BaseModel] | None = root
+    for key in keys:
+        if section is not None and isinstance(key, str):
+            info = section.model_fields.get(key)
+            section = section_of(info.annotation) if info else None
+    return section.model_fields if section else {}
+
+
+def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted path, field) of every section and setting; items of a list have the index N."""
     for name, info in model.model_fields.items():
-        section = section_of(info.annotation)
-        yield from all_paths(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+        yield f"{prefix}{name}", info
+        if section := section_of(info.annotation):
+            yield from all_fields(section, f"{prefix}{name}." + ("N." if get_origin(info.annotation) is list else ""))
+
+
+def all_paths(model: type[BaseModel]) -> Iterator[str]:
+    """Dotted paths of all settings, without indices."""
+    for path, info in all_fields(model):
+        if section_of(info.annotation) is None:
+            yield path.replace(".N.", ".")

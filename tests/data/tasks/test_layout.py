@@ -45,7 +45,7 @@ def test_a_counterfactual_differs_in_the_value_alone(seed):
     made = item("needle", np.random.default_rng(seed), haystack(SHORT, 40), SHORT, 40, 11)
     different = [i for i in range(40) if made.tokens[i] != made.counterfactual_tokens[i]]
     assert different == [made.value_position]
-    assert {made.value, made.counterfactual_value} <= set(SHORT.values)
+    assert {made.value, made.counterfactual_tokens[made.value_position]} <= set(SHORT.values)
 
 
 def test_items_on_one_haystack_share_everything_before_the_needle(store, vocab):

