@@ -1,262 +1,157 @@
-"""A run on any number of processors: memory of each, FLOPs, time. Nothing is allocated and nothing is trained.
+"""The plan of a run on many processors, as figures and as tables: what `scripts/plan.py` prints."""
 
-What is counted and what is assumed:
-
-* **FLOPs** by `model.flops`: visible keys only, forward and backward, no recomputation.
-* **MFU** is those FLOPs over the peak, for a step that recomputes nothing. With activation checkpointing the layers run
-  forward once more, so that at the same rate of the hardware fewer tokens pass. Communication is part of the MFU that
-  is stated: give a lower one for slow networks.
-* **DDP** keeps everything whole on each processor, and buckets of the size of the gradients where there are several.
-* **FSDP2** keeps a share of weights, gradients and moments, and gathers a layer at a time (the next one meanwhile) and,
-  for the whole step, embedding, head and final norm; in bf16 it gathers them in bf16 and reduces in float32.
-* A **micro-batch** is the larger of the two objectives'. `training.planning.memory` says how its bytes are counted.
-"""
-
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import asdict
+from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from model.config import WindreachConfig
-from model.flops import count_parameters, forward_flops, parameters
-from training.curriculum import Curriculum
-from training.objective import Plan, step_flops, step_plan
-from training.planning.memory import Form, Held, Rows, held, optimizer_bytes
-from training.schedule import interpolate
-from training.settings.consistency import last_distance, recall_seq_len
+from model.flops import forward_flops, parameters
+from model.windows import reach, window_times_layers
+from training.planning.dry_run import duration, size, vocab_size
+from training.planning.formulas import Processor, Setup, largest_rows, memory, run_seconds, work
+from training.planning.gpus import CPU, GPUS
+from training.processes.precision import measure, set_up_threads
+from training.settings.build import model_config
 from training.settings.schema import Settings
 
-SHARDINGS = ("ddp", "fsdp2")
-USABLE = 0.92  # of a GPU's memory: the rest goes to its context, the network library and fragments
-_COUNTED: dict[tuple[str, Rows, Form], Held] = {}  # a count takes seconds, and plans ask for the same ones
-MOST_TOKENS = 1 << 20  # in one micro-batch; larger ones are not looked for
-QUESTIONS_A_ROW = 4  # of recall, roughly: how many answers a row asks for decides a head of so few positions only
+USABLE = 0.92  # share of a GPU's memory; the rest goes to its context, the network library and fragmentation
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "exchange", "activations", "logits_and_scratch")
 
 
-@dataclass(frozen=True)
-class Processor:
-    """What one process computes on. flops: peak FLOP/s in the precision of the run; memory: usable bytes."""
-
-    name: str
-    flops: float
-    memory: float
-    source: str
-    attention: str
-
-
-@dataclass(frozen=True)
-class Work:
-    """One objective over a whole run, on all processors. first and last: shape of its first and last step."""
-
-    name: str
-    first: Plan
-    last: Plan
-    steps: int
-    scored_a_row: int
-
-    @property
-    def tokens(self) -> float:
-        """Where rows grow, the mean of the first and the last step stands for all."""
-        return self.steps * (self.first.tokens + self.last.tokens) / 2
-
-    def flops(self, config: WindreachConfig) -> float:
-        ends = (step_flops(config, plan, plan.rows * self.scored(plan)) for plan in (self.first, self.last))
-        return self.steps * sum(ends) / 2
-
-    def scored(self, plan: Plan) -> int:
-        return min(self.scored_a_row, plan.seq_len)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each processor. `logits_and_scratch`: what the layers do not keep, at the peak of a step."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    exchange: int
-    activations: int
-    logits_and_scratch: int
-
-    @property
-    def fixed(self) -> int:
-        """What does not depend on the micro-batch."""
-        return self.weights + self.gradients + self.optimizer + self.exchange
-
-    @property
-    def total(self) -> int:
-        return self.fixed + self.activations + self.logits_and_scratch
+def plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[str, Any]:
+    """Everything that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds."""
+    config = model_config(settings, vocab_size(settings))
+    processor, precision = _processor(gpu, settings, ranks)
+    setups = [
+        Setup(processor, precision, ranks, sharding, checkpointing)
+        for sharding in (("ddp", "fsdp2") if ranks > 1 else ("ddp",))
+        for checkpointing in (False, True)
+    ]
+    works, needed = work(settings, ranks), [memory(settings, config, setup) for setup in setups]
+    tokens = sum(w.tokens for w in works)
+    seconds = {setup.checkpointing: run_seconds(settings, config, setup, mfu) for setup in setups}
+    result = {
+        "name": settings.name,
+        "processors": ranks,
+        "processor": asdict(processor),
+        "precision": precision,
+        "mfu": mfu,
+        "reach": reach(config.specs),
+        "window_times_layers": window_times_layers(config.specs),
+        "parameters": parameters(config),
+        "flops_per_token": {part: 3 * n for part, n in forward_flops(config, settings.data.seq_len).items()},
+        "work": [
+            {"name": w.name, "steps": w.steps, "tokens": w.tokens, "flops": w.flops(config), "step": asdict(w.last)}
+            for w in works
+        ],
+        "memory": [
+            {
+                "sharding": setup.sharding,
+                "checkpointing": setup.checkpointing,
+                **asdict(m),
+                "total": m.total,
+                "fits": m.total <= processor.memory,
+                "largest_rows": largest_rows(settings, config, setup),
+            }
+            for setup, m in zip(setups, needed)
+        ],
+        "pace": [
+            {"checkpointing": c, "tokens_per_second": tokens / s, "seconds": s, "processor_hours": s * ranks / 3600}
+            for c, s in seconds.items()
+        ],
+    }
+    return result | {"notes": list(_notes(settings, result))}
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How a run is spread: `ranks` processes on such processors, whole on each (`ddp`) or sharded (`fsdp2`)."""
-
-    processor: Processor
-    precision: str
-    ranks: int = 1
-    sharding: str = "ddp"
-    checkpointing: bool = False
-
-    @property
-    def form(self) -> Form:
-        gathered = torch.bfloat16 if self.sharding == "fsdp2" and self.precision == "bf16" else torch.float32
-        return Form(self.precision, gathered, self.checkpointing, self.processor.attention)
+def _processor(gpu: str, settings: Settings, ranks: int) -> tuple[Processor, str]:
+    """The processor of one process, and the precision of training on it."""
+    if gpu != CPU:
+        entry = GPUS[gpu]
+        return Processor(gpu, entry.bf16_flops, USABLE * entry.memory, entry.source), "bf16"
+    set_up_threads(settings.training.num_threads, local_processes=ranks)
+    machine = measure(torch.device("cpu"))
+    precision = machine.choose(settings.training.precision)
+    main_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    source = f"{precision} matmul measured just now"
+    return Processor(CPU, machine.rate(precision), main_memory / ranks, source), precision
 
 
-def work(settings: Settings, ranks: int) -> list[Work]:
-    """What a run does: text, and recall where it is enabled."""
-    t, recall, seq_len = settings.training, settings.recall, settings.data.seq_len
-    text = step_plan(t.tokens_per_step, seq_len, t.micro_batch_tokens, ranks)
-    found = [Work("text", text, text, active_steps(settings, t.text_weight), seq_len)]
-    if recall.enabled:
-        first, last = recall_plans(settings, ranks)
-        scored = last.seq_len if recall.text_loss_weight else QUESTIONS_A_ROW
-        found.append(Work("recall", first, last, active_steps(settings, recall.weight), scored))
-    return found
+def _notes(settings: Settings, result: dict[str, Any]) -> Iterator[str]:
+    asked, ranks, backend = settings.training.tokens_per_step, result["processors"], settings.model.attention_backend
+    step = work(settings, ranks)[0].first
+    if step.tokens != asked:
+        yield (
+            f"{ranks:,} processors take {step.rows // ranks} row each of {step.seq_len:,} tokens at least: a step has "
+            f"{step.tokens:,} tokens of text, not training.tokens_per_step = {asked:,}; lower data.seq_len, or raise "
+            "tokens_per_step and lower max_steps"
+        )
+    if result["processor"]["name"] != CPU and backend in ("reference", "blocked"):
+        yield (
+            f"model.attention_backend is {backend}: on a GPU it keeps its weights for the backward pass; auto takes a "
+            "fused kernel, which does not"
+        )
+    if not any(column["fits"] for column in result["memory"]):
+        yield "nothing fits: take more GPUs, or lower training.micro_batch_tokens or data.seq_len"
 
 
-def active_steps(settings: Settings, points: list[tuple[float, float]]) -> int:
-    """Steps in which a weight is above zero."""
-    share = sum(interpolate(points, i, 1000) > 0 for i in range(1000)) / 1000
-    return round(share * settings.training.max_steps)
+# -- on the terminal --------------------------------------------------------------------------------------------------
 
 
-def recall_plans(settings: Settings, ranks: int) -> tuple[Plan, Plan]:
-    """Shapes of the recall part of a step at the first and at the last distance."""
-    recall, last = settings.recall, last_distance(settings)
-    curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, last)
-    plans = []
-    for distance in (curriculum.start().distance, last):
-        tokens = (recall.tokens_per_step or settings.training.tokens_per_step) * curriculum.batch_factor(distance)
-        row = curriculum.row_length(distance, recall_seq_len(settings))
-        plans.append(step_plan(tokens, row, settings.training.micro_batch_tokens, ranks))
-    return plans[0], plans[1]
-
-
-def attention_form(config: WindreachConfig, device: str) -> str:
-    """How `training.planning.memory` counts attention: as our own code does it there, or as a fused kernel.
-
-    On a GPU `auto` is FlexAttention, which like flash and xformers is fused; see `model.attention.backends.serving`.
-    """
-    if device == "cpu":
-        return "cpu"
-    return "accelerator" if config.attention_backend in ("reference", "blocked") else "fused"
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def setups(processor: Processor, precision: str, ranks: int) -> Iterator[Setup]:
-    """Each sharding that makes sense, without and with activation checkpointing."""
-    for sharding in SHARDINGS if ranks > 1 else SHARDINGS[:1]:
-        for checkpointing in (False, True):
-            yield Setup(processor, precision, ranks, sharding, checkpointing)
-
-
-def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> Memory:
-    """Of the run as its settings cut it into micro-batches."""
-    objectives, relay = 1 + settings.recall.enabled, relay_parameters(settings, config)
-    shards = setup.ranks if setup.sharding == "fsdp2" else 1
-    share = -(-(count_parameters(config) + relay) // shards)
-    micro = [_held(settings, config, w, setup, w.last.micro_rows) for w in work(settings, setup.ranks)]
-    largest = max(micro, key=lambda h: h.total)
-    return Memory(
-        weights=4 * share,
-        gradients=4 * objectives * share,
-        optimizer=-(-optimizer_bytes(config, settings.training.optimizer, objectives, relay) // shards),
-        exchange=exchange_bytes(config, setup),
-        activations=largest.layers,
-        logits_and_scratch=largest.outside,
+def print_plan(result: dict[str, Any]) -> None:
+    console, processor = Console(), result["processor"]
+    console.print(
+        f"[bold]{result['name']} on {result['processors']:,} x {processor['name']}[/], {result['precision']} "
+        f"({processor['flops'] / 1e12:,.4g} TFLOP/s, {size(processor['memory'])} usable; {processor['source']})"
     )
+    for name, parts in (("parameters", result["parameters"]), ("FLOPs per token", result["flops_per_token"])):
+        listed = ", ".join(f"{part} {n:,.0f}" for part, n in parts.items() if n)
+        console.print(f"{name}: {sum(parts.values()):,.0f} ({listed})")
+    for w in result["work"]:
+        step = w["step"]
+        console.print(
+            f"{w['name']}: {w['steps']:,} steps of {step['rows']:,} rows x {step['seq_len']:,} tokens, micro-batch "
+            f"{step['micro_rows']:,} x {step['seq_len']:,}: {w['tokens']:,.0f} tokens, {w['flops']:.3g} FLOPs"
+        )
+    console.print(_memory_table(result), _pace_table(result), sep="\n")
+    for note in result["notes"]:
+        console.print(f"note: {note}")
 
 
-def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, fixed: int) -> int:
-    """Rows of a text micro-batch that fits beside `fixed` bytes where one row more does not; 0: none fits.
-
-    At most those of `MOST_TOKENS`, so that a tiny model on a large processor is counted in seconds.
-
-    Goes on by what one more row adds. That is less once the logits are taken in chunks, so it is asked anew each time,
-    and no more than 256 times as many rows are tried next.
-    """
-    text = work(settings, setup.ranks)[0]
-
-    @cache
-    def room(rows: int) -> float:
-        return setup.processor.memory - fixed - _held(settings, config, text, setup, rows).total
-
-    if room(1) < 0:
-        return 0
-    most = max(1, MOST_TOKENS // text.last.seq_len)
-    if room(most) >= 0:
-        return most
-    fits, too_many = 1, most
-    while too_many - fits > 1:
-        more = int(room(fits) // max(1, room(fits) - room(fits + 1)))
-        rows = fits + min(max(1, more), 255 * fits)
-        rows = rows if rows < too_many else (fits + too_many) // 2
-        fits, too_many = (rows, too_many) if room(rows) >= 0 else (fits, rows)
-    return fits
+def _memory_table(result: dict[str, Any]) -> Table:
+    """A column for each sharding, without and with recomputation: four columns fit 80 characters."""
+    columns, seq_len = result["memory"], result["work"][0]["step"]["seq_len"]
+    heads = [f"{c['sharding']}\n{_recomputed(c)}" for c in columns]
+    table = _table("Memory of each processor", "sharding\nrecompute", *heads)
+    for part in (*MEMORY_PARTS, "total"):
+        table.add_row(part.replace("_", " "), *(size(c[part]) for c in columns))
+    table.add_row("fits", *("yes" if c["fits"] else "no" for c in columns))
+    largest = [f"{c['largest_rows']:,} x {seq_len:,}" if c["largest_rows"] else "none" for c in columns]
+    table.add_row("largest micro-batch", *largest)
+    return table
 
 
-def relay_parameters(settings: Settings, config: WindreachConfig) -> int:
-    """Weights of the auxiliary head, which training alone holds."""
-    recall = settings.recall
-    return config.hidden_size * recall.values if recall.enabled and recall.relay_loss_weight else 0
+def _pace_table(result: dict[str, Any]) -> Table:
+    title = f"Time at an MFU of {result['mfu']:.0%} without recomputation, and at the same hardware rate with it"
+    table = _table(title, "recompute", "tokens/s", "tokens/s each", "time", "processor hours")
+    for row in result["pace"]:
+        rate, hours = row["tokens_per_second"], row["processor_hours"]
+        each, hours_text = f"{rate / result['processors']:,.0f}", f"{hours:,.0f}" if hours >= 10 else f"{hours:.2f}"
+        table.add_row(_recomputed(row), f"{rate:,.0f}", each, duration(row["seconds"]), hours_text)
+    return table
 
 
-def exchange_bytes(config: WindreachConfig, setup: Setup) -> int:
-    """Buckets of DDP; of FSDP2 what is gathered at once, and the gradients of one unit on their way to their owners."""
-    if setup.ranks == 1:
-        return 0
-    if setup.sharding == "ddp":
-        return 4 * count_parameters(config)
-    parts, size = parameters(config), setup.form.weights.itemsize
-    root = parts["embedding"] + parts["output"] + config.hidden_size
-    layer = -(-(count_parameters(config) - root) // config.num_hidden_layers)
-    return size * (root + 2 * layer) + (size + 4) * max(root, layer)
+def _recomputed(column: dict[str, Any]) -> str:
+    return "layers" if column["checkpointing"] else "nothing"
 
 
-def _held(settings: Settings, config: WindreachConfig, w: Work, setup: Setup, rows: int) -> Held:
-    """What a micro-batch of `rows` rows holds, at the last distance."""
-    batch = Rows(rows, w.last.seq_len, w.scored(w.last))
-    if relay_parameters(settings, config):
-        relayed = round(settings.recall.rows.relay_share * w.last.seq_len) if w.name == "recall" else 0
-        batch = replace(batch, relayed=relayed, relay_values=settings.recall.values)
-    key = (config.to_json_string(), batch, setup.form)
-    if key not in _COUNTED:
-        _COUNTED[key] = held(config, batch, setup.form)
-    return _COUNTED[key]
-
-
-# -- time -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Of all processors together at a stated MFU."""
-
-    checkpointing: bool
-    tokens_per_second: float
-    seconds: float
-
-    def hours(self, ranks: int) -> float:
-        """Processor hours."""
-        return self.seconds * ranks / 3600
-
-
-def pace(
-    settings: Settings, config: WindreachConfig, processor: Processor, ranks: int, mfu: float, checkpointing: bool
-) -> Pace:
-    works = work(settings, ranks)
-    flops, tokens = sum(w.flops(config) for w in works), sum(w.tokens for w in works)
-    seconds = flops * (recompute_factor(settings, config) if checkpointing else 1) / (ranks * processor.flops * mfu)
-    return Pace(checkpointing, tokens / seconds, seconds)
-
-
-def recompute_factor(settings: Settings, config: WindreachConfig) -> float:
-    """FLOPs of a step whose layers run forward twice over those of one that keeps everything: 4/3 but for the head."""
-    parts = forward_flops(config, settings.data.seq_len)
-    whole = sum(parts.values())
-    return (3 * whole + whole - parts["output"]) / (3 * whole)
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table

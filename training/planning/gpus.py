@@ -1,4 +1,4 @@
-"""What data sheets promise of a GPU. Dense figures, without structured sparsity."""
+"""Peak rates and memory of GPUs, from their data sheets. Rates are dense, without structured sparsity."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -8,7 +8,7 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """bf16_flops: dense tensor-core FLOP/s in bfloat16 with float32 sums. memory: bytes, a GB being 1e9."""
+    """bf16_flops: tensor-core FLOP/s in bfloat16 with float32 sums. memory: bytes (a GB is 1e9)."""
 
     bf16_flops: float
     memory: float
@@ -32,10 +32,10 @@ GPUS = {
 CPU = "cpu"
 
 
-def gpu_named(name: str) -> Gpu:
-    """A row of the table. Raises UserError for a name that is not in it."""
-    if name in GPUS:
-        return GPUS[name]
+def check_gpu(name: str) -> None:
+    """Raises UserError for a name that is neither in the table nor `cpu`."""
+    if name in (*GPUS, CPU):
+        return
     near = get_close_matches(name.lower(), [*GPUS, CPU], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(

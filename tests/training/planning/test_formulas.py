@@ -1,19 +1,17 @@
-"""Plans for many processors: shares, steps, time."""
+"""Shares of each processor, the largest micro-batch, tokens and time."""
 
 import pytest
 
 from model.config import WindreachConfig
 from model.flops import count_parameters, flops_per_token
-from training.planning.cluster import (
-    MOST_TOKENS,
+from training.planning.formulas import (
     Processor,
     Setup,
     exchange_bytes,
     largest_rows,
     memory,
-    pace,
     recompute_factor,
-    setups,
+    run_seconds,
     work,
 )
 from training.planning.gpus import GPUS
@@ -22,7 +20,7 @@ from training.settings.config_file import load_settings
 from training.settings.generate import ROOT
 from training.settings.schema import Settings
 
-GPU = Processor("h100", 1e15, 70e9, "made up", "fused")
+GPU = Processor("h100", 1e15, 70e9, "made up")
 SEVEN_B = ("training.max_steps=1000", "training.schedule.warmup_steps=100")
 
 
@@ -49,61 +47,74 @@ def test_a_second_objective_has_gradients_and_moments_of_its_own() -> None:
     text = memory(settings, config, Setup(GPU, "bf16"))
     n, relay, matrices = count_parameters(config), 96 * 32, 884_736 + 1_769_472
     assert (text.gradients, with_recall.gradients) == (4 * n, 8 * (n + relay))
-    assert with_recall.optimizer == 2 * (8 * (n + relay) - 4 * matrices)  # Muon keeps one moment a matrix
+    assert with_recall.optimizer == 2 * (8 * (n + relay) - 4 * matrices)  # Muon keeps one moment per matrix
 
 
-def test_one_process_exchanges_nothing_and_is_not_sharded() -> None:
-    _, config = loaded("mistral-7b")
+def test_one_process_exchanges_nothing_and_ddp_as_much_as_its_gradients() -> None:
+    settings, config = loaded("mistral-7b")
     assert exchange_bytes(config, Setup(GPU, "bf16")) == 0
-    assert exchange_bytes(config, Setup(GPU, "bf16", 8)) == 4 * count_parameters(config)
-    assert [s.sharding for s in setups(GPU, "bf16", 1)] == ["ddp", "ddp"]
-    assert [s.sharding for s in setups(GPU, "bf16", 2)] == ["ddp", "ddp", "fsdp2", "fsdp2"]
+    setup = Setup(GPU, "bf16", 8)
+    assert exchange_bytes(config, setup) == memory(settings, config, setup).gradients
+
+
+def test_fsdp2_gathers_two_layers_and_the_root_in_bf16() -> None:
+    _, config = loaded("mistral-7b")
+    layer = (count_parameters(config) - 2 * 32_000 * 4_096 - 4_096) // 32
+    root = 2 * 32_000 * 4_096 + 4_096
+    gathered, on_the_way = 2 * (root + 2 * layer), (2 + 4) * max(layer, root)
+    assert exchange_bytes(config, Setup(GPU, "bf16", 8, "fsdp2")) == gathered + on_the_way
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not(checkpointing: bool) -> None:
-    gpu = Processor("small", 1e14, 2e9, "made up", "fused")
-    settings, config = loaded("quickstart-text-only")
+    gpu = Processor("small", 1e14, 2e9, "made up")
+    settings, config = loaded("twins/text-only")
     setup = Setup(gpu, "bf16", checkpointing=checkpointing)
-    rows = largest_rows(settings, config, setup, memory(settings, config, setup).fixed)
+    rows = largest_rows(settings, config, setup)
     assert rows > 4
 
     def total(n: int) -> int:
         tokens = n * settings.data.seq_len
         asked = f"training.tokens_per_step={tokens}"
-        return memory(loaded("quickstart-text-only", asked)[0], config, setup).total
+        return memory(loaded("twins/text-only", asked)[0], config, setup).total
 
     assert total(rows) <= gpu.memory < total(rows + 1)
 
 
-def test_a_tiny_model_on_a_large_processor_is_counted_up_to_a_limit() -> None:
-    settings, config = loaded("smoke")
-    setup = Setup(GPU, "bf16")
-    most = largest_rows(settings, config, setup, memory(settings, config, setup).fixed)
-    assert most == MOST_TOKENS // settings.data.seq_len
-
-
 def test_no_row_fits_where_the_weights_alone_are_too_large() -> None:
     settings, config = loaded("mistral-7b")
-    setup = Setup(GPU, "bf16", 8, "ddp")
-    assert largest_rows(settings, config, setup, memory(settings, config, setup).fixed) == 0
+    assert largest_rows(settings, config, Setup(GPU, "bf16", 8, "ddp")) == 0
+
+
+def test_a_gpu_keeps_attention_weights_only_in_blocks() -> None:
+    settings, config = loaded("mistral-7b")
+    fused = memory(settings, config, Setup(GPU, "bf16")).activations
+    _, config = loaded("mistral-7b", "model.attention_backend=blocked")
+    weights = 32 * 32 * 16_384 * 4_096 * 2  # layers x heads x queries x window, in bf16
+    assert memory(settings, config, Setup(GPU, "bf16")).activations == pytest.approx(fused + weights, rel=0.03)
+    settings, config = loaded("twins/full", "model.attention_backend=blocked")
+    whole_row = memory(settings, config, Setup(GPU, "bf16")).activations
+    _, config = loaded("twins/full")
+    assert memory(settings, config, Setup(GPU, "bf16")).activations == whole_row
 
 
 def test_time_is_flops_over_the_stated_share_of_the_peak() -> None:
     settings, config = loaded("mistral-7b", *SEVEN_B)
-    found = pace(settings, config, GPU, ranks=8, mfu=0.5, checkpointing=False)
     (text,) = work(settings, 8)
     flops = 1000 * 4_194_304 * flops_per_token(config, 16384)
     assert text.flops(config) == pytest.approx(flops, rel=1e-9)
-    assert found.seconds == pytest.approx(flops / (8 * 1e15 * 0.5))
-    assert found.tokens_per_second * found.seconds == pytest.approx(1000 * 4_194_304)
-    assert found.hours(8) == pytest.approx(8 * found.seconds / 3600)
+    assert text.tokens == 1000 * 4_194_304
+    seconds = run_seconds(settings, config, Setup(GPU, "bf16", 8), mfu=0.5)
+    assert seconds == pytest.approx(flops / (8 * 1e15 * 0.5))
 
 
 def test_recomputing_the_layers_costs_a_fourth_forward_pass_without_the_head() -> None:
-    settings, config = loaded("mistral-7b")
-    assert recompute_factor(settings, config) == pytest.approx(4 / 3, abs=0.01)
-    assert recompute_factor(settings, config) < 4 / 3
+    settings, config = loaded("mistral-7b", *SEVEN_B)
+    setups = [Setup(GPU, "bf16", 8, checkpointing=checkpointing) for checkpointing in (False, True)]
+    plain, recomputed = (run_seconds(settings, config, setup, mfu=0.5) for setup in setups)
+    assert recomputed / plain == recompute_factor(config, 16384)
+    head = 2 * config.hidden_size * config.vocab_size / flops_per_token(config, 16384)
+    assert recompute_factor(config, 16384) == pytest.approx(4 / 3 - head)
 
 
 def test_more_processors_than_rows_make_the_step_larger() -> None:
@@ -118,7 +129,5 @@ def test_recall_costs_what_its_rows_do_and_hardly_any_head() -> None:
     assert recall.flops(config) / recall.tokens < text.flops(config) / text.tokens
 
 
-def test_figures_of_gpus_are_dense_and_in_order() -> None:
+def test_rates_of_gpus_are_dense() -> None:
     assert GPUS["h100"].bf16_flops == pytest.approx(1979e12 / 2, rel=1e-3)
-    assert GPUS["a100-40"].bf16_flops == GPUS["a100-80"].bf16_flops == 312e12
-    assert all(gpu.source and 20e9 < gpu.memory < 300e9 for gpu in GPUS.values())
