@@ -29,13 +29,13 @@ def main() -> None:
         raise UserError(
             f"training.precision is fp32, but the rates known for {arguments.gpu} are those of bf16; set it to bf16"
         )
-    from training.planning.cluster import plan, print_plan  # imports torch, which takes seconds
+    from training.planning.dry_run import cluster_plan, print_plan  # imports torch, which takes seconds
 
-    result = plan(settings, arguments.gpu, arguments.gpus, arguments.mfu)
-    print_plan(result)
+    plan = cluster_plan(settings, arguments.gpu, arguments.gpus, arguments.mfu)
+    print_plan(settings, plan)
     if arguments.json:
         try:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(plan, indent=1) + "\n")
         except OSError as problem:
             raise UserError(f"--json {arguments.json}: can't be written: {problem.strerror}") from problem
 

@@ -7,12 +7,12 @@ import pytest
 
 from model.errors import UserError, cli
 from scripts import plan
-from training.planning.cluster import MEMORY_PARTS
 from training.processes.precision import Machine
 from training.settings.generate import ROOT
 
 SEVEN_B = str(ROOT / "configs/mistral-7b.yaml")
 TINY = str(ROOT / "configs/tiny.yaml")
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "exchange", "activations", "logits_and_scratch")
 
 
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict:
@@ -42,8 +42,9 @@ def test_mistral_7b_on_8_h100s(
 def test_one_processor_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = planned(tmp_path, monkeypatch, TINY, "training.precision=auto")
     assert [m["sharding"] for m in result["memory"]] == ["ddp", "ddp"]
-    (plain, recomputed) = result["pace"]
+    plain, recomputed = result["pace"]
     assert plain["processor_hours"] == pytest.approx(plain["seconds"] / 3600)
+    assert sum(w["flops"] for w in result["work"]) == pytest.approx(plain["seconds"] * 0.4 * 989.4e12)
     assert recomputed["tokens_per_second"] < plain["tokens_per_second"]
 
 
@@ -61,8 +62,8 @@ def test_overrides_are_taken_and_the_table_names_each_part_of_memory(
 
 
 def test_cpu_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.planning.cluster.measure", lambda device: Machine(1e11, 4e11))
-    monkeypatch.setattr("training.planning.cluster.set_up_threads", lambda wanted, local_processes: 1)
+    monkeypatch.setattr("training.planning.dry_run.measure", lambda device: Machine(1e11, 4e11))
+    monkeypatch.setattr("training.planning.dry_run.set_up_threads", lambda wanted, local_processes: 1)
     result = planned(tmp_path, monkeypatch, TINY, "--gpu", "cpu", "training.precision=auto", "recall.enabled=false")
     assert result["processor"]["flops"] == 4e11
     assert result["processor"]["source"] == "bf16 matmul measured just now"

@@ -33,7 +33,6 @@ from model.windows import LayerSpec
 from training.cross_entropy import LOGITS_AT_ONCE
 from training.curriculum import Curriculum
 from training.objective import Plan, step_flops, step_plan
-from training.planning.gpus import CPU
 from training.schedule import interpolate
 from training.settings.consistency import last_distance, recall_seq_len
 from training.settings.schema import OptimizerSettings, Settings
@@ -45,24 +44,14 @@ MOST_ROWS = 2**40  # in a micro-batch: an upper bound for the search
 
 
 @dataclass(frozen=True)
-class Processor:
-    """The device of one process. flops: peak FLOP/s in the precision of the run; memory: usable bytes."""
-
-    name: str
-    flops: float
-    memory: float
-    source: str
-
-
-@dataclass(frozen=True)
 class Setup:
     """How a run is spread over `ranks` processes. sharding: `ddp` (a whole model on each) or `fsdp2` (a share)."""
 
-    processor: Processor
     precision: str
     ranks: int = 1
     sharding: str = "ddp"
     checkpointing: bool = False
+    on_cpu: bool = False
 
     @property
     def product_bytes(self) -> int:
@@ -123,13 +112,6 @@ def work(settings: Settings, ranks: int) -> list[Work]:
     return objectives
 
 
-def run_seconds(settings: Settings, config: WindreachConfig, setup: Setup, mfu: float) -> float:
-    """Time of the whole run if a step without recomputation reaches this MFU."""
-    flops = sum(w.flops(config) for w in work(settings, setup.ranks))
-    factor = recompute_factor(config, settings.data.seq_len) if setup.checkpointing else 1
-    return flops * factor / (setup.ranks * setup.processor.flops * mfu)
-
-
 def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
     """FLOPs of a step that runs the layers forward twice, over those of a step that does not: 4/3, less the head."""
     parts = forward_flops(config, seq_len)
@@ -140,42 +122,27 @@ def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each processor, by part."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    exchange: int
-    activations: int
-    logits_and_scratch: int
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
-
-def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> Memory:
-    """Bytes of a step with the micro-batches of the settings."""
+def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[str, int]:
+    """Bytes on each processor, by part, of a step with the micro-batches of the settings."""
     objectives, relay_head = work(settings, setup.ranks), relay_parameters(settings, config)
     shards = setup.ranks if setup.sharding == "fsdp2" else 1
     share = -(-(count_parameters(config) + relay_head) // shards)
     moments = optimizer_bytes(config, settings.training.optimizer, len(objectives), relay_head)
-    micro_batches = [micro_batch_bytes(config, setup, w, w.last.micro_rows) for w in objectives]
-    return Memory(
-        4 * share,
-        4 * share * len(objectives),
-        -(-moments // shards),
-        exchange_bytes(config, setup),
-        *max(micro_batches, key=sum),
-    )
+    activations, rest = max((micro_batch_bytes(config, setup, w, w.last.micro_rows) for w in objectives), key=sum)
+    return {
+        "weights": 4 * share,
+        "gradients": 4 * share * len(objectives),
+        "optimizer": -(-moments // shards),
+        "exchange": exchange_bytes(config, setup),
+        "activations": activations,
+        "logits_and_scratch": rest,
+    }
 
 
-def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup) -> int:
-    """Rows of the largest text micro-batch that fits; 0 if not even one row fits."""
+def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, available: float) -> int:
+    """Rows of the largest text micro-batch that fits into the available bytes; 0 if not even one row fits."""
     needed, text = memory(settings, config, setup), work(settings, setup.ranks)[0]
-    left = setup.processor.memory - needed.total + needed.activations + needed.logits_and_scratch
+    left = available - sum(needed.values()) + needed["activations"] + needed["logits_and_scratch"]
     return bisect_right(range(1, MOST_ROWS), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
 
 
@@ -251,11 +218,11 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
 
 def score_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, seq_len: int) -> tuple[int, int]:
     """(kept, needed besides in the backward pass) for the scores of one query in one head. Fused kernels keep none."""
-    s, on_cpu, backend = setup.product_bytes, setup.processor.name == CPU, config.attention_backend
+    s, backend = setup.product_bytes, config.attention_backend
     if backend == "reference":  # autograd keeps each step of a float32 softmax over the whole row
         return (3 * 4 + s) * seq_len, 2 * 4 * seq_len
     in_blocks = spec.window is not None and (
-        spec.window < CPU_BLOCKS_BELOW[setup.precision] if on_cpu else backend == "blocked"
+        spec.window < CPU_BLOCKS_BELOW[setup.precision] if setup.on_cpu else backend == "blocked"
     )
     keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
     return s * keys, 3 * 4 * keys

@@ -128,7 +128,7 @@ def test_text_off_for_part_of_the_run_is_not_counted() -> None:
         "training.text_weight=[[0, 0], [0.5, 0], [0.5, 1]]",
         "training.max_steps=100",
     )["text"]
-    assert line.endswith("= 51,200 tokens\n")
+    assert line.endswith("50 steps = 51,200 tokens\n")
 
 
 def test_vocabulary_is_the_given_one_else_that_of_the_tokenizer_to_train() -> None:

@@ -10,14 +10,12 @@ from model.decoder import build_model
 from model.flops import count_parameters
 from training.objective import Plan, Scorer
 from training.optimizer import SummedOptimizer
-from training.planning.formulas import Processor, Setup, Work, micro_batch_bytes, optimizer_bytes
-from training.planning.gpus import CPU
+from training.planning.formulas import Setup, Work, micro_batch_bytes, optimizer_bytes
 from training.planning.memory import PeakBytes
 from training.settings.schema import OptimizerSettings
 
 TOLERANCE = 0.2  # of the measured peak
 RELAY_VALUES, RELAYED_PER_ROW = 16, 60
-PROCESSOR = Processor(CPU, 1e11, 1e12, "made up")
 
 
 def config(layers: list[dict], backend: str = "auto", **fields: int) -> WindreachConfig:
@@ -78,7 +76,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_peak_of_a_step_is_that_of_the_formula(case: str, precision: str, checkpointing: bool) -> None:
     shape, work = CASES[case]
-    setup = Setup(PROCESSOR, precision, checkpointing=checkpointing)
+    setup = Setup(precision, checkpointing=checkpointing, on_cpu=True)
     planned = sum(micro_batch_bytes(shape, setup, work, work.last.rows))
     assert planned == pytest.approx(measured_peak(shape, setup, work), rel=TOLERANCE)
 
