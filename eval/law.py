@@ -159,6 +159,8 @@ def figure(runs: Sequence[Run], laws: dict[str, Summary]) -> "Figure":
                 at = ([run[key] for run in group] for key in ("layers", horizon))
                 ax.scatter(*at, s=26, color=faces, edgecolors=color, zorder=3)
             ax.loglog(base=2)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xlabel("layers k")
             ax.set_title(f"{title}, tokens; dotted: reach k(W - 1); hollow: D did not reach it", fontsize=9.5)
             ax.grid(color=GRID, lw=0.8)

@@ -124,8 +124,10 @@ def figure(rows: Sequence[Row]) -> Figure | None:
         grid = drawn.subplots(len(metrics), len(variables), squeeze=False, sharex="col")
         for (i, metric), (j, variable) in itertools.product(enumerate(metrics), enumerate(variables)):
             _draw(grid[i][j], rows, metric, variable, [v for v in variables if v != variable])
-        for ax, variable in zip(grid[-1], variables):
-            ax.set_xlabel(variable)
+        for top, bottom, variable in zip(grid[0], grid[-1], variables):
+            bottom.set_xlabel(variable)
+            if len(top.lines) > 1:
+                top.legend(fontsize=7.5)
         return drawn
 
 
@@ -158,8 +160,6 @@ def _draw(ax: Axes, rows: Sequence[Row], metric: str, variable: str, others: lis
     if metric != "bits_per_byte":  # no run comes near zero bits
         ax.set_ylim(0, 1.08 * max(r[metric] for r in rows if r[metric] is not None) or 1)
     ax.grid(axis="y", color=GRID, lw=0.8)
-    if len(groups) > 1:
-        ax.legend(fontsize=7.5)
     if are_words:
         ax.set_xticks(range(len(values)), [str(v) for v in values], rotation=20)
         ax.set_xlim(-0.5, len(values) - 0.5)
