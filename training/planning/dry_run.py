@@ -117,7 +117,10 @@ def _work_lines(settings: Settings, config: WindreachConfig, ranks: int) -> Line
     parts, flops = parameters(config), _training_flops(settings, config)
     yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
     listed = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
-    yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {settings.data.seq_len:,} ({listed})"
+    yield (
+        "FLOPs",
+        f"{sum(flops.values()):,.0f} per token in rows of {settings.data.seq_len:,}, visible keys only ({listed})",
+    )
     for w in work(settings, ranks):
         step = f"{w.first.tokens:,} tokens per step in rows of {w.first.seq_len:,}"
         if w.first != w.last:
@@ -224,7 +227,7 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
     rows.append(
         ["largest micro-batch", *(f"{c['largest_rows']:,} rows" if c["largest_rows"] else "none" for c in columns)]
     )
-    console.print(_table("Memory of each processor", ["sharding\nrecompute", *heads], rows))
+    console.print(text_table("Memory of each processor", ["sharding\nrecompute", *heads], rows))
     title = f"Time at an MFU of {plan['mfu']:.0%} without recomputation, and at the same hardware rate with it"
     heads = ["recompute", "tokens/s", "tokens/s each", "time", "processor hours"]
     rows = []
@@ -237,7 +240,7 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
             f"{hours:,.{0 if hours >= 10 else 2}f}",
         )
         rows.append([_recomputed(p), *numbers])
-    console.print(_table(title, heads, rows))
+    console.print(text_table(title, heads, rows))
     for note in plan["notes"]:
         console.print(f"note: {note}")
 
@@ -249,10 +252,11 @@ def _recomputed(column: dict[str, Any]) -> str:
     return "layers" if column["checkpointing"] else "nothing"
 
 
-def _table(title: str, heads: list[str], rows: list[list[str]]) -> Table:
+def text_table(title: str, heads: list[str], rows: list[list[str]]) -> Table:
+    """The first column holds names and may wrap; the others hold numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left")
+        table.add_column(head, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

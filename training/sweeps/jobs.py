@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,13 +20,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from model.flops import count_parameters
 from model.windows import reach
-from training.planning.dry_run import vocab_size
+from training.planning.dry_run import text_table, vocab_size
 from training.planning.formulas import work
 from training.processes.signals import STOPPED
 from training.run.checkpoint import write_json
@@ -80,10 +79,10 @@ def visible_devices() -> list[str]:
 
 
 class Jobs:
-    """Works through runs; calls `tell` with each run when it ends."""
+    """Works through the runs of a sweep and reports each run that ends; `done` of `count` runs are finished."""
 
-    def __init__(self, evaluate: Evaluations, tell: Callable[[Outcome], None]):
-        self.evaluate, self.tell = evaluate, tell
+    def __init__(self, evaluate: Evaluations, console: Console, done: int, count: int):
+        self.evaluate, self.console, self.done, self.count = evaluate, console, done, count
         self._stopping = threading.Event()
         self._thread = threading.local()  # the slot of each thread
         self._children: set[subprocess.Popen[bytes]] = set()
@@ -120,7 +119,10 @@ class Jobs:
                 outcome.state = INTERRUPTED if stopped else FAILED
                 break
             note_finished(run, stage, command)
-        self.tell(outcome)
+        self.done += outcome.state == DONE
+        where = "" if outcome.state == DONE else f" in {outcome.stage}, exit code {outcome.code}"
+        text = f"[{self.done}/{self.count}] {run.name}: {outcome.state}{where}"
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def _call(self, command: list[str], log: Path) -> int:
         """The exit code of a command, whose output goes to `log`. Ctrl-C does not reach a session of its own."""
@@ -167,16 +169,8 @@ def run_all(
     places = slots(min(jobs or max(1, len(devices)), max(1, len(left))), devices)
     console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes)} done before; {len(places)} at a time")
     _prepare_text([settings[run.name] for run in left])
-    done = len(outcomes)
-
-    def tell(outcome: Outcome) -> None:
-        nonlocal done
-        done += outcome.state == DONE
-        where = "" if outcome.state == DONE else f" in {outcome.stage}, exit code {outcome.code}"
-        text = f"[{done}/{len(listed)}] {outcome.run.name}: {outcome.state}{where}"
-        console.print(text, markup=False, soft_wrap=True)
-
-    outcomes |= {outcome.run.name: outcome for outcome in Jobs(sweep.evaluate, tell).work(left, places)}
+    jobs_at_work = Jobs(sweep.evaluate, console, len(outcomes), len(listed))
+    outcomes |= {outcome.run.name: outcome for outcome in jobs_at_work.work(left, places)}
     return [outcomes[run.name] for run in listed]
 
 
@@ -185,7 +179,7 @@ def _prepare_text(needed: list[Settings]) -> None:
     from data.token_store import prepare_tokens
     from data.tokenizer import prepare_tokenizer
 
-    for s in {f"{s.data.model_dump_json()} {s.recall.values}": s for s in reversed(needed)}.values():
+    for s in {f"{s.data.model_dump_json()} {s.recall.values}": s for s in needed}.values():
         prepare_tokens(s, prepare_tokenizer(s))
 
 
@@ -194,8 +188,11 @@ def exit_code(outcomes: list[Outcome], console: Console) -> int:
     for o in outcomes:
         if o.state == FAILED:
             log = o.run.folder / f"{o.stage}.log"
-            text = f"\n{o.run.name} failed in {o.stage} with exit code {o.code}; the end of {log}:"
-            console.print(text, *log.read_text(errors="replace").splitlines()[-20:], sep="\n", markup=False)
+            console.print(
+                f"\n{o.run.name} failed in {o.stage} with exit code {o.code}; the end of {log}:", markup=False
+            )
+            end = log.read_text(errors="replace").splitlines()[-20:]
+            console.print("\n".join(end), markup=False, highlight=False)
     states = {o.state for o in outcomes}
     if states & {INTERRUPTED, WAITING}:
         console.print("stopped; run the same command again to go on")
@@ -204,22 +201,17 @@ def exit_code(outcomes: list[Outcome], console: Console) -> int:
 
 def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
     """Size, reach, tokens and FLOPs of each run."""
-    table = Table(title="Runs; text and recall in tokens", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("run", overflow="fold")
-    for name in ("parameters", "R", "last D", "text", "recall", "FLOPs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for run in listed:
         s = settings[run.name]
         config, works = model_config(s, vocab_size(s)), {w.name: w for w in work(s, 1)}
-        table.add_row(
-            run.name,
-            f"{count_parameters(config):,}",
-            f"{reach(config.specs):,}" if reach(config.specs) else "unbounded",
-            f"{last_distance(s):,}" if s.recall.enabled else "–",
-            *(f"{works[name].tokens:,.0f}" if name in works else "–" for name in ("text", "recall")),
-            f"{sum(w.flops(config) for w in works.values()):.2e}",
-        )
-    return table
+        farthest, tokens = reach(config.specs), {name: f"{w.tokens:,.0f}" for name, w in works.items()}
+        last = f"{last_distance(s):,}" if s.recall.enabled else "–"
+        flops = f"{sum(w.flops(config) for w in works.values()):.2e}"
+        sizes = [f"{count_parameters(config):,}", f"{farthest:,}" if farthest else "unbounded", last]
+        rows.append([run.name, *sizes, tokens["text"], tokens.get("recall", "–"), flops])
+    heads = ["run", "parameters", "R", "last D", "text", "recall", "FLOPs"]
+    return text_table("Runs; text and recall in tokens", heads, rows)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
