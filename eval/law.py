@@ -111,12 +111,12 @@ def reached_the_end(run: Run) -> bool:
     return (run.get("distance") or 0) >= run["reach"]
 
 
-def answer(found: Summary, horizon: str) -> str:
+def answer(one: Summary, horizon: str) -> str:
     """The result in one sentence."""
-    law, nearest = found["fit"], min(LAWS, key=found["scatter"].__getitem__)
+    law, nearest = one["fit"], min(LAWS, key=one["scatter"].__getitem__)
     return (
         f"{HORIZONS[horizon]} grows as W^{law.window} x k^{law.depth} over {law.n} runs; of W k, W sqrt(k) and W, "
-        f"{nearest} is nearest: with one free factor, runs are off by x{found['scatter'][nearest]:.2f}."
+        f"{nearest} is nearest: with one free factor, runs are off by x{one['scatter'][nearest]:.2f}."
     )
 
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.plots.canvas import COLORS, GRID, STYLE, save
-from training.run.checkpoint import write_json, write_text
 
 Row = dict[str, Any]
 METRICS = {
@@ -34,6 +33,8 @@ def write_results(
     name: str, states: Iterable[tuple[dict[str, Any], Path, str]], folder: Path, command: str, console: Console
 ) -> None:
     """Writes sweep.json, sweep.md and sweep.png from (labels, folder, state) of each run, and prints the table."""
+    from training.run.checkpoint import write_json, write_text  # imports torch, which python -m eval.law does not need
+
     rows = [row(*state) for state in states]
     write_json(folder / "sweep.json", {"name": name, "command": command, "runs": rows})
     write_text(folder / "sweep.md", markdown(name, rows, command))
