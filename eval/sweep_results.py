@@ -1,4 +1,4 @@
-"""What a sweep found: one row a run, as JSON, Markdown, a table on the terminal and a picture."""
+"""Shows the runs of a sweep side by side: as JSON, as a table in Markdown and on the terminal, and as a picture."""
 
 import itertools
 import json
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from eval.plots.canvas import COLORS, GRID, STYLE
+from eval.plots.canvas import COLORS, GRID, STYLE, save
 
 Row = dict[str, Any]
 METRICS = {
@@ -24,24 +26,45 @@ METRICS = {
     "bits_per_byte": "bits per byte",
     "tokens_per_second": "tokens/s",
 }
-LAST = {"steps": "step", "tokens": "tokens", "distance": "distance"}  # a row's key: what the last log line calls it
+NOTE = "Distances in tokens; tokens/s of one run beside the others; bf16 cache of one row as long as those evaluated."
+
+
+def write_results(
+    name: str, states: Iterable[tuple[dict[str, Any], Path, str]], folder: Path, command: str, console: Console
+) -> None:
+    """Writes sweep.json, sweep.md and sweep.png from (labels, folder, state) of each run, and prints the table."""
+    from training.run.checkpoint import write_json, write_text  # imports torch, which python -m eval.law does not need
+
+    rows = [row(*state) for state in states]
+    write_json(folder / "sweep.json", {"name": name, "command": command, "runs": rows})
+    write_text(folder / "sweep.md", markdown(name, rows, command))
+    picture = figure(rows)
+    if picture is not None:
+        save(picture, folder / "sweep.png")
+    console.print(table(rows), f"Written: {folder}/sweep.json, sweep.md" + (", sweep.png" if picture else ""), sep="\n")
 
 
 def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
-    """Labels, state and what the run's result files hold; None for what is not there."""
+    """Labels, state and results of a run; None for what it has not got. `further` are tasks beside the first one."""
     recall, loss = _read(folder / "recall.json"), _read(folder / "loss.json")
-    result = recall or loss
     task, *further = recall["tasks"].values() if recall else [{}]
+    log = folder / "metrics.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    logged = [event for event in events if event.get("kind") == "train"]
+    last = logged[-1] if logged else {}
+    rates = [event["tokens_per_second"] for event in logged[1:] or logged]  # the first one includes compilation
     return {
         "run": folder.name,
         "labels": labels,
         "state": state,
-        **{key: result.get(key) for key in ("window", "layers", "reach", "window_times_layers", "parameters")},
-        **{key: task.get(key) for key in ("h90", "h90_interval", "h50", "h50_interval", "u90", "u50")},
-        "further": {other["task"]: {key: other.get(key) for key in ("h90", "h50")} for other in further},
-        "cache_bytes": task.get("cache_bytes"),
+        **{k: (recall or loss).get(k) for k in ("window", "layers", "reach", "window_times_layers", "parameters")},
+        **{k: task.get(k) for k in ("h90", "h90_interval", "h50", "h50_interval", "u90", "u50", "cache_bytes")},
+        "further": {other["task"]: {k: other.get(k) for k in ("h90", "h50")} for other in further},
         "bits_per_byte": loss.get("bits_per_byte"),
-        **_training(folder / "metrics.jsonl"),
+        "steps": last.get("step"),
+        "tokens": last.get("tokens"),
+        "distance": last.get("distance"),
+        "tokens_per_second": statistics.median(rates) if rates else None,
     }
 
 
@@ -49,120 +72,100 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def _training(file: Path) -> Row:
-    """Steps and tokens trained, the farthest D, and the median of the logged rates but the first, which compiles."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    logged = [found for line in lines if (found := json.loads(line)).get("kind") == "train"]
-    rates = [found["tokens_per_second"] for found in logged[1:] or logged]
-    last = logged[-1] if logged else {}
-    rate = statistics.median(rates) if rates else None
-    return {**{key: last.get(name) for key, name in LAST.items()}, "tokens_per_second": rate}
-
-
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def cells(found: Row, further: Sequence[str] = ()) -> list[str]:
-    """Of a line of the table, after the labels; `further` names tasks beside the first one."""
-    return [
-        _number(found["reach"], ","),
-        _number(found["h90"], ","),
-        _number(found["h50"], ",.0f"),
-        _number(found["u90"], ".2f"),
-        *(_number(found["further"].get(task, {}).get("h50"), ",.0f") for task in further),
-        _number(found["bits_per_byte"], ".3f"),
-        _number(found["tokens"], ","),
-        _number(found["tokens_per_second"], ",.0f"),
-        _number(found["cache_bytes"], ","),
-        found["state"],
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(headings, the cells of each row). Tasks beside the first one have a column each."""
+    tasks = dict.fromkeys(task for r in rows for task in r["further"])
+    columns = {"reach": ("R", ","), "h90": ("H90", ","), "h50": ("H50", ",.0f"), "u90": ("U90", ".2f")}
+    columns |= {task: (f"H50 {task}", ",.0f") for task in tasks}
+    columns |= {"bits_per_byte": ("bits per byte", ".3f"), "tokens": ("tokens", ",")}
+    columns |= {"tokens_per_second": ("tokens/s", ",.0f"), "cache_bytes": ("cache bytes", ",")}
+
+    def cell(r: Row, key: str, number: str) -> str:
+        value = r["further"].get(key, {}).get("h50") if key in tasks else r[key]
+        return "–" if value is None else format(value, number)
+
+    heads = [*rows[0]["labels"], *(head for head, _ in columns.values()), "state"]
+    return heads, [
+        [*map(str, r["labels"].values()), *(cell(r, key, number) for key, (_, number) in columns.items()), r["state"]]
+        for r in rows
     ]
 
 
-def further_tasks(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(task for found in rows for task in found["further"]))
-
-
-def heads(rows: Sequence[Row]) -> list[str]:
-    others = [f"H50 {task}" for task in further_tasks(rows)]
-    found = ["R", "H90", "H50", "U90", *others, "bits per byte", "tokens", "tokens/s", "cache bytes", "state"]
-    return [*rows[0]["labels"], *found]
-
-
 def table(rows: Sequence[Row]) -> Table:
-    made = Table(box=box.SIMPLE_HEAD)
-    for name in heads(rows):
-        made.add_column(name, justify="right")
-    for found in rows:
-        style = None if found["state"] == "done" else "dim"
-        made.add_row(*map(str, found["labels"].values()), *cells(found, further_tasks(rows)), style=style)
-    return made
+    shown, (heads, cells) = Table(box=box.SIMPLE_HEAD), _cells(rows)
+    for name in heads:
+        shown.add_column(name, justify="right")
+    for line in cells:
+        shown.add_row(*line, style=None if line[-1] == "done" else "dim")
+    return shown
 
 
 def markdown(name: str, rows: Sequence[Row], command: str) -> str:
-    tasks, names = further_tasks(rows), heads(rows)
-    said = (
-        "Distances in tokens; tokens/s of one run beside the others; bf16 cache of one row as long as those evaluated."
-    )
-    lines = [f"# {name}", "", f"Made by `{command}`. {said}", ""]
-    lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join([*map(str, found["labels"].values()), *cells(found, tasks)]) + " |" for found in rows]
-    return "\n".join([*lines, "", "![The metrics against each variable](sweep.png)", ""])
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    heads, cells = _cells(rows)
+    lines = ["| " + " | ".join(line) + " |" for line in (heads, *cells)]
+    lines.insert(1, "|" + "---|" * len(heads))
+    picture = "![The metrics against each variable](sweep.png)"
+    return "\n".join([f"# {name}", "", f"Made by `{command}`. {NOTE}", "", *lines, "", picture, ""])
 
 
 # -- picture ----------------------------------------------------------------------------------------------------------
 
 
 def figure(rows: Sequence[Row]) -> Figure | None:
-    """Every metric against every variable but the seed: dots are runs, lines the means over seeds. None: no figures."""
-    metrics = [m for m in METRICS if any(found[m] is not None for found in rows)]
+    """Every metric against every variable: dots are runs, lines or dashes are means over seeds. None: no figures."""
+    metrics = [m for m in METRICS if any(r[m] is not None for r in rows)]
     variables = [v for v in rows[0]["labels"] if v != "seed" and len(_values(rows, v)) > 1] or ["seed"]
     if not metrics:
         return None
     with matplotlib.rc_context(STYLE):
-        made = Figure(figsize=(4.6 * len(variables) + 0.6, 2.5 * len(metrics)), layout="constrained")
-        grid = made.subplots(len(metrics), len(variables), squeeze=False)
+        drawn = Figure(figsize=(4.6 * len(variables) + 0.6, 2.5 * len(metrics)), layout="constrained")
+        grid = drawn.subplots(len(metrics), len(variables), squeeze=False, sharex="col")
         for (i, metric), (j, variable) in itertools.product(enumerate(metrics), enumerate(variables)):
             _draw(grid[i][j], rows, metric, variable, [v for v in variables if v != variable])
-            if i + 1 == len(metrics):
-                grid[i][j].set_xlabel(variable)
-        return made
+        for top, bottom, variable in zip(grid[0], grid[-1], variables):
+            bottom.set_xlabel(variable)
+            if len(top.lines) > 1:
+                top.legend(fontsize=7.5)
+        return drawn
+
+
+def line_colors(n: int) -> list[Any]:
+    """`n` different colours: those of the house, or equal steps of a colormap where they are too few."""
+    return list(COLORS[:n]) if n <= len(COLORS) else list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, n)))
 
 
 def _values(rows: Iterable[Row], variable: str) -> list[Any]:
-    return list(dict.fromkeys(found["labels"].get(variable) for found in rows))
+    return list(dict.fromkeys(r["labels"].get(variable) for r in rows))
 
 
 def _draw(ax: Axes, rows: Sequence[Row], metric: str, variable: str, others: list[str]) -> None:
-    places = _places(ax, _values(rows, variable))
+    """One panel: a colour for each combination of the other variables. Words stand side by side and are not joined."""
+    values = _values(rows, variable)
+    are_words = not all(isinstance(v, int | float) for v in values)
+    places = {v: i if are_words else v for i, v in enumerate(values)}
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for found in rows:
-        if found[metric] is not None:
-            groups.setdefault(tuple(found["labels"].get(v) for v in others), []).append(found)
-    for color, (key, group) in zip(itertools.cycle(COLORS), groups.items()):
-        points = [(places[found["labels"].get(variable)], found[metric]) for found in group]
+    for r in rows:
+        groups.setdefault(tuple(r["labels"].get(v) for v in others), []).append(r)
+    style: dict[str, Any] = {"ls": "none", "marker": "_", "ms": 12} if are_words else {"lw": 1.4}
+    for i, (color, (key, group)) in enumerate(zip(line_colors(len(groups)), groups.items())):
+        aside = 0.6 * ((i + 0.5) / len(groups) - 0.5) if are_words else 0
+        points = [(places[r["labels"].get(variable)] + aside, r[metric]) for r in group if r[metric] is not None]
         means = [(x, statistics.fmean(y for at, y in points if at == x)) for x in sorted({x for x, _ in points})]
         label = ", ".join(f"{name} {value}" for name, value in zip(others, key))
-        ax.plot([x for x, _ in means], [y for _, y in means], color=color, lw=1.4, label=label)
+        ax.plot([x for x, _ in means], [y for _, y in means], color=color, label=label, **style)
         ax.scatter([x for x, _ in points], [y for _, y in points], color=color, s=14, zorder=3)
     ax.set_title(METRICS[metric], fontsize=9.5)
-    if metric != "bits_per_byte":  # of which no run comes near zero
-        ax.set_ylim(0, 1.08 * max(found[metric] for group in groups.values() for found in group) or 1)
+    if metric != "bits_per_byte":  # no run comes near zero bits
+        ax.set_ylim(0, 1.08 * max(r[metric] for r in rows if r[metric] is not None) or 1)
     ax.grid(axis="y", color=GRID, lw=0.8)
-    if others and len(groups) > 1:
-        ax.legend(fontsize=7.5)
-
-
-def _places(ax: Axes, values: list[Any]) -> dict[Any, float]:
-    """Where values stand: numbers where they belong, if they grow so on powers of two; words side by side."""
-    if all(isinstance(v, int | float) for v in values):
-        if min(values) > 0 and max(values) >= 4 * min(values):
-            ax.set_xscale("log", base=2)
-        ax.set_xticks(values, [f"{v:g}" for v in values])
-        ax.xaxis.set_minor_locator(ticker.NullLocator())
-        return {v: float(v) for v in values}
-    ax.set_xticks(range(len(values)), [str(v) for v in values], rotation=20)
-    return {v: float(i) for i, v in enumerate(values)}
+    if are_words:
+        ax.set_xticks(range(len(values)), [str(v) for v in values], rotation=20)
+        ax.set_xlim(-0.5, len(values) - 0.5)
+        return
+    if min(values) > 0 and max(values) >= 4 * min(values):
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(values, [f"{v:g}" for v in values])
+    ax.xaxis.set_minor_locator(ticker.NullLocator())

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError, cli
-from scripts import plan, plans_page
+from scripts import plan
 from training.processes.precision import Machine
 from training.settings.generate import ROOT
 
 SEVEN_B = str(ROOT / "configs/mistral-7b.yaml")
 TINY = str(ROOT / "configs/tiny.yaml")
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "exchange", "activations", "logits_and_scratch")
 
 
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict:
@@ -25,17 +26,26 @@ def test_mistral_7b_on_8_h100s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    found = planned(tmp_path, monkeypatch, SEVEN_B, "--gpus", "8", "--mfu", "0.5")
+    result = planned(tmp_path, monkeypatch, SEVEN_B, "--gpus", "8", "--mfu", "0.5")
     shown = capsys.readouterr().out
-    assert sum(found["parameters"].values()) == 7_241_732_096
-    assert (found["reach"], found["window_times_layers"]) == (131_040, 131_072)
-    ways = {(m["sharding"], m["checkpointing"]): m["fits"] for m in found["memory"]}
+    assert sum(result["parameters"].values()) == 7_241_732_096
+    assert (result["reach"], result["window_times_layers"]) == (131_040, 131_072)
+    ways = {(m["sharding"], m["checkpointing"]): m["fits"] for m in result["memory"]}
     assert ways == {("ddp", False): False, ("ddp", True): False, ("fsdp2", False): False, ("fsdp2", True): True}
-    rate = 8 * 989.4e12 * 0.5 / sum(found["flops_per_token"].values())
-    assert found["pace"][0]["tokens_per_second"] == pytest.approx(rate)
+    rate = 8 * 989.4e12 * 0.5 / sum(result["flops_per_token"].values())
+    assert result["pace"][0]["tokens_per_second"] == pytest.approx(rate)
     assert f"{rate:,.0f}" in shown
     assert "NVIDIA H100 (SXM5) data sheet" in shown
     assert "processor hours" in shown
+
+
+def test_one_processor_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = planned(tmp_path, monkeypatch, TINY, "training.precision=auto")
+    assert [m["sharding"] for m in result["memory"]] == ["ddp", "ddp"]
+    plain, recomputed = result["pace"]
+    assert plain["processor_hours"] == pytest.approx(plain["seconds"] / 3600)
+    assert sum(w["flops"] for w in result["work"]) == pytest.approx(plain["seconds"] * 0.4 * 989.4e12)
+    assert recomputed["tokens_per_second"] < plain["tokens_per_second"]
 
 
 def test_overrides_are_taken_and_the_table_names_each_part_of_memory(
@@ -43,21 +53,21 @@ def test_overrides_are_taken_and_the_table_names_each_part_of_memory(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     overrides = ("training.precision=auto", "training.max_steps=7", "model.num_hidden_layers=5", "recall.enabled=false")
-    found = planned(tmp_path, monkeypatch, TINY, "--gpu", "rtx-4090", *overrides)
-    assert (found["work"][0]["steps"], found["reach"]) == (7, 5 * 7)
-    for row in found["memory"]:
-        assert row["total"] == sum(row[part] for part in plan.MEMORY_PARTS)
+    result = planned(tmp_path, monkeypatch, TINY, "--gpu", "rtx-4090", *overrides)
+    assert (result["work"][0]["steps"], result["reach"]) == (7, 5 * 7)
+    for column in result["memory"]:
+        assert column["total"] == sum(column[part] for part in MEMORY_PARTS)
     shown = capsys.readouterr().out
-    assert [part for part in plan.MEMORY_PARTS if part.replace("_", " ") not in shown] == []
+    assert [part for part in MEMORY_PARTS if part.replace("_", " ") not in shown] == []
 
 
 def test_cpu_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.plan.measure", lambda device: Machine(1e11, 4e11))
-    monkeypatch.setattr("scripts.plan.set_up_threads", lambda wanted, local_processes: 1)
-    found = planned(tmp_path, monkeypatch, TINY, "--gpu", "cpu", "training.precision=auto", "recall.enabled=false")
-    assert found["processor"]["flops"] == 4e11
-    assert found["processor"]["source"] == "bf16 matmul measured just now"
-    assert found["processor"]["memory"] > 2**30
+    monkeypatch.setattr("training.planning.dry_run.measure", lambda device: Machine(1e11, 4e11))
+    monkeypatch.setattr("training.planning.dry_run.set_up_threads", lambda wanted, local_processes: 1)
+    result = planned(tmp_path, monkeypatch, TINY, "--gpu", "cpu", "training.precision=auto", "recall.enabled=false")
+    assert result["processor"]["flops"] == 4e11
+    assert result["processor"]["source"] == "bf16 matmul measured just now"
+    assert result["processor"]["memory"] > 2**30
 
 
 @pytest.mark.parametrize(
@@ -69,8 +79,8 @@ def test_cpu_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_a_plan_warns_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], note: str) -> None:
-    found = planned(tmp_path, monkeypatch, SEVEN_B, *arguments)
-    assert any(re.search(note, said) for said in found["notes"]), found["notes"]
+    result = planned(tmp_path, monkeypatch, SEVEN_B, *arguments)
+    assert any(re.search(note, text) for text in result["notes"]), result["notes"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,7 @@ def test_what_a_plan_warns_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a
         (["--mfu", "1.5"], "--mfu 1.5: give a share above 0 and at most 1, such as 0.4"),
         (["training.precision=fp32"], "training.precision is fp32, but the rates known for h100 are those of bf16"),
         (["training.max_stebs=1"], r"did you mean training.max_steps\?"),
-        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: /nowhere is no folder; name one that is there"),
+        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: /nowhere is no folder; name one that exists"),
     ],
 )
 def test_a_mistake_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
@@ -91,17 +101,16 @@ def test_a_mistake_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch, argu
         plan.main()
 
 
-def test_shipped_plans_say_what_the_command_says_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_page_of_plans_shows_what_its_commands_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rates and time; the bytes beside them follow the code, and are made anew by scripts/plans_page.py."""
     page = (ROOT / "docs" / "plans.md").read_text()
-    assert page.startswith(plans_page.HEAD)
-    assert re.findall(r"\$ python scripts/plan.py (.*)\n", page) == list(plans_page.COMMANDS.values())
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", str(plans_page.WIDTH))
-    for command in plans_page.COMMANDS.values():
-        planned(tmp_path, monkeypatch, *command.split())
-        lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-        for line in lines[:4] + [x for x in lines if re.match(r"  (nothing|layers) +[\d,]+ ", x)]:
-            assert line in page, f"docs/plans.md is stale: {line}"
+    monkeypatch.setenv("COLUMNS", "100")
+    tables = re.findall(r"```\n(.*?)\n```\n`python scripts/(plan.py [^`]*)`\n", page, re.DOTALL)
+    assert len(tables) == page.count(" H100s\n")
+    for table, command in tables:
+        monkeypatch.setattr(sys, "argv", command.split())
+        plan.main()
+        shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+        assert shown.strip() == table.strip(), f"docs/plans.md is stale: {command}"

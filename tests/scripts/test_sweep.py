@@ -10,15 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
 
 from eval import sweep_results
 from model.errors import UserError
-from scripts.sweep import parse, plan_table, visible_devices
-from training.planning.cluster import work
+from scripts.sweep import parse
+from training.planning.formulas import work
 from training.settings.consistency import last_distance
 from training.settings.generate import ROOT
 from training.sweeps.grid import Run, checked_settings, load_sweep, runs
-from training.sweeps.jobs import finished_stages, is_finished, note_finished, slots, stages
+from training.sweeps.jobs import finished_stages, is_finished, note_finished, plan_table, slots, stages, visible_devices
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
@@ -218,11 +219,14 @@ def test_the_cost_is_compared_at_nearly_equal_tokens_in_the_shares_that_it_names
         ("gird: []", r"gird = \[\]  \(.*:3\)\n    unknown key; did you mean grid\?"),
         ("grid: [{axis: a, kye: b}]", r"grid.0.kye = 'b' .*\n    unknown key; did you mean grid.0.key\?"),
         ("grid: [{axis: a}]", "grid.0 = 'a' .*\n    the axis has no values; give key and values, or points"),
-        ("grid: [{axis: a, values: [1]}]", "no key says what they are values of; add key: a dotted path"),
-        ("grid: [{axis: a, key: seed, points: [{label: 1}]}]", r"no values are given for it; add values: \[a, b\]"),
+        ("grid: [{axis: a, values: [1]}]", "no key says which setting the values are for; add key: a dotted path"),
+        (
+            "grid: [{axis: a, key: seed, points: [{label: 1}]}]",
+            r"grid.0.key = 'seed' .*\n    it has no values; add values: \[a, b\]",
+        ),
         ("grid: [{axis: seed, key: seed, values: [1]}]", "seeds are an axis of their own; use another name"),
         ("runs: [{labels: {a: 1}}, {labels: {a: 1}}]", "runs = 'a=1' .*\n    two runs have these labels"),
-        ("runs: [{labels: {a: 1}}]\nseeds: [1, 1]", "a seed is here twice; name each once"),
+        ("runs: [{labels: {a: 1}}]\nseeds: [1, 1]", "a seed is listed twice; list each seed once"),
         ("runs: [{labels: {a: 1}}]\nseeds: [-1]", "seeds.0 = -1 .*\n    expected at least 0"),
         ("runs: [{labels: {a: 1}}]\nevaluate: {recall: {m: 1}}", "evaluate.recall.m = 1"),
         ("grid: [", r"sweep.yaml:\d+: "),
@@ -240,7 +244,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 def test_runs_without_a_config_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bare.yaml").write_text("name: t\ngrid: [{axis: a, points: [{label: 1, config: x.yaml}, {label: 2}]}]")
-    with pytest.raises(UserError, match=r"grid.0.points.1.config  .*\n    these runs have no config; name one there"):
+    with pytest.raises(UserError, match=r"config  .*\n    the run a=2 has no config; add config: ../quickstart"):
         load_sweep(tmp_path / "bare.yaml")
 
 
@@ -314,11 +318,25 @@ def test_picture_draws_the_mean_over_seeds_and_leaves_out_what_is_not_there() ->
     assert sweep_results.figure([result(8, 0, None)]) is None
 
 
-def test_words_stand_side_by_side() -> None:
-    rows = [result(8, 0, 10), result(8, 0, 20)]
-    rows[1]["labels"] = rows[1]["labels"] | {"kind": "full"}
-    (ax,) = sweep_results.figure(rows).axes
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["sliding", "full"]
+def test_words_stand_side_by_side_on_one_axis_and_are_not_joined() -> None:
+    rows = [result(8, 0, 10), result(8, 0, 20), result(8, 0, None)]
+    for row, kind, rate in zip(rows, ("sliding", "full", "sinks"), (5.0, None, 7.0), strict=True):
+        row["labels"] = row["labels"] | {"kind": kind}
+        row["tokens_per_second"] = rate
+    panels = sweep_results.figure(rows).axes
+    assert len(panels) == 2
+    assert [t.get_text() for t in panels[-1].get_xticklabels()] == ["sliding", "full", "sinks"]
+    for ax in panels:
+        assert ax.get_xlim() == (-0.5, 2.5)
+        assert [line.get_linestyle() for line in ax.lines] == ["None"]
+
+
+def test_every_line_has_a_colour_of_its_own() -> None:
+    rows = [result(window, 0, 10 * window) | {"labels": {"window": window, "lr": lr, "seed": 0}}
+            for window in (8, 16) for lr in range(9)]  # fmt: skip
+    panel = sweep_results.figure(rows).axes[0]
+    assert len({to_hex(line.get_color()) for line in panel.lines}) == 9
+    assert len(sweep_results.line_colors(6)) == 6
 
 
 def test_markdown_has_a_line_a_run_and_the_command() -> None:

@@ -1,52 +1,38 @@
-"""What a run would be, said before it starts: `python train.py CONFIG.yaml --dry-run`.
+"""The plan of a run before it starts: on this machine (`train.py --dry-run`) or on many GPUs (`scripts/plan.py`).
 
-Nothing is allocated, read from the network or written. The only thing measured is the matmul rate of this machine.
+Nothing is allocated, downloaded or written. The only measurement is the matmul rate of this machine.
 """
 
 import copy
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from model.attention.backends import BACKENDS, choose_backend, serving
-from model.attention.plan import tiles_from
+from model.attention.backends import choose_backend, serving
 from model.config import WindreachConfig
-from model.flops import cache_bytes, flops_per_token, parameters
+from model.flops import cache_bytes, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
-from training.planning.cluster import active_steps, recall_plans, relay_parameters, work
-from training.planning.memory import optimizer_bytes
-from training.processes.precision import Machine, measure, set_up_threads
+from training.planning.formulas import Setup, largest_rows, memory, recompute_factor, work
+from training.planning.gpus import CPU, GPUS
+from training.processes.precision import measure, set_up_threads
 from training.settings.build import model_config
 from training.settings.consistency import last_distance
 from training.settings.schema import Settings
 
-CACHE_DTYPE_BYTES = 2  # bfloat16
 GIB, MIB = 2**30, 2**20
-
-
-def plan_text(settings: Settings) -> str:
-    """The plan, one fact a line.
-
-    Raises UserError where the model can't be built: an attention backend that can't do what a layer asks, say.
-    """
-    config = model_config(settings, vocab_size(settings))
-    machine = _measure(settings)
-    lines = [
-        *_layer_lines(config, settings.data.seq_len),
-        *_reach_lines(config),
-        *_size_lines(config),
-        *_token_lines(settings, config),
-        *_memory_lines(settings, config, machine.choose(settings.training.precision)),
-        *_time_lines(settings, config, machine),
-    ]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join([f"plan of {settings.name}; nothing was trained", *(f"  {n:<{width}}  {t}" for n, t in lines)])
+USABLE = 0.92  # share of a GPU's memory; the rest goes to its context, the network library and fragmentation
+Lines = Iterator[tuple[str, str]]
 
 
 def vocab_size(settings: Settings) -> int:
-    """Rows of the embedding: as given, or of the tokenizer that is given or would be trained."""
+    """Size of the vocabulary: `model.vocab_size`, or that of the tokenizer that is given or would be trained."""
     if settings.model.vocab_size is not None:
         return settings.model.vocab_size
     tokenizer = settings.data.tokenizer
@@ -57,34 +43,41 @@ def vocab_size(settings: Settings) -> int:
     return load_tokenizer(tokenizer.model_file).vocab_size
 
 
-def _measure(settings: Settings) -> Machine:
-    """Matmul rates with as many threads as a run of one process would use."""
-    set_up_threads(settings.training.num_threads, local_processes=1)
-    return measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+# -- on this machine --------------------------------------------------------------------------------------------------
 
 
-# -- model ------------------------------------------------------------------------------------------------------------
+def plan_text(settings: Settings) -> str:
+    """The plan of one process on this machine, one fact per line.
 
-Lines = Iterator[tuple[str, str]]
+    Raises UserError if the model can't be built: for example if a layer needs what the attention backend can't do.
+    """
+    config = model_config(settings, vocab_size(settings))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = list(_layer_lines(config, _backend(config, device), settings.data.seq_len))
+    lines = [*layers, *_work_lines(settings, config, ranks=1), *_machine_lines(settings, config, device)]
+    return f"plan of {settings.name}; nothing was trained\n{_aligned(lines)}"
 
 
-def _layer_lines(config: WindreachConfig, seq_len: int) -> Lines:
-    backend = _backend(config)
+def _backend(config: WindreachConfig, device: torch.device) -> str:
+    """The attention backend of the layers on this device, and who chose it."""
+    name = choose_backend(config.attention_backend, config.specs, config.head_dim)
+    why = f"auto on {device.type}" if name == "auto" else "model.attention_backend"
+    return f"{serving(name, device)} ({why})"
+
+
+def _layer_lines(config: WindreachConfig, backend: str, seq_len: int) -> Lines:
+    """Each kind of layer, and the reach of all."""
     for spec in dict.fromkeys(config.specs):
         count = config.specs.count(spec)
-        kind = copy.copy(config)
-        kind.layers, kind.num_hidden_layers = [vars(spec)] * count, count
-        held_bytes = size(cache_bytes(kind, CACHE_DTYPE_BYTES, length=seq_len))
-        held = f"{held_bytes} of cache" if spec.window else f"{held_bytes} of cache at {seq_len:,} tokens, growing"
-        yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; backend {backend}; {held} (bf16, one sequence)"
-
-
-def _backend(config: WindreachConfig) -> str:
-    """What runs the layers here, and why that."""
-    name = choose_backend(config.attention_backend, config.specs, config.head_dim)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = serving(name, device)
-    return f"{chosen} ({'auto on ' + device.type if name == 'auto' else BACKENDS[chosen].about})"
+        alone = copy.copy(config)
+        alone.layers, alone.num_hidden_layers = [vars(spec)] * count, count
+        cache = f"{size(cache_bytes(alone, length=seq_len))} of cache"
+        cache += "" if spec.window else f" at {seq_len:,} tokens, growing"
+        yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; backend {backend}; {cache} (bf16, one sequence)"
+    farthest, headline = reach(config.specs), window_times_layers(config.specs)
+    yield "reach", "unbounded" if farthest is None else f"R = {farthest:,} tokens back, exactly"
+    if farthest is not None and headline is not None:
+        yield "W x layers", f"{headline:,}, the headline figure"
 
 
 def _traits(spec: LayerSpec) -> str:
@@ -97,99 +90,182 @@ def _traits(spec: LayerSpec) -> str:
     return ", ".join(traits)
 
 
-def _reach_lines(config: WindreachConfig) -> Lines:
-    farthest, headline = reach(config.specs), window_times_layers(config.specs)
-    if farthest is None:
-        yield "reach", "unbounded"
-        return
-    yield "reach", f"R = {farthest:,} tokens back, exactly"
-    if headline is not None:
-        yield "W x layers", f"{headline:,}, the headline figure"
-
-
-def _size_lines(config: WindreachConfig) -> Lines:
-    parts = parameters(config)
-    yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
-
-
-# -- work -------------------------------------------------------------------------------------------------------------
-
-
-def _token_lines(settings: Settings, config: WindreachConfig) -> Lines:
-    t, seq_len = settings.training, settings.data.seq_len
-    flops = flops_per_token(config, seq_len)
-    yield "FLOPs", f"{flops:,.0f} per token of a step in rows of {seq_len:,}, visible keys only"
-    text = active_steps(settings, t.text_weight) * t.tokens_per_step
-    yield "text", f"{t.tokens_per_step:,} tokens per step x {t.max_steps:,} steps = {text:,} tokens"
-    if settings.recall.enabled:
-        first, last = recall_plans(settings, ranks=1)
-        steps = active_steps(settings, settings.recall.weight)
-        yield (
-            "recall",
-            (
-                f"{first.tokens:,} tokens per step in rows of {first.seq_len:,} at first, {last.tokens:,} in rows of "
-                f"{last.seq_len:,} at D = {last_distance(settings):,}; "
-                f"{first.tokens * steps:,} to {last.tokens * steps:,} tokens"
-            ),
-        )
-
-
-def _memory_lines(settings: Settings, config: WindreachConfig, precision: str) -> Lines:
-    """Of one process, in no time: activations are an estimate here, and counted on the real code by scripts/plan.py."""
-    relay, objectives = relay_parameters(settings, config), 1 + settings.recall.enabled
-    n = sum(parameters(config).values()) + relay
-    tokens = settings.training.micro_batch_tokens or settings.training.tokens_per_step
-    parts = {
-        "weights": 4 * n,
-        "gradients": 4 * n * objectives,
-        "optimizer": optimizer_bytes(config, settings.training.optimizer, objectives, relay),
-        "activations, roughly": tokens * activation_bytes_per_token(config, 2 if precision == "bf16" else 4),
-    }
-    listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
-    yield "memory", f"{size(sum(parts.values()))} for one process that holds everything ({listed})"
-
-
-def activation_bytes_per_token(config: WindreachConfig, dtype_bytes: int) -> int:
-    """What the backward pass of a token needs: inputs of matrices and norms, queries, keys, values, logits.
-
-    Attention scores come on top where short windows keep them: two windows of float32 a head.
-    """
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    assert config.head_dim is not None
-    per_layer = dtype_bytes * (4 * config.hidden_size + heads * config.head_dim + 3 * config.intermediate_size)
-    longest = tiles_from(torch.bfloat16 if dtype_bytes == 2 else torch.float32, config.head_dim)
-    kept = [s.ring_slots for s in config.specs if s.ring_slots and s.ring_slots < longest]
-    scores = 4 * config.num_attention_heads * 2 * sum(kept)
-    return config.num_hidden_layers * per_layer + scores + 2 * 4 * config.vocab_size
-
-
-def _time_lines(settings: Settings, config: WindreachConfig, machine: Machine) -> Lines:
-    precision = machine.choose(settings.training.precision)
+def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.device) -> Lines:
+    """Memory of one process, precision, and time."""
+    set_up_threads(settings.training.num_threads, local_processes=1)
+    t, machine = settings.training, measure(device)
+    precision = machine.choose(t.precision)
+    setup = Setup(precision, checkpointing=t.activation_checkpointing, on_cpu=device.type == "cpu")
+    needed = memory(settings, config, setup)
+    listed = ", ".join(f"{name.replace('_', ' ')} {size(n)}" for name, n in needed.items() if name != "exchange")
+    yield "memory", f"{size(sum(needed.values()))} for one process that holds everything ({listed})"
     rates = f"matmul here fp32 {machine.fp32_flops / 1e9:,.0f}, bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s"
-    yield "precision", f"{precision} (training.precision is {settings.training.precision}; {rates})"
-    measured = _rate_of_earlier_run(settings)
-    if measured is not None:
-        seconds = sum(w.tokens for w in work(settings, 1)) / measured
-        yield "time", f"{duration(seconds)} at {measured:,.0f} tokens/s, the last rate in {_metrics(settings)}"
-        return
-    seconds = sum(w.flops(config) for w in work(settings, 1)) / machine.rate(precision)
+    yield "precision", f"{precision} (training.precision is {t.precision}; {rates})"
+    log, works = Path(settings.run_dir or f"runs/{settings.name}") / "metrics.jsonl", work(settings, ranks=1)
+    lines = log.read_text().splitlines() if log.is_file() else []
+    if logged := [json.loads(line)["tokens_per_second"] for line in lines if '"tokens_per_second"' in line]:
+        source = f"at {logged[-1]:,.0f} tokens/s, the last rate in {log}"
+        seconds = sum(w.tokens for w in works) / logged[-1]
+    else:
+        source = f"if all were bare {precision} matmuls at the rate measured just now; steps are slower"
+        seconds = sum(w.flops(config) for w in works) / machine.rate(precision)
+    yield "time", f"{duration(seconds)} {source}"
+
+
+def _work_lines(settings: Settings, config: WindreachConfig, ranks: int) -> Lines:
+    """Parameters, FLOPs, and the tokens of each objective."""
+    parts, flops = parameters(config), _training_flops(settings, config)
+    yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
+    listed = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
     yield (
-        "time",
-        f"{duration(seconds)} if all were bare {precision} matmuls at the rate measured just now; steps are slower",
+        "FLOPs",
+        f"{sum(flops.values()):,.0f} per token in rows of {settings.data.seq_len:,}, visible keys only ({listed})",
     )
+    for w in work(settings, ranks):
+        step = f"{w.first.tokens:,} tokens per step in rows of {w.first.seq_len:,}"
+        if w.first != w.last:
+            distance = last_distance(settings)
+            step += f" at first, {w.last.tokens:,} in rows of {w.last.seq_len:,} at D = {distance:,}"
+        micro_batch = f"micro-batch {w.last.micro_rows:,} x {w.last.seq_len:,}"
+        yield w.name, f"{step}, {micro_batch}; {w.steps:,} steps = {w.tokens:,.0f} tokens"
 
 
-def _metrics(settings: Settings) -> Path:
-    return Path(settings.run_dir or f"runs/{settings.name}") / "metrics.jsonl"
+def _training_flops(settings: Settings, config: WindreachConfig) -> dict[str, float]:
+    """FLOPs of forward and backward by part, per token of text; visible keys only."""
+    return {part: 3 * n for part, n in forward_flops(config, settings.data.seq_len).items()}
 
 
-def _rate_of_earlier_run(settings: Settings) -> float | None:
-    """Tokens/s that a run of this name logged last."""
-    path = _metrics(settings)
-    if not path.is_file():
-        return None
-    rows = [json.loads(line) for line in path.read_text().splitlines() if '"tokens_per_second"' in line]
-    return rows[-1]["tokens_per_second"] if rows else None
+# -- on many processors -----------------------------------------------------------------------------------------------
+
+
+def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[str, Any]:
+    """The figures that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds."""
+    config, works = model_config(settings, vocab_size(settings)), work(settings, ranks)
+    processor, precision = _processor(gpu, settings, ranks)
+    setups = [
+        Setup(precision, ranks, sharding, checkpointing, on_cpu=gpu == CPU)
+        for sharding in (("ddp", "fsdp2") if ranks > 1 else ("ddp",))
+        for checkpointing in (False, True)
+    ]
+    columns = []
+    for setup in setups:
+        needed = memory(settings, config, setup)
+        total, most = sum(needed.values()), largest_rows(settings, config, setup, processor["memory"])
+        how = {"sharding": setup.sharding, "checkpointing": setup.checkpointing}
+        columns.append(how | needed | {"total": total, "fits": total <= processor["memory"], "largest_rows": most})
+    tokens, pace = sum(w.tokens for w in works), []
+    for checkpointing, factor in ((False, 1.0), (True, recompute_factor(config, settings.data.seq_len))):
+        seconds = factor * sum(w.flops(config) for w in works) / (ranks * processor["flops"] * mfu)
+        rate, hours = tokens / seconds, seconds * ranks / 3600
+        names = ("checkpointing", "tokens_per_second", "seconds", "processor_hours")
+        pace.append(dict(zip(names, (checkpointing, rate, seconds, hours))))
+    return {
+        "name": settings.name,
+        "processors": ranks,
+        "processor": processor,
+        "precision": precision,
+        "mfu": mfu,
+        "reach": reach(config.specs),
+        "window_times_layers": window_times_layers(config.specs),
+        "parameters": parameters(config),
+        "flops_per_token": _training_flops(settings, config),
+        "work": [
+            {"name": w.name, "steps": w.steps, "tokens": w.tokens, "flops": w.flops(config), "step": vars(w.last)}
+            for w in works
+        ],
+        "memory": columns,
+        "pace": pace,
+        "notes": list(_notes(settings, gpu, ranks, any(column["fits"] for column in columns))),
+    }
+
+
+def _processor(gpu: str, settings: Settings, ranks: int) -> tuple[dict[str, Any], str]:
+    """Peak FLOP/s and usable bytes of one process with their source, and the precision of training on it."""
+    if gpu != CPU:
+        flops, total, source = GPUS[gpu]
+        return {"name": gpu, "flops": flops, "memory": USABLE * total, "source": source}, "bf16"
+    set_up_threads(settings.training.num_threads, local_processes=ranks)
+    machine = measure(torch.device("cpu"))
+    precision = machine.choose(settings.training.precision)
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    source = f"{precision} matmul measured just now"
+    return {"name": CPU, "flops": machine.rate(precision), "memory": share, "source": source}, precision
+
+
+def _notes(settings: Settings, gpu: str, ranks: int, fits: bool) -> Iterator[str]:
+    asked, backend = settings.training.tokens_per_step, settings.model.attention_backend
+    step = work(settings, ranks)[0].first
+    if step.tokens != asked:
+        yield (
+            f"{ranks:,} processors take {step.rows // ranks} row each of {step.seq_len:,} tokens at least: a step has "
+            f"{step.tokens:,} tokens of text, not training.tokens_per_step = {asked:,}; lower data.seq_len, or raise "
+            "tokens_per_step and lower max_steps"
+        )
+    if gpu != CPU and backend in ("reference", "blocked"):
+        yield (
+            f"model.attention_backend is {backend}: on a GPU it keeps its weights for the backward pass; auto takes a "
+            "fused kernel, which does not"
+        )
+    if not fits:
+        yield "nothing fits: take more GPUs, or lower training.micro_batch_tokens or data.seq_len"
+
+
+def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
+    """Prints header, work, a table of memory, a table of time, and notes."""
+    console, processor, ranks = Console(), plan["processor"], plan["processors"]
+    config = model_config(settings, vocab_size(settings))
+    console.print(
+        f"[bold]{plan['name']} on {ranks:,} x {processor['name']}[/], {plan['precision']} "
+        f"({processor['flops'] / 1e12:,.4g} TFLOP/s, {size(processor['memory'])} usable; {processor['source']})"
+    )
+    console.print(_aligned(_work_lines(settings, config, ranks)))
+    columns = plan["memory"]
+    heads = [f"{c['sharding']}\n{_recomputed(c)}" for c in columns]
+    parts = [key for key in columns[0] if key not in ("sharding", "checkpointing", "fits", "largest_rows")]
+    rows = [[part.replace("_", " "), *(size(c[part]) for c in columns)] for part in parts]
+    rows.append(["fits", *("yes" if c["fits"] else "no" for c in columns)])
+    rows.append(
+        ["largest micro-batch", *(f"{c['largest_rows']:,} rows" if c["largest_rows"] else "none" for c in columns)]
+    )
+    console.print(text_table("Memory of each processor", ["sharding\nrecompute", *heads], rows))
+    title = f"Time at an MFU of {plan['mfu']:.0%} without recomputation, and at the same hardware rate with it"
+    heads = ["recompute", "tokens/s", "tokens/s each", "time", "processor hours"]
+    rows = []
+    for p in plan["pace"]:
+        rate, hours = p["tokens_per_second"], p["processor_hours"]
+        numbers = (
+            f"{rate:,.0f}",
+            f"{rate / ranks:,.0f}",
+            duration(p["seconds"]),
+            f"{hours:,.{0 if hours >= 10 else 2}f}",
+        )
+        rows.append([_recomputed(p), *numbers])
+    console.print(text_table(title, heads, rows))
+    for note in plan["notes"]:
+        console.print(f"note: {note}")
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def _recomputed(column: dict[str, Any]) -> str:
+    return "layers" if column["checkpointing"] else "nothing"
+
+
+def text_table(title: str, heads: list[str], rows: list[list[str]]) -> Table:
+    """The first column holds names and may wrap; the others hold numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _aligned(lines: Iterable[tuple[str, str]]) -> str:
+    lines = list(lines)
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
 
 
 def size(n_bytes: float) -> str:

@@ -1,14 +1,13 @@
-"""What data sheets promise of a GPU. Dense figures, without structured sparsity."""
+"""Peak rates and memory of GPUs, from their data sheets. Rates are dense, without structured sparsity."""
 
-from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import NamedTuple
 
 from model.errors import UserError
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """bf16_flops: dense tensor-core FLOP/s in bfloat16 with float32 sums. memory: bytes, a GB being 1e9."""
+class Gpu(NamedTuple):
+    """bf16_flops: tensor-core FLOP/s in bfloat16 with float32 sums. memory: bytes (a GB is 1e9)."""
 
     bf16_flops: float
     memory: float
@@ -29,15 +28,13 @@ GPUS = {
     "rtx-3090": Gpu(71e12, 24e9, "NVIDIA GA102 white paper"),
     "rtx-4090": Gpu(165.2e12, 24e9, "NVIDIA Ada white paper"),
 }
-CPU = "cpu"
+CPU = "cpu"  # this machine
 
 
-def gpu_named(name: str) -> Gpu:
-    """A row of the table. Raises UserError for a name that is not in it."""
-    if name in GPUS:
-        return GPUS[name]
-    near = get_close_matches(name.lower(), [*GPUS, CPU], n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(
-        f"--gpu {name}: no such GPU in the table; {hint}known: {', '.join(GPUS)}, and {CPU} for this machine"
-    )
+def check_gpu(name: str) -> None:
+    """Raises UserError for a name that is neither in the table nor `cpu`."""
+    if name not in (*GPUS, CPU):
+        near = get_close_matches(name.lower(), [*GPUS, CPU], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = f"known: {', '.join(GPUS)}, and {CPU} for this machine"
+        raise UserError(f"--gpu {name}: no such GPU in the table; {hint}{known}")

@@ -1,9 +1,9 @@
-"""A grid of runs from one YAML file: what it may say, and the list of runs that it means.
+"""Reads a sweep file, and lists the runs that it stands for.
 
     name: law
     config: ../quickstart.yaml        relative to this file
-    set: {training.max_steps: 600}    for every run, by dotted path
-    grid:                             every combination of the axes
+    set: {training.max_steps: 600}    settings of every run, by dotted path
+    grid:                             every combination of the axes is a run
       - {axis: layers, key: model.num_hidden_layers, values: [2, 4, 8]}
       - axis: window
         points:
@@ -12,8 +12,8 @@
     seeds: [0, 1]
     evaluate: {recall: {n: 200}, loss: {}}
 
-A run is named by its labels, `layers=8,window=16,seed=0`, and lives in the folder of that name. A setting that is text
-may hold labels of its run: `runs/sweeps/law-base/window={window},seed={seed}`.
+The labels of a run are its name, `layers=8,window=16,seed=0`, and the name of its folder. A setting that is text may
+contain labels of its run in braces: `runs/sweeps/law-base/window={window},seed={seed}`.
 """
 
 import itertools
@@ -29,97 +29,101 @@ from pydantic import Field, ValidationError
 from data.tasks.distance import PATTERN as SHARE
 from model.errors import UserError
 from training.settings.config_file import load_settings, parse_file, report
-from training.settings.problems import ABSENT, Problem, explain
+from training.settings.problems import ABSENT, Keys, Problem, explain
 from training.settings.schema import PositiveInt, Settings, Strict
 
 Label = str | int | float
+Labels = dict[str, Label]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Overrides = dict[str, Any]
 
 
 class Point(Strict):
-    """One value of an axis."""
+    """One value of an axis. config: default is that of the sweep. set: settings by dotted path."""
 
-    label: Label = Field(description="how the value is called in names, table and plots")
-    config: str | None = Field(
-        None, description="the config of these runs, relative to this file; default: the sweep's"
-    )
-    set: Overrides = Field(default_factory=dict, description="settings by dotted path")
+    label: Label = Field(description="the name of the value in runs, tables and plots")
+    config: str | None = None
+    set: Overrides = Field(default_factory=dict)
 
 
 class Axis(Strict):
-    """One variable: a key with values, or points that set several keys at once."""
+    """One variable: a key (dotted path) with its values, or points that set several keys at once."""
 
-    axis: Name = Field(description="name of the variable")
-    key: str | None = Field(None, description="dotted path of the setting that `values` are for")
-    values: list[Any] = Field(default_factory=list, description="values of `key`")
-    points: list[Point] = Field(default_factory=list, description="labels with the settings of each")
+    axis: Name = Field(description="the name of the variable")
+    key: str | None = None
+    values: list[Any] = Field(default_factory=list)
+    points: list[Point] = Field(default_factory=list)
 
     def all_points(self) -> list[Point]:
-        made = [Point(label=_label(value), set={str(self.key): value}) for value in self.values]
-        return made + self.points
+        return [Point(label=_label(value), set={str(self.key): value}) for value in self.values] + self.points
 
 
 class Extra(Strict):
-    """A run of its own beside the grid."""
+    """A run beside the grid, with its labels by variable."""
 
-    labels: dict[str, Label] = Field(description="variable: label", min_length=1)
-    config: str | None = Field(None, description="its config, relative to this file; default: the sweep's")
-    set: Overrides = Field(default_factory=dict, description="settings by dotted path")
+    labels: Labels = Field(description="variable: label", min_length=1)
+    config: str | None = None
+    set: Overrides = Field(default_factory=dict)
 
 
 class RecallOptions(Strict):
-    """As `python -m eval.recall` takes them."""
+    """Options of `python -m eval.recall`; that command describes them."""
 
-    n: PositiveInt = Field(200, description="items a distance")
-    tasks: list[str] = Field(default_factory=list, description="default: those the run was trained on")
-    distances: list[PositiveInt | Annotated[str, Field(pattern=rf"^{SHARE}$")]] = Field(
-        default_factory=list, description="tokens, or shares of W and R such as 0.9R; default: the protocol's"
-    )
-    max_distance: PositiveInt | None = Field(None, description="cut the protocol's distances here")
+    n: PositiveInt = 200
+    tasks: list[str] = Field(default_factory=list)
+    distances: list[PositiveInt | Annotated[str, Field(pattern=rf"^{SHARE}$")]] = Field(default_factory=list)
+    max_distance: PositiveInt | None = None
 
 
 class LossOptions(Strict):
-    """As `python -m eval.loss` takes them."""
+    """Options of `python -m eval.loss`; that command describes them."""
 
-    max_tokens: PositiveInt = Field(200_000, description="held-out tokens to score")
-    rows: PositiveInt = Field(64, description="rows for the curves by position and context")
-    context: PositiveInt | None = Field(None, description="tokens before each scored token; default: R, up to 1,024")
+    max_tokens: PositiveInt = 200_000
+    rows: PositiveInt = 64
+    context: PositiveInt | None = None
 
 
 class Evaluations(Strict):
     """What is measured after each run."""
 
-    recall: RecallOptions | None = Field(None, description="H90, H50, U90")
-    loss: LossOptions | None = Field(None, description="bits per byte")
+    recall: RecallOptions | None = None
+    loss: LossOptions | None = None
 
     def commands(self) -> Iterator[tuple[str, list[str]]]:
         """(name, options) of each evaluation."""
         for name, options in (("recall", self.recall), ("loss", self.loss)):
-            if options is not None:
-                given = {k: v for k, v in options.model_dump().items() if v not in (None, [])}
-                yield name, [x for k, v in given.items() for x in (f"--{k.replace('_', '-')}", _option(v))]
+            given = options.model_dump() if options else {}
+            texts = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in given.items() if v}
+            if options:
+                yield name, [word for k, text in texts.items() for word in (f"--{k.replace('_', '-')}", text)]
 
 
 class Sweep(Strict):
-    """A sweep file."""
+    """A sweep file; the docstring of this module explains its keys."""
 
-    name: Name = Field(description="of the sweep and its folder")
-    config: str | None = Field(None, description="the config that runs start from, relative to this file")
-    set: Overrides = Field(default_factory=dict, description="settings of every run by dotted path")
-    grid: list[Axis] = Field(default_factory=list, description="axes; every combination is a run")
-    runs: list[Extra] = Field(default_factory=list, description="further runs")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        default_factory=lambda: [0], min_length=1, description="each run once a seed"
-    )
-    evaluate: Evaluations = Field(Evaluations(), description="what is measured after each run")
+    name: Name = Field(description="name of the sweep and of its folder")
+    config: str | None = None
+    set: Overrides = Field(default_factory=dict)
+    grid: list[Axis] = Field(default_factory=list)
+    runs: list[Extra] = Field(default_factory=list)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    evaluate: Evaluations = Evaluations()
+
+    def combinations(self) -> Iterator[tuple[Labels, str | None, Overrides]]:
+        """Labels, config and settings of each run, without seeds. If axes set the same key, the last one wins."""
+        for points in itertools.product(*(axis.all_points() for axis in self.grid)) if self.grid else ():
+            labels = {axis.axis: point.label for axis, point in zip(self.grid, points)}
+            config = next((point.config for point in reversed(points) if point.config), self.config)
+            yield labels, config, {key: value for point in points for key, value in point.set.items()}
+        for run in self.runs:
+            yield run.labels, run.config or self.config, run.set
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its labels by variable (the seed the last), the config and the overrides that make it."""
+    """One run: its labels by variable (the seed is the last), its config, overrides and folder."""
 
-    labels: dict[str, Label]
+    labels: Labels
     config: Path
     overrides: tuple[str, ...]
     folder: Path
@@ -130,141 +134,100 @@ class Run:
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Raises UserError: all problems at once, each with its path, value, line and remedy."""
+    """Raises UserError with all problems at once, each with its path, value, line and remedy."""
     tree, lines = parse_file(path)
     try:
         sweep = Sweep.model_validate(tree)
+        problems = list(_inconsistencies(sweep))
     except ValidationError as errors:
-        found = list(explain(errors, tree, Sweep))
-    else:
-        found = list(_inconsistencies(sweep))
-    if found:
-        raise UserError(report(str(path), [p.at(_line(path, lines, p.keys)) for p in found]))
+        problems = list(explain(errors, tree, Sweep))
+
+    def origin(keys: Keys) -> str:
+        while keys and keys not in lines:
+            keys = keys[:-1]
+        return f"{path}:{lines[keys]}" if keys else str(path)
+
+    if problems:
+        raise UserError(report(str(path), [p.at(origin(p.keys)) for p in problems]))
     return sweep
 
 
 def runs(sweep: Sweep, path: Path, folder: Path, more: Sequence[str] = ()) -> list[Run]:
-    """Every run of the sweep; `folder` is the sweep's, `more` are overrides of the command line, which win."""
-    made = []
-    for labels, config, settings in _combinations(sweep):
-        for seed in sweep.seeds:
-            named = labels | {"seed": seed}
-            run = folder / ",".join(f"{name}={_plain(label)}" for name, label in named.items())
-            given = sweep.set | settings | {"seed": seed}
-            overrides = [f"{key}={_flow(_filled(value, named))}" for key, value in given.items()]
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{sweep.name}-{run.name}")
-            own = [f"name={name}", f"run_dir={_flow(str(run))}"]
-            made.append(Run(named, path.parent / str(config), (*overrides, *more, *own), run))
-    return made
+    """Every run of the sweep in `path`. `folder` is that of the sweep; the overrides `more` win."""
+    listed = []
+    for (labels, config, settings), seed in itertools.product(sweep.combinations(), sweep.seeds):
+        labels = labels | {"seed": seed}
+        run = folder / _run_name(labels)
+        given = sweep.set | settings | {"seed": seed}
+        overrides = [f"{key}={json.dumps(_filled(value, labels))}" for key, value in given.items()]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{sweep.name}-{run.name}")
+        own = [f"name={name}", f"run_dir={json.dumps(str(run))}"]
+        listed.append(Run(labels, path.parent / str(config), (*overrides, *more, *own), run))
+    return listed
 
 
-def checked_settings(found: Sequence[Run]) -> dict[str, Settings]:
-    """Settings of each run by its name. Raises UserError with the problems of all; the same problem is told once."""
+def checked_settings(listed: Sequence[Run]) -> dict[str, Settings]:
+    """Settings of each run by its name. Raises UserError with the problems of all runs, each problem once."""
     settings: dict[str, Settings] = {}
     problems: dict[str, list[str]] = {}
-    for run in found:
+    for run in listed:
         try:
             settings[run.name] = load_settings(run.config, run.overrides)
         except UserError as problem:
             problems.setdefault(str(problem), []).append(run.name)
     if problems:
-        parts = [f"{_count(names)}: {text}" for text, names in problems.items()]
-        raise UserError("\n".join([f"{len(found) - len(settings)} of {len(found)} runs can't start", *parts]))
+        parts = [f"{n[0]}{f' and {len(n) - 1} more' if n[1:] else ''}: {text}" for text, n in problems.items()]
+        raise UserError("\n".join([f"{len(listed) - len(settings)} of {len(listed)} runs can't start", *parts]))
     return settings
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _inconsistencies(sweep: Sweep) -> Iterator[Problem]:
     if not sweep.grid and not sweep.runs:
         yield Problem(("grid",), ABSENT, "there is nothing to run", "add an axis to grid, or a run to runs")
-    for i, axis in enumerate(sweep.grid):
-        yield from _axis_problems(("grid", i), axis)
     names = [axis.axis for axis in sweep.grid]
-    for name in {n for n in names if names.count(n) > 1 or n == "seed"}:
-        what = "seeds are an axis of their own" if name == "seed" else "two axes have this name"
-        yield Problem(("grid", names.index(name), "axis"), name, what, "use another name")
+    for i, axis in enumerate(sweep.grid):
+        at: Keys = ("grid", i)
+        if not axis.values and not axis.points:
+            yield Problem(at, axis.axis, "the axis has no values", "give key and values, or points")
+        if axis.values and axis.key is None:
+            what = "no key says which setting the values are for"
+            yield Problem((*at, "values"), axis.values, what, "add key: a dotted path")
+        if axis.key is not None and not axis.values:
+            yield Problem((*at, "key"), axis.key, "it has no values", "add values: [a, b]")
+        if axis.axis == "seed" or axis.axis in names[:i]:
+            what = "seeds are an axis of their own" if axis.axis == "seed" else "two axes have this name"
+            yield Problem((*at, "axis"), axis.axis, what, "use another name")
     if len(set(sweep.seeds)) < len(sweep.seeds):
-        yield Problem(("seeds",), sweep.seeds, "a seed is here twice", "name each once")
-    yield from _repeated(sweep)
-    for at, config in _configs(sweep):
-        if config is None:
-            remedy = "name one there, or for the whole sweep: config: ../quickstart.yaml"
-            yield Problem((*at, "config"), ABSENT, "these runs have no config", remedy)
-
-
-def _axis_problems(at: tuple[str | int, ...], axis: Axis) -> Iterator[Problem]:
-    if not axis.all_points():
-        yield Problem(at, axis.axis, "the axis has no values", "give key and values, or points")
-    if axis.values and axis.key is None:
-        yield Problem((*at, "values"), axis.values, "no key says what they are values of", "add key: a dotted path")
-    if axis.key is not None and not axis.values:
-        yield Problem((*at, "key"), axis.key, "no values are given for it", "add values: [a, b]")
-
-
-def _repeated(sweep: Sweep) -> Iterator[Problem]:
+        yield Problem(("seeds",), sweep.seeds, "a seed is listed twice", "list each seed once")
     seen = set()
-    for labels, _, _ in _combinations(sweep):
-        name = ",".join(f"{k}={_plain(v)}" for k, v in labels.items())
+    for labels, config, _ in sweep.combinations():
+        name = _run_name(labels)
         if name in seen:
             yield Problem(("runs" if sweep.runs else "grid",), name, "two runs have these labels", "change a label")
+        if config is None:
+            what, remedy = f"the run {name} has no config", "add config: ../quickstart.yaml here, or to the run"
+            yield Problem(("config",), ABSENT, what, remedy)
         seen.add(name)
 
 
-def _configs(sweep: Sweep) -> Iterator[tuple[tuple[str | int, ...], str | None]]:
-    """Where a config is named, or would have to be."""
-    if sweep.grid and not any(p.config for axis in sweep.grid for p in axis.all_points()):
-        yield (), sweep.config
-    for i, axis in enumerate(sweep.grid):
-        if any(p.config for p in axis.points):
-            yield from ((("grid", i, "points", j), p.config or sweep.config) for j, p in enumerate(axis.points))
-    yield from ((("runs", i), run.config or sweep.config) for i, run in enumerate(sweep.runs))
+def _run_name(labels: Labels) -> str:
+    return ",".join(f"{name}={_plain(label)}" for name, label in labels.items())
 
 
-def _combinations(sweep: Sweep) -> Iterator[tuple[dict[str, Label], str | None, Overrides]]:
-    """Labels, config and settings of each run, seeds apart; where axes set the same key, the last one wins."""
-    if sweep.grid:
-        for points in itertools.product(*(axis.all_points() for axis in sweep.grid)):
-            labels = {axis.axis: point.label for axis, point in zip(sweep.grid, points, strict=True)}
-            config = next((point.config for point in reversed(points) if point.config), sweep.config)
-            yield labels, config, {key: value for point in points for key, value in point.set.items()}
-    for run in sweep.runs:
-        yield run.labels, run.config or sweep.config, run.set
+def _label(value: Any) -> Label:
+    """The value itself if it is a number or text, else its JSON."""
+    return value if isinstance(value, Label) and not isinstance(value, bool) else json.dumps(value)
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
-
-
-def _line(path: Path, lines: dict[tuple[str | int, ...], int], keys: tuple[str | int, ...]) -> str:
-    while keys and keys not in lines:
-        keys = keys[:-1]
-    return f"{path}:{lines[keys]}" if keys else str(path)
-
-
-def _flow(value: Any) -> str:
-    """One line of YAML, which JSON is."""
-    return json.dumps(value)
-
-
-def _filled(value: Any, labels: dict[str, Label]) -> Any:
-    """A setting with the labels of its run in it.
+def _filled(value: Any, labels: Labels) -> Any:
+    """A setting with the labels of its run in place of their names.
 
     >>> _filled("runs/base-{layers}-{seed}", {"layers": 8, "seed": 0}), _filled(3, {"layers": 8})
     ('runs/base-8-0', 3)
     """
-    if isinstance(value, str):
-        for name, label in labels.items():
-            value = value.replace(f"{{{name}}}", _plain(label))
+    for name, label in labels.items() if isinstance(value, str) else ():
+        value = value.replace(f"{{{name}}}", _plain(label))
     return value
-
-
-def _label(value: Any) -> Label:
-    return value if isinstance(value, Label) and not isinstance(value, bool) else _flow(value)
-
-
-def _option(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _plain(label: Label) -> str:
@@ -274,7 +237,3 @@ def _plain(label: Label) -> str:
     ('0.05', '16-32')
     """
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", str(label)).strip("-")
-
-
-def _count(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -53,10 +53,10 @@ def test_train_py_plans_mistral_7b_in_seconds() -> None:
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "7,241,732,096" in out
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart-global", "quickstart-hybrid-4"])
+@pytest.mark.parametrize("name", ["quickstart", "twins/global", "twins/hybrid-4"])
 def test_the_ring_holds_the_bytes_that_the_plan_foretells(name: str) -> None:
     settings = load_settings(ROOT / "configs" / f"{name}.yaml")
     model = build_model(model_config(settings, vocab_size(settings))).bfloat16().eval()
@@ -83,13 +83,13 @@ def test_every_layer_kind_has_its_line() -> None:
 
 
 def test_full_attention_has_no_bound_and_no_headline() -> None:
-    lines = plan("quickstart-full")
+    lines = plan("twins/full")
     assert lines["reach"] == "unbounded\n"
     assert "W x layers" not in lines
 
 
 def test_window_lowers_the_flops() -> None:
-    sliding, full = (int(plan(c)["FLOPs"].split()[0].replace(",", "")) for c in ("quickstart", "quickstart-full"))
+    sliding, full = (int(plan(c)["FLOPs"].split()[0].replace(",", "")) for c in ("quickstart", "twins/full"))
     assert sliding < full
 
 
@@ -99,7 +99,7 @@ def test_time_comes_from_an_earlier_run_and_says_so(tmp_path: Path) -> None:
     rows = [{"kind": "train", "tokens_per_second": 1.0}, {"kind": "train", "tokens_per_second": 1000.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = ("data.seq_len=512", "training.max_steps=3600", "training.tokens_per_step=2048")
-    lines = plan("quickstart-text-only", *sizes)
+    lines = plan("twins/text-only", *sizes)
     assert lines["time"] == "2.0 hours at 1,000 tokens/s, the last rate in runs/quickstart-text-only/metrics.jsonl\n"
 
 
@@ -128,7 +128,7 @@ def test_text_off_for_part_of_the_run_is_not_counted() -> None:
         "training.text_weight=[[0, 0], [0.5, 0], [0.5, 1]]",
         "training.max_steps=100",
     )["text"]
-    assert line.endswith("= 51,200 tokens\n")
+    assert line.endswith("50 steps = 51,200 tokens\n")
 
 
 def test_vocabulary_is_the_given_one_else_that_of_the_tokenizer_to_train() -> None:

@@ -1,0 +1,239 @@
+"""Formulas for what a run costs: bytes on each processor, FLOPs and time. Nothing is run and nothing is allocated.
+
+FLOPs are those of `model.flops`: the keys that a query sees, forward and backward, without recomputation.
+
+Bytes:
+
+* Weights take 4 bytes, gradients 4 bytes per objective, moments what `optimizer_bytes` says. DDP holds all of them on
+  each processor, FSDP2 a share of them. `exchange_bytes` counts the buffers for communication.
+* `layer_bytes` counts the activations that a layer keeps for its backward pass, and the gradients inside the layer.
+  With activation checkpointing a layer keeps only its input, and one layer at a time keeps the rest.
+* `head_bytes` counts the logits. They are never alive together with the gradients inside a layer: the larger counts.
+
+Assumed:
+
+* The micro-batch is that of the objective that needs more bytes, at the last distance of the curriculum.
+* Attention on a GPU is a fused kernel, which keeps queries, keys, values and output. On a CPU, and on a GPU with
+  `model.attention_backend: blocked`, short windows are computed in blocks, which also keep their attention weights.
+* `torch.compile` saves nothing, and a kernel needs no scratch memory.
+* MFU is FLOPs over the peak, communication included: state a lower MFU for a slow network. Activation checkpointing
+  runs the layers forward once more, so the same rate of the hardware trains fewer tokens per second.
+
+`tests/training/planning/test_memory.py` compares the bytes with real steps of small models on a CPU.
+
+Legend: E hidden size, I intermediate size, H heads, G key/value heads, D head size, V vocabulary.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from model.config import WindreachConfig
+from model.flops import count_parameters, forward_flops, parameters
+from model.windows import LayerSpec
+from training.cross_entropy import LOGITS_AT_ONCE
+from training.curriculum import Curriculum
+from training.objective import Plan, step_flops, step_plan
+from training.schedule import interpolate
+from training.settings.consistency import last_distance, recall_seq_len
+from training.settings.schema import OptimizerSettings, Settings
+
+CPU_BLOCKS_BELOW = {"fp32": 256, "bf16": 1024}  # tokens of window: a rule of thumb for attention on a CPU
+LEAST_BLOCK = 16  # tokens; shorter windows are computed in blocks of this size
+ANSWERS_PER_ROW = 4  # of a recall row, roughly: so few positions reach the head that the number hardly matters
+MOST_ROWS = 2**40  # in a micro-batch: an upper bound for the search
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is spread over `ranks` processes. sharding: `ddp` (a whole model on each) or `fsdp2` (a share)."""
+
+    precision: str
+    ranks: int = 1
+    sharding: str = "ddp"
+    checkpointing: bool = False
+    on_cpu: bool = False
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes per number of the inputs of matrix products."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes per number of the residual stream and of a layer's weights: bf16 only where FSDP2 gathers in bf16."""
+        return self.product_bytes if self.sharding == "fsdp2" else 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """One objective over the whole run, all ranks together. first, last: shapes of its first and its last step."""
+
+    name: str
+    first: Plan
+    last: Plan
+    steps: int
+    scored_per_row: int
+    relay: bool = False
+
+    @property
+    def tokens(self) -> float:
+        """Where rows grow, the mean of the first and the last step stands for all steps."""
+        return self.steps * (self.first.tokens + self.last.tokens) / 2
+
+    def flops(self, config: WindreachConfig) -> float:
+        ends = (step_flops(config, plan, plan.rows * self.scored(plan.seq_len)) for plan in (self.first, self.last))
+        return self.steps * sum(ends) / 2
+
+    def scored(self, seq_len: int) -> int:
+        """Positions of a row that reach the head."""
+        return min(self.scored_per_row, seq_len)
+
+
+def work(settings: Settings, ranks: int) -> list[Work]:
+    """The objectives of a run: text, and recall where it is enabled."""
+    t, recall, seq_len = settings.training, settings.recall, settings.data.seq_len
+
+    def active_steps(weight: list[tuple[float, float]]) -> int:
+        return round(sum(interpolate(weight, i, 1000) > 0 for i in range(1000)) / 1000 * t.max_steps)
+
+    def recall_plan(distance: int) -> Plan:
+        tokens = (recall.tokens_per_step or t.tokens_per_step) * curriculum.batch_factor(distance)
+        length = curriculum.row_length(distance, recall_seq_len(settings))
+        return step_plan(tokens, length, t.micro_batch_tokens, ranks)
+
+    text = step_plan(t.tokens_per_step, seq_len, t.micro_batch_tokens, ranks)
+    objectives = [Work("text", text, text, active_steps(t.text_weight), seq_len)]
+    if recall.enabled:
+        curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, last_distance(settings))
+        first, last = recall_plan(curriculum.start().distance), recall_plan(last_distance(settings))
+        scored = last.seq_len if recall.text_loss_weight else ANSWERS_PER_ROW
+        relay = recall.relay_loss_weight > 0
+        objectives.append(Work("recall", first, last, active_steps(recall.weight), scored, relay))
+    return objectives
+
+
+def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
+    """FLOPs of a step that runs the layers forward twice, over those of a step that does not: 4/3, less the head."""
+    parts = forward_flops(config, seq_len)
+    whole = sum(parts.values())
+    return (4 * whole - parts["output"]) / (3 * whole)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[str, int]:
+    """Bytes on each processor, by part, of a step with the micro-batches of the settings."""
+    objectives, relay_head = work(settings, setup.ranks), relay_parameters(settings, config)
+    shards = setup.ranks if setup.sharding == "fsdp2" else 1
+    share = -(-(count_parameters(config) + relay_head) // shards)
+    moments = optimizer_bytes(config, settings.training.optimizer, len(objectives), relay_head)
+    activations, rest = max((micro_batch_bytes(config, setup, w, w.last.micro_rows) for w in objectives), key=sum)
+    return {
+        "weights": 4 * share,
+        "gradients": 4 * share * len(objectives),
+        "optimizer": -(-moments // shards),
+        "exchange": exchange_bytes(config, setup),
+        "activations": activations,
+        "logits_and_scratch": rest,
+    }
+
+
+def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, available: float) -> int:
+    """Rows of the largest text micro-batch that fits into the available bytes; 0 if not even one row fits."""
+    needed, text = memory(settings, config, setup), work(settings, setup.ranks)[0]
+    left = available - sum(needed.values()) + needed["activations"] + needed["logits_and_scratch"]
+    return bisect_right(range(1, MOST_ROWS), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
+
+
+def relay_parameters(settings: Settings, config: WindreachConfig) -> int:
+    """Parameters of the relay head, which exists in training only."""
+    recall = settings.recall
+    return config.hidden_size * recall.values if recall.enabled and recall.relay_loss_weight else 0
+
+
+def optimizer_bytes(config: WindreachConfig, s: OptimizerSettings, objectives: int, relay_head: int = 0) -> int:
+    """Moments in float32, a set for each objective: AdamW has two per parameter, Muon one per matrix of the layers."""
+    parts = parameters(config)
+    muon = parts["attention"] + parts["feed-forward"] if s.kind == "muon" else 0
+    return 4 * objectives * (2 * (count_parameters(config) + relay_head) - muon)
+
+
+def exchange_bytes(config: WindreachConfig, setup: Setup) -> int:
+    """DDP: buckets as large as the gradients.
+
+    FSDP2: embedding, head and final norm for the whole step, two layers (one in use, the next on its way), and the
+    gradients of one unit before and after their reduction in float32.
+    """
+    if setup.ranks == 1:
+        return 0
+    if setup.sharding == "ddp":
+        return 4 * count_parameters(config)
+    parts, size = parameters(config), setup.stream_bytes
+    root = parts["embedding"] + parts["output"] + config.hidden_size
+    layer = -(-(count_parameters(config) - root) // config.num_hidden_layers)
+    return size * (root + 2 * layer) + (size + 4) * max(root, layer)
+
+
+def micro_batch_bytes(config: WindreachConfig, setup: Setup, w: Work, rows: int) -> tuple[int, int]:
+    """(activations of the layers, logits and scratch) at the peak of forward and backward over `rows` rows.
+
+    With a relay head the streams after all layers are alive twice at the head (stacked, and their gradient), and once
+    during the backward pass of the layers.
+    """
+    seq_len, depth = w.last.seq_len, len(config.specs)
+    stream = rows * seq_len * config.hidden_size * setup.stream_bytes
+    layers = {spec: layer_bytes(config, setup, spec, rows, seq_len) for spec in set(config.specs)}
+    if setup.checkpointing:
+        activations, backward = depth * stream, max(kept + scratch for kept, scratch in layers.values())
+    else:
+        activations = sum(layers[spec][0] for spec in config.specs)
+        backward = max(scratch for _, scratch in layers.values())
+    streams = (depth + 1) * stream if w.relay else 0
+    head = head_bytes(config, rows * seq_len, rows * w.scored(seq_len))
+    return activations, max(head + 2 * streams, backward + streams)
+
+
+def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: int, seq_len: int) -> tuple[int, int]:
+    """(what a layer keeps for its backward pass, what the backward pass needs besides)."""
+    e, i, d, s = config.hidden_size, config.intermediate_size, config.head_dim, setup.product_bytes
+    h, g = config.num_attention_heads, config.num_key_value_heads
+    kept_scores, scratch_scores = score_bytes(config, setup, spec, seq_len)
+    kept_per_token = (
+        2 * e * setup.stream_bytes  # inputs of the two norms
+        + 2 * e * 4  # the same, normalised in float32
+        + 2 * e * s  # inputs of the projections
+        + (2 * h + 2 * g) * d * s  # queries, keys, values, output
+        + (0 if kept_scores else (h + g) * d * s)  # q and k before rotation: a fused kernel takes v as a view of them
+        + h * kept_scores
+        + 4 * i * s  # gate, up, silu(gate), and its product with up
+    )
+    scratch_per_token = h * scratch_scores + 2 * i * s  # gradients of the scores, and of gate and up
+    joined = e * ((h + 2 * g) * d + 2 * i)  # training concatenates the weights of q, k, v, and those of gate and up
+    autocast = s < setup.stream_bytes  # casts every matrix, and keeps the copy
+    copies = s * (joined + e * (h * d + i) if autocast else joined)
+    largest_gradient = 2 * e * i * setup.stream_bytes
+    return rows * seq_len * kept_per_token + copies, rows * seq_len * scratch_per_token + largest_gradient
+
+
+def score_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, seq_len: int) -> tuple[int, int]:
+    """(kept, needed besides in the backward pass) for the scores of one query in one head. Fused kernels keep none."""
+    s, backend = setup.product_bytes, config.attention_backend
+    if backend == "reference":  # autograd keeps each step of a float32 softmax over the whole row
+        return (3 * 4 + s) * seq_len, 2 * 4 * seq_len
+    in_blocks = spec.window is not None and (
+        spec.window < CPU_BLOCKS_BELOW[setup.precision] if setup.on_cpu else backend == "blocked"
+    )
+    keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
+    return s * keys, 3 * 4 * keys
+
+
+def head_bytes(config: WindreachConfig, tokens: int, scored: int) -> int:
+    """The final norm, and the logits in float32 at most three times: logits, softmax and gradient.
+
+    A long batch computes `LOGITS_AT_ONCE` logits at a time and keeps the gradient of the head meanwhile.
+    """
+    e, v = config.hidden_size, config.vocab_size
+    logits = 3 * 4 * min(scored * v, max(v, LOGITS_AT_ONCE))
+    in_chunks = 4 * v * e if scored * v > LOGITS_AT_ONCE else 0
+    return 3 * 4 * e * tokens + logits + in_chunks
