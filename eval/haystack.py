@@ -80,27 +80,23 @@ def read_haystack(
     tokenizer: Any, text: str | None = None, config: str | None = None, max_tokens: int | None = None
 ) -> Haystack:
     """The file `text`, the held-out text of a config, or the held-out novels, in the tokens of any tokenizer."""
-    texts = [(Path(text).name, _read(text))] if text else _held_out_texts(config)
-    name = texts[0][0] if text else config or "held-out novels"
-    return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
-
-
-def _held_out_texts(config: str | None) -> list[tuple[str, str]]:
     from data.sources import documents
     from training.settings.config_file import load_settings
     from training.settings.schema import DataSettings
 
-    data = load_settings(config, []).data if config else DataSettings.model_validate({})
-    return [(document.name, document.text) for document in documents(data, "heldout")]
+    if text:
+        name, texts = Path(text).name, [(Path(text).name, _read(text))]
+    else:
+        data = load_settings(config).data if config else DataSettings.model_validate({})
+        name, texts = config or "held-out novels", [(d.name, d.text) for d in documents(data, "heldout")]
+    return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
 
 
-def _read(text: str) -> str:
+def _read(file: str) -> str:
     try:
-        return Path(text).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"--text {text!r}: no such file") from error
-    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"--text {text!r} can't be read as UTF-8 text: {error}") from error
+        return Path(file).read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--text {file!r} can't be read: {error}; give a file of UTF-8 text") from error
 
 
 def encode_documents(
@@ -108,11 +104,11 @@ def encode_documents(
 ) -> list[HeldOutDocument]:
     """Tokenise the texts, at most `max_bytes` of them in all. A text is cut between two characters."""
     documents = []
+    left = sum(len(text.encode()) for _, text in texts) if max_bytes is None else max_bytes
     for name, text in texts:
-        cut = text if max_bytes is None else text.encode()[:max_bytes].decode(errors="ignore")
+        cut = text.encode()[:left].decode(errors="ignore")
         n_bytes = len(cut.encode())
-        if max_bytes is not None:
-            max_bytes -= n_bytes
+        left -= n_bytes
         if cut:
             documents.append(HeldOutDocument(name, np.asarray(tokenizer.encode(cut), dtype=np.int64), n_bytes))
     return documents
@@ -125,8 +121,8 @@ def _from_store(examined: Examined, max_tokens: int | None) -> Haystack:
     _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
     total = len(store.tokens) if max_tokens is None else min(max_tokens, len(store.tokens))
     starts = [int(start) for start in store.document_starts if start < total]
-    documents = []
-    for name, start, end in zip(store.names, starts, [*starts[1:], total], strict=False):
-        tokens = np.asarray(store.tokens[start:end], dtype=np.int64)
-        documents.append(HeldOutDocument(name, tokens, store.bytes_of(start, end)))
+    documents = [
+        HeldOutDocument(name, np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
+        for name, start, end in zip(store.names, starts, [*starts[1:], total], strict=False)
+    ]
     return Haystack("held-out text of the run", documents)

@@ -119,12 +119,6 @@ class Examined:
     def _text_config(self) -> Any:
         return self.model.config.get_text_config()
 
-    def cache_bytes(self, tokens: int) -> int | None:
-        """Bytes of the key/value cache in bf16 after so many tokens; None for models of other makers."""
-        from model.flops import cache_bytes
-
-        return cache_bytes(self.model.config, length=tokens) if self.ours else None
-
     def out_dir(self, chosen: str | None) -> Path:
         """The folder for results, created if missing: `chosen`, else the run folder, else the current folder."""
         out = Path(chosen) if chosen else self.run_dir or Path(".")
@@ -215,7 +209,9 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
         return hub.load(folder, backend=backend)
     try:
         return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
+    except (OSError, ValueError) as error:
         raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
 
 

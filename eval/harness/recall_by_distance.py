@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness runs
 from data.tasks.layout import RecallItem, item
 from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
 from eval.architectures import nominal_reach, smallest_window, specs_of
-from eval.haystack import Haystack, read_haystack
+from eval.haystack import read_haystack
 from eval.models import HubTokenizer
 from eval.recall.order import protocol_distances
 from model.errors import UserError
@@ -61,12 +61,15 @@ def documents(
             f"distance {distances[-1]}: items would be {length:,} tokens long; the harness cuts the front of what is "
             f"longer than {longest:,}, and the needle with it: give --metadata '{{\"max_distance\": {longest - 64}}}'"
         )
-    vocabulary = recall_vocabulary(hub_tokenizer, values)
-    haystack = read_haystack(hub_tokenizer, text)
+    vocabulary, haystack = recall_vocabulary(hub_tokenizer, values), read_haystack(hub_tokenizer, text)
+
+    def candidates(number: int, distance: int) -> Iterator[RecallItem]:
+        for attempt in range(number * TRIES, (number + 1) * TRIES):
+            rng = np.random.default_rng([seed, attempt, distance])
+            yield item("needle", rng, haystack.filler(attempt, length, seed), vocabulary, length, distance)
+
     rows = [
-        _as_row(question, vocabulary, hub_tokenizer)
-        for number in range(n)
-        for question in _questions(hub_tokenizer, vocabulary, haystack, distances, length, seed, number)
+        as_row(candidates(number, distance), vocabulary, hub_tokenizer) for number in range(n) for distance in distances
     ]
     return {"test": datasets.Dataset.from_list(rows)}
 
@@ -79,46 +82,23 @@ def default_distances(config: Any, max_distance: int) -> list[int]:
     return [d for d in wanted if d <= max_distance]
 
 
-def _questions(
-    tokenizer: HubTokenizer,
-    vocabulary: RecallVocabulary,
-    haystack: Haystack,
-    distances: Sequence[int],
-    length: int,
-    seed: int,
-    number: int,
-) -> Iterator[RecallItem]:
-    """Question `number` at every distance. Raises UserError if no text becomes the same tokens again."""
-    for distance in distances:
-        for attempt in range(number * TRIES, (number + 1) * TRIES):
-            filler = haystack.filler(attempt, length, seed)
-            rng = np.random.default_rng([seed, attempt, distance])
-            question = item("needle", rng, filler, vocabulary, length, distance)
-            if _comes_back(tokenizer, question):
-                yield question
-                break
-        else:
-            raise UserError(
-                f"distance {distance}: none of {TRIES} items keeps its tokens when its text is tokenised again; this "
-                "tokenizer does not work with the harness, use `python -m eval.recall`"
-            )
+def as_row(candidates: Iterator[RecallItem], vocabulary: RecallVocabulary, tokenizer: HubTokenizer) -> dict[str, Any]:
+    """The first candidate whose text, with and without the answer, is tokenised as the item's tokens.
 
-
-def _comes_back(tokenizer: HubTokenizer, question: RecallItem) -> bool:
-    """Whether the item's text, with and without the answer, is tokenised as the item's tokens."""
-    tokens = [*question.tokens, question.value]
-    context, whole = tokenizer.decode(question.tokens), tokenizer.decode(tokens)
-    return tokenizer.encode(whole) == tokens and tokenizer.encode(context) == tokens[:-1] and whole.startswith(context)
-
-
-def _as_row(question: RecallItem, vocabulary: RecallVocabulary, tokenizer: HubTokenizer) -> dict[str, Any]:
-    context = tokenizer.decode(question.tokens)
-    return {
-        "context": context,
-        "choices": [tokenizer.decode([*question.tokens, v]).removeprefix(context) for v in vocabulary.values],
-        "answer": vocabulary.values.index(question.value),
-        "distance": question.distance,
-    }
+    Raises UserError if there is none.
+    """
+    for question in candidates:
+        context, tokens = tokenizer.decode(question.tokens), list(question.tokens)
+        whole = tokenizer.decode([*tokens, question.value])
+        keeps_tokens = tokenizer.encode(context) == tokens and tokenizer.encode(whole) == [*tokens, question.value]
+        if keeps_tokens and whole.startswith(context):
+            choices = [tokenizer.decode([*tokens, value]).removeprefix(context) for value in vocabulary.values]
+            answer = vocabulary.values.index(question.value)
+            return {"context": context, "choices": choices, "answer": answer, "distance": question.distance}
+    raise UserError(
+        f"distance {question.distance}: none of {TRIES} items keeps its tokens when its text is tokenised again; "
+        "this tokenizer does not work with the harness, use `python -m eval.recall`"
+    )
 
 
 def score_choice(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:

@@ -13,10 +13,10 @@ from eval.forward import Reader, generate_one, last_logits, last_logits_through_
 from eval.haystack import Haystack
 from eval.models import Examined
 from eval.reach.gradient import untrained
+from eval.recall.batches import Outcomes, Runner, batch_runner, measure_batch, summary
 from eval.recall.items import DISTRACTORS, TaskItems, open_items
 from eval.recall.order import SCREENING, Order
-from eval.recall.outcomes import Outcomes, measure_batch, near_transition, summary
-from eval.recall.workers import Runner, batch_runner
+from model.flops import cache_bytes
 
 CONTROL_DISTANCES, CONTROL_ITEMS = 12, 100  # for the untrained model, whose recall is chance everywhere
 
@@ -63,7 +63,7 @@ def measure_task(asked: TaskItems, examined: Examined, run: Runner, order: Order
         "chance": asked.chance,
         "chance_in_context": 1 / asked.task.seen(asked.options),
         "total_length": asked.total_length,
-        "cache_bytes": examined.cache_bytes(asked.total_length),
+        "cache_bytes": cache_bytes(examined.model.config, length=asked.total_length) if examined.ours else None,
         **asked.size,
         "rows": rows,
         **horizons(rows, reach),
@@ -71,6 +71,18 @@ def measure_task(asked: TaskItems, examined: Examined, run: Runner, order: Order
         "pairs_beyond_reach": sum(row["n"] for row in beyond),
         "identical_beyond_reach": all(row["identical_pairs"] == 1.0 for row in beyond) if beyond else None,
     }
+
+
+def near_transition(rows: list[dict[str, Any]], chance: float, window: int | None) -> list[int]:
+    """The distances that deserve more items: recall between floor and ceiling, about W, and about the 90 % crossing."""
+    distances = []
+    holds = [row["low"] >= 0.9 for row in rows]
+    for i, row in enumerate(rows):
+        between = row["high"] > chance + 0.1 and row["low"] < 0.95
+        crossing = any(holds[i] != neighbour for neighbour in holds[max(0, i - 1) : i + 2])
+        if between or crossing or (window and abs(row["distance"] - window) <= 1):
+            distances.append(row["distance"])
+    return distances
 
 
 def measure_untrained(asked: TaskItems, read: Reader, order: Order) -> list[dict[str, Any]]:

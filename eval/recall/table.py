@@ -37,10 +37,9 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 def recall_table(task: str, entry: dict[str, Any], result: dict[str, Any], console: Console) -> Table:
     """One line per distance; distances beyond the reach are dim. `LEGEND` explains the headings."""
     table = Table(title=f"Recall by distance: {task} ({result['model']})", title_justify="left", box=box.SIMPLE_HEAD)
-    left_out = {"in W"} if result["window"] is None else set()
-    left_out |= {""} if console.width < 100 else set()
-    left_out |= {"older"} if "accuracy_with_distractors" not in entry["rows"][0] else set()
-    columns = {heading: cell for heading, cell in COLUMNS.items() if heading not in left_out}
+    older = "accuracy_with_distractors" in entry["rows"][0]
+    shown = {"in W": result["window"] is not None, "": console.width >= 100, "older": older}
+    columns = {heading: cell for heading, cell in COLUMNS.items() if shown.get(heading, True)}
     table.padding = (0, 1, 0, 0)
     for heading in columns:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -62,9 +61,11 @@ def paragraph(task: str, entry: dict[str, Any], result: dict[str, Any]) -> str:
     else:
         text = f"[bold]{task}: recall is not surely 90 % even at the shortest distance (H90 = 0).[/]"
     if entry["h50_censored"]:
-        text += " Recall is at least 50 % at all measured distances."
+        text += " It stays above 50 % at all measured distances."
+    elif entry["h50"]:
+        text += f" It falls to 50 % at {entry['h50']:.0f} tokens (H50)."
     else:
-        text += f" Recall falls to 50 % at {entry['h50']:.0f} tokens (H50)."
+        text += " It is below 50 % at all measured distances (H50 = 0)."
     text += f" Chance is {entry['chance']:.1%}."
     if entry["chance_in_context"] < 1:
         text += f" Naming any of the values in the text would give {entry['chance_in_context']:.0%}."

@@ -17,7 +17,7 @@ from eval.haystack import open_haystack
 from eval.models import load_model
 from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
-from eval.recall import workers as recall_workers
+from eval.recall import batches
 from eval.recall.measure import measure
 from eval.recall.order import Order, parse_distances
 from eval.recall.table import print_result
@@ -244,7 +244,7 @@ def test_distances_are_asked_for_in_tokens_or_as_shares_of_window_and_reach():
         (["--distances", "1,two"], "'two' is no distance; give tokens, or shares of W and R"),
         (["--distances", "0"], "at least 1 token"),
         (["--distances", "100000"], "give a longer text"),
-        (["--text", "nowhere.txt"], "no such file"),
+        (["--text", "nowhere.txt"], "--text 'nowhere.txt' can't be read: [Errno 2] No such file or directory"),
         (["--compare", "nowhere"], "no such result"),
     ],
 )
@@ -257,8 +257,8 @@ def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, untrained
 def test_processes_find_what_one_process_finds(untrained_run, examined, monkeypatch):
     asked = order(["needle"], DISTANCES, 12, model=str(untrained_run))
     alone = measure(examined, open_haystack(examined), asked)
-    monkeypatch.setattr(recall_workers, "LONG_WORK", 0)
-    monkeypatch.setattr(recall_workers.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(batches, "LONG_WORK", 0)
+    monkeypatch.setattr(batches.torch, "get_num_threads", lambda: 2)
     shared = measure(load_model(str(untrained_run), "cpu"), open_haystack(examined), asked)
     for a, b in zip(alone["tasks"]["needle"]["rows"], shared["tasks"]["needle"]["rows"], strict=True):
         assert {k: v for k, v in a.items() if "bits" not in k} == {k: v for k, v in b.items() if "bits" not in k}

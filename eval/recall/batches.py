@@ -1,12 +1,17 @@
-"""What is observed on the items: batches of items go in, and a row of recall.json comes out.
+"""Batches of items: what is observed on them, and who runs them: this process, or a pool of one-thread processes.
 
-An answer is right if, among the values of the task, it has the highest logit.
+An answer is right if, among the values of the task, it has the highest logit. Both members of a counterfactual pair run
+in the same row of batches of one shape, so that what is equal in theory is equal in every bit.
 
 Legend: B items of a batch, T positions, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +22,15 @@ from torch import Tensor
 from data.tasks.layout import RecallItem
 from eval import stats
 from eval.forward import Reader
-from eval.recall.items import TaskItems
+from eval.haystack import open_haystack
+from eval.models import Examined, load_model
+from eval.recall.items import TaskItems, open_items
+from eval.recall.order import SCREENING, Order
+
+LONG_WORK = 2_000_000  # tokens; for less, starting processes and compiling takes longer than it saves
 
 Outcomes = dict[str, NDArray[np.float64]]  # at one distance, arrays (items,) by name: see `judge`
+Runner = Callable[[TaskItems, Sequence[int], range], Iterable[list[Outcomes]]]
 
 
 def measure_batch(asked: TaskItems, read: Reader, distances: Sequence[int], batch: Sequence[int]) -> list[Outcomes]:
@@ -29,11 +40,9 @@ def measure_batch(asked: TaskItems, read: Reader, distances: Sequence[int], batc
     for distance in distances:
         items = asked.items(distance, batch)
         at = items[0].query_position
-        first, second, without = (
-            torch.tensor([getattr(item, name) for item in items])
-            for name in ("tokens", "counterfactual_tokens", "blind_tokens")
-        )
-        if not torch.equal(blind_tokens, without):  # needles share it at all distances
+        fields = ("tokens", "counterfactual_tokens", "blind_tokens")
+        first, second, without = (torch.tensor([getattr(item, name) for item in items]) for name in fields)
+        if not torch.equal(blind_tokens, without):  # needles have the same blind tokens at all distances
             blind_tokens, blind = without, read(without, at)
         outcome = judge(asked, items, read(first, at), read(second, at), blind)
         if asked.distractors:
@@ -47,8 +56,8 @@ def measure_batch(asked: TaskItems, read: Reader, distances: Sequence[int], batc
 def judge(asked: TaskItems, items: list[RecallItem], first: Tensor, second: Tensor, blind: Tensor) -> Outcomes:
     """The outcomes (B,) of items, from their logits (B, V) with value v, with v', and without a needle."""
     answers = torch.tensor([[item.answer] for item in items])
-    right = _is_right(asked, items, first)
     other_answers = torch.tensor([item.counterfactual_answer for item in items])
+    right = _is_right(asked, items, first)
     bits, blind_bits = (-torch.log_softmax(logits, -1) / math.log(2) for logits in (first, blind))
     outcomes = {
         "accuracy": right,
@@ -63,7 +72,6 @@ def judge(asked: TaskItems, items: list[RecallItem], first: Tensor, second: Tens
 
 
 def _is_right(asked: TaskItems, items: list[RecallItem], logits: Tensor) -> Tensor:
-    """(B,) bool."""
     return _chosen(asked, logits) == torch.tensor([item.answer for item in items])
 
 
@@ -84,13 +92,39 @@ def summary(parts: Sequence[Outcomes], distance: int, window: int | None) -> dic
     return head | {"delta_nll_bits": mean.pop("blind_nll_bits") - mean["nll_bits"]} | mean
 
 
-def near_transition(rows: Sequence[dict[str, Any]], chance: float, window: int | None) -> list[int]:
-    """The distances that deserve more items: recall between floor and ceiling, about W, and about the 90 % crossing."""
-    distances = []
-    holds = [row["low"] >= 0.9 for row in rows]
-    for i, row in enumerate(rows):
-        between = row["high"] > chance + 0.1 and row["low"] < 0.95
-        crossing = any(holds[i] != neighbour for neighbour in holds[max(0, i - 1) : i + 2])
-        if between or crossing or (window and abs(row["distance"] - window) <= 1):
-            distances.append(row["distance"])
-    return distances
+@contextmanager
+def batch_runner(order: Order, examined: Examined, entries: list[TaskItems]) -> Iterator[Runner]:
+    """Yield a function that measures a range of items at some distances: one list of `Outcomes` per batch, in order.
+
+    Small matrix products gain little from several threads, so long work on a CPU goes to a pool of processes.
+    """
+    total_length, threads = entries[0].total_length, torch.get_num_threads()
+    tokens = len(entries) * min(order.n, SCREENING) * (2 * len(order.distances) + 1) * total_length
+    long = tokens >= LONG_WORK and examined.ours
+    pooled = long and threads > 1 and examined.device.type == "cpu"
+    read = Reader(examined, total_length, order.precision, compiled=long and not pooled)
+
+    def batches(indices: range) -> list[range]:
+        return [indices[i : i + read.rows] for i in range(0, len(indices), read.rows)]
+
+    if not pooled:
+        yield lambda asked, distances, indices: map(partial(measure_batch, asked, read, distances), batches(indices))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(threads, context, _start_worker, (order,)) as pool:
+        yield lambda asked, distances, indices: pool.map(partial(_work, asked.name, distances), batches(indices))
+
+
+_worker: dict[str, tuple[TaskItems, Reader]] = {}  # by name of the entry, in a process of the pool
+
+
+def _start_worker(order: Order) -> None:
+    torch.set_num_threads(1)
+    examined = load_model(order.model, order.device)
+    entries = open_items(examined, open_haystack(examined, order.text, order.data), order)
+    read = Reader(examined, entries[0].total_length, order.precision, compiled=True)
+    _worker.update({entry.name: (entry, read) for entry in entries})
+
+
+def _work(name: str, distances: Sequence[int], batch: range) -> list[Outcomes]:
+    return measure_batch(*_worker[name], distances, batch)
