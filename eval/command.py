@@ -25,10 +25,17 @@ def new_parser(name: str, doc: str | None) -> ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or Hugging Face causal language model")
     parser.add_argument("--out", metavar="DIR", help="folder for the results; default: the run folder, else this one")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random draws; default %(default)s")
-    parser.add_argument("--text", metavar="FILE", help="use this UTF-8 file as held-out text")
-    parser.add_argument("--data", metavar="CONFIG.yaml", help="use the held-out text of this config")
+    parser.add_argument("--text", type=existing_file, metavar="FILE", help="use this UTF-8 file as held-out text")
+    parser.add_argument("--data", type=existing_file, metavar="CONFIG", help="use the held-out text of this YAML file")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     return parser
+
+
+def existing_file(text: str) -> str:
+    """An argparse type: the path of a file."""
+    if not Path(text).is_file():
+        raise ArgumentTypeError(f"{text!r}: no such file")
+    return text
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -90,7 +97,7 @@ def read_result(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such result; run the evaluation on that run first") from error
     except ValueError as error:
-        raise UserError(f"{file} is not complete JSON ({error}); run the evaluation again") from error
+        raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[], Any], console: Console) -> None:

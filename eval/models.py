@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError
 
-from eval.architectures import smallest_window, specs_of
+from eval.architectures import nominal_reach, smallest_window, specs_of
 from model import windows
 from model.errors import UserError
 from model.windows import LayerSpec
@@ -103,6 +103,11 @@ class Examined:
     def reach(self) -> int | None:
         """R: the greatest distance, in tokens, at which a token can influence another; None if unbounded."""
         return windows.reach(self.specs)
+
+    @property
+    def nominal_reach(self) -> int | None:
+        """The reach by which distances are chosen: R, or that of the same window in every layer; None without one."""
+        return None if self.window is None else nominal_reach(self.specs, self.window)
 
     @property
     def window_times_layers(self) -> int | None:

@@ -73,6 +73,8 @@ def main() -> None:
     args = parse(sys.argv[1:])
     console = Console()
     check_sizes(args.sizes, args.tasks or TASKS)
+    if args.distances is not None:
+        parse_distances(args.distances, window=1 << 20, reach=1 << 20)  # a mistake is answered before loading the model
     others = [read_result(Path(run) / "recall.json") for run in args.compare]
     examined = load_model(args.model, args.device)
 
@@ -80,10 +82,9 @@ def main() -> None:
     from eval.recall.measure import measure
 
     out = examined.out_dir(args.out)
-    if args.distances is None:
-        distances = default_distances(examined, args.max_distance)
-    else:
-        distances = parse_distances(args.distances, examined)
+    distances = default_distances(examined, args.max_distance)
+    if args.distances is not None:
+        distances = parse_distances(args.distances, examined.window, examined.nominal_reach)
     tasks = args.tasks or tuple(task for task in TASKS if task in examined.recall.get("tasks", {})) or NEEDLES
     check_sizes(args.sizes, tasks)
     order = Order(

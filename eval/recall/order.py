@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, field
 
 from data.tasks.distance import in_tokens
-from eval.architectures import nominal_reach
 from eval.models import Examined
 from model.errors import UserError
 
@@ -58,20 +57,17 @@ def default_distances(examined: Examined, max_distance: int) -> list[int]:
 
     A stack of unbounded reach gets those of a stack with the same window in every layer.
     """
-    window = examined.window
-    if window is None:
+    window, reach = examined.window, examined.nominal_reach
+    if window is None or reach is None:
         wanted = [1, *(round(8 * 2 ** (i / 2)) for i in range(40))]
     else:
-        product = examined.window_times_layers or examined.layers * window
-        wanted = protocol_distances(window, nominal_reach(examined.specs, window), product)
+        wanted = protocol_distances(window, reach, examined.window_times_layers or examined.layers * window)
     longest = min(max_distance, examined.max_tokens - 64) if examined.max_tokens else max_distance
     return [d for d in wanted if d <= longest]
 
 
-def parse_distances(text: str, examined: Examined) -> list[int]:
+def parse_distances(text: str, window: int | None, reach: int | None) -> list[int]:
     """The distances of a list such as `1,W,.9R,R-1,R,R+1`. Raises UserError with the word that is no distance."""
-    window = examined.window
-    reach = None if window is None else nominal_reach(examined.specs, window)
     try:
         distances = sorted({in_tokens(word, window, reach) for word in text.split(",")})
     except ValueError as error:

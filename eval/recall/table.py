@@ -55,20 +55,20 @@ def paragraph(task: str, entry: dict[str, Any], result: dict[str, Any]) -> str:
     window, reach, paths, h90 = result["window"], result["reach"], entry["paths"], entry["h90"]
     if h90:
         of_window = f", {h90 / window:.1f} windows of W = {window:,}" if window else ""
-        of_reach = f", {entry['u90']:.0%} of the reach R = {reach:,}" if reach else ""
+        of_reach = f", {100 * entry['u90']:.0f} % of the reach R = {reach:,}" if reach else ""
         text = f"[bold]{task}: the model recalls up to {h90:,} tokens back (H90){of_window}{of_reach}.[/]"
         text += " At every measured distance up to there, recall is at least 90 % with 95 % confidence."
     else:
         text = f"[bold]{task}: recall is not surely 90 % even at the shortest distance (H90 = 0).[/]"
     if entry["h50_censored"]:
-        text += " It stays above 50 % at all measured distances."
+        text += " Recall stays above 50 % at all measured distances."
     elif entry["h50"]:
-        text += f" It falls to 50 % at {entry['h50']:.0f} tokens (H50)."
+        text += f" Recall falls to 50 % at {entry['h50']:.0f} tokens (H50)."
     else:
-        text += " It is below 50 % at all measured distances (H50 = 0)."
-    text += f" Chance is {entry['chance']:.1%}."
+        text += " Recall is below 50 % at all measured distances (H50 = 0)."
+    text += f" Chance is {100 * entry['chance']:.1f} %."
     if entry["chance_in_context"] < 1:
-        text += f" Naming any of the values in the text would give {entry['chance_in_context']:.0%}."
+        text += f" Naming any of the values in the text would give {100 * entry['chance_in_context']:.0f} %."
     if entry["identical_beyond_reach"] is not None:
         verdict = "all gave" if entry["identical_beyond_reach"] else "[red]NOT all gave[/]"
         text += (
@@ -82,5 +82,5 @@ def paragraph(task: str, entry: dict[str, Any], result: dict[str, Any]) -> str:
     )
     if "untrained" in entry:
         right, n = (sum(row[key] for row in entry["untrained"]) for key in ("correct", "n"))
-        text += f" Before training, the model answered {right / n:.1%} of {n:,} items right."
+        text += f" Before training, the model answered {100 * right / n:.1f} % of {n:,} items right."
     return text

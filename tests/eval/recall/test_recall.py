@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -19,7 +18,7 @@ from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
 from eval.recall import batches
 from eval.recall.measure import measure
-from eval.recall.order import Order, parse_distances
+from eval.recall.order import Order, default_distances, parse_distances
 from eval.recall.table import print_result
 from model.errors import UserError, cli
 from model.windows import LayerSpec
@@ -176,7 +175,7 @@ def test_the_table_and_the_paragraph_say_what_the_controls_found(all_tasks):
     print_result(all_tasks, console)
     said = " ".join(console.file.getvalue().split())
     assert "older" in said
-    assert "Naming any of the values in the text would give 33%." in said
+    assert "Naming any of the values in the text would give 33 %." in said
     assert said.count("Before training, the model answered") == len(all_tasks["tasks"])
     assert said.count("all gave the same logits with another value") == len(all_tasks["tasks"])
 
@@ -221,12 +220,16 @@ def test_another_tokenizer_than_the_one_trained_with_is_refused(monkeypatch, cap
 
 
 def test_distances_are_asked_for_in_tokens_or_as_shares_of_window_and_reach():
-    bounded = SimpleNamespace(window=16, specs=[LayerSpec("sliding", 16)] * 6)
-    unbounded = SimpleNamespace(window=16, specs=[LayerSpec("full")] * 8)
-    assert parse_distances("R+1, 7,W,.5R,R", bounded) == [7, 16, 45, 90, 91]
-    assert parse_distances("R", unbounded) == [120], "the reach of its sliding twin"
+    assert parse_distances("R+1, 7,W,.5R,R", window=16, reach=90) == [7, 16, 45, 90, 91]
     with pytest.raises(UserError, match="this model has no W"):
-        parse_distances("W", SimpleNamespace(window=None, specs=[]))
+        parse_distances("W", window=None, reach=None)
+
+
+def test_a_stack_of_unbounded_reach_gets_the_distances_of_its_sliding_twin(examined):
+    hybrid = dataclasses.replace(examined, specs=(LayerSpec("sliding", 8), LayerSpec("full"), LayerSpec("sliding", 8)))
+    assert hybrid.reach is None
+    assert hybrid.nominal_reach == examined.reach == 21
+    assert default_distances(hybrid, 4096) == default_distances(examined, 4096)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_distances_are_asked_for_in_tokens_or_as_shares_of_window_and_reach():
         (["--distances", "1,two"], "'two' is no distance; give tokens, or shares of W and R"),
         (["--distances", "0"], "at least 1 token"),
         (["--distances", "100000"], "give a longer text"),
-        (["--text", "nowhere.txt"], "--text 'nowhere.txt' can't be read: [Errno 2] No such file or directory"),
+        (["--text", "nowhere.txt"], "argument --text: 'nowhere.txt': no such file"),
         (["--compare", "nowhere"], "no such result"),
     ],
 )
