@@ -1,72 +1,76 @@
-"""Logits after whole sequences: in batches of one shape, compiled where that pays, and through the ring as a check.
+"""Forward passes of the evaluations: logits and losses of whole sequences, and the same through the key/value cache.
 
-Both members of a counterfactual pair go through the same row of batches of the same shape, so that whatever is equal
-in theory is equal in every bit.
+The two members of a counterfactual pair have the same row in batches of one shape, so that what is equal in theory is
+equal in every bit.
 
 Legend: B batch, T positions, V vocabulary.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.models import Examined
 from model.cache import RingCache
 
-LONG_WORK = 2_000_000  # tokens: below, compiling and starting processes take longer than they save
-ROW_TOKENS = {"cpu": 2304, "cuda": 65_536}  # tokens of a batch: what fits the cache of a core; what fills a GPU
+BATCH_TOKENS = {"cpu": 2304, "cuda": 65_536}  # what fits into the cache of a CPU core; what keeps a GPU busy
+
+
+def batch_rows(examined: Examined, seq_len: int) -> int:
+    """The number of sequences of `seq_len` tokens in a batch."""
+    return max(1, BATCH_TOKENS.get(examined.device.type, 65_536) // seq_len)
 
 
 class Reader:
-    """Logits (B, V) that predict what follows a position of each row, for batches (up to `rows`, T) of one length T."""
+    """Computes logits (B, V) for batches of up to `rows` sequences of one length."""
 
     def __init__(self, examined: Examined, seq_len: int, precision: str, compiled: bool) -> None:
         self.examined, self.precision = examined, precision
-        self.rows = max(1, min(128, ROW_TOKENS.get(examined.device.type, 65_536) // seq_len))
+        self.rows = min(128, batch_rows(examined, seq_len))
         if compiled and examined.ours:
             examined.model.compile_layers()
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, at: int) -> Tensor:
-        """What follows position `at`. A short batch is filled up with copies of its first row: another shape would be
-        compiled anew, and so would a row cut short behind `at`."""
-        missing = self.rows - len(input_ids)
-        filled = torch.cat((input_ids, input_ids[:1].expand(missing, -1)))
-        with self._autocast():
-            return logits_at(self.examined, filled, at)[: len(input_ids)]
+        """Logits (B, V) that predict the token after position `at` of each row of input_ids (B, T).
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        bf16 = self.precision == "bf16"
-        return torch.autocast(self.examined.device.type, torch.bfloat16) if bf16 else nullcontext()
+        A small batch is filled up with copies of its first row, because another shape would be compiled anew.
+        """
+        copies = input_ids[:1].expand(self.rows - len(input_ids), -1)
+        bf16 = torch.autocast(self.examined.device.type, torch.bfloat16)
+        with bf16 if self.precision == "bf16" else nullcontext():
+            return logits_at(self.examined, torch.cat((input_ids, copies)), at)[: len(input_ids)]
 
 
 def body(model: Any) -> Any:
-    """The stack below the output matrix: token ids in, hidden states out."""
+    """The layers below the output matrix: token ids to hidden states."""
     return model.model if model.base_model is model else model.base_model
 
 
 @torch.inference_mode()
 def logits_at(examined: Examined, input_ids: Tensor, at: int) -> Tensor:
-    """Logits (B, V) that predict what follows position `at` of each row of input_ids (B, T): one full forward pass."""
-    if not examined.ours:
-        return last_logits(examined, input_ids[:, : at + 1])
-    ids = input_ids.to(examined.device)
-    output = examined.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - at)
-    return output.logits[:, 0].float().cpu()
+    """Logits (B, V) that predict the token after position `at` of each row of input_ids (B, T), by one full pass.
+
+    Our own model runs over all T positions, whatever `at` is, so that it is compiled for one shape.
+    """
+    ids = (input_ids if examined.ours else input_ids[:, : at + 1]).to(examined.device)
+    behind = ids.shape[1] - at
+    return examined.model(input_ids=ids, use_cache=False, logits_to_keep=behind).logits[:, -behind].float().cpu()
 
 
-@torch.inference_mode()
 def last_logits(examined: Examined, input_ids: Tensor) -> Tensor:
-    """Logits (B, V) that predict what follows each row of input_ids (B, T): one full forward pass."""
-    output = examined.model(input_ids=input_ids.to(examined.device), use_cache=False, logits_to_keep=1)
-    return output.logits[:, -1].float().cpu()
+    """Logits (B, V) that predict the token after each row of input_ids (B, T), by one full pass."""
+    return logits_at(examined, input_ids, input_ids.shape[1] - 1)
 
 
 @torch.inference_mode()
 def last_logits_through_ring(examined: Examined, input_ids: Tensor, at: int) -> Tensor:
-    """The same by way of the cache: the first `at` tokens, then the rest. Models without our ring run in full."""
+    """`last_logits` through the cache: the first `at` tokens, then the rest. Models of other makers: one full pass."""
     if not examined.ours:
         return last_logits(examined, input_ids)
     cache = RingCache(examined.model.config)
@@ -80,9 +84,24 @@ def last_logits_through_ring(examined: Examined, input_ids: Tensor, at: int) -> 
 
 @torch.inference_mode()
 def generate_one(examined: Examined, input_ids: Tensor) -> list[int]:
-    """The first greedily generated token of each row, through the model's own cache."""
+    """The first token of greedy generation for each row, through the model's own cache."""
     ids = input_ids.to(examined.device)
     output = examined.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
     )
     return [int(token) for token in output[:, ids.shape[1]]]
+
+
+@torch.inference_mode()
+def token_nats(examined: Examined, input_ids: Tensor) -> NDArray[np.float64]:
+    """(B, T-1) negative log-likelihood, in nats, of every token but the first, given those before it in its row."""
+    ids = input_ids.to(examined.device)
+    logits = examined.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return nats.view(ids.shape[0], -1).double().cpu().numpy()
+
+
+def last_token_nats(examined: Examined, input_ids: Tensor) -> NDArray[np.float64]:
+    """(B,) negative log-likelihood, in nats, of the last token of each row, given those before it."""
+    logits = last_logits(examined, input_ids[:, :-1])
+    return F.cross_entropy(logits, input_ids[:, -1], reduction="none").double().numpy()

@@ -1,27 +1,28 @@
-"""Text that training never saw: the haystack of the recall tasks and the text that losses are measured on.
+"""Held-out text: the haystack of the recall tasks, and the text that losses are measured on.
 
-For our runs it is the held-out part of the run's own data, from its cache on disk; with `--text` a file; for any
-other model the held-out novels, in that model's own tokens.
+`--text FILE` and `--data CONFIG` choose it. By default a run uses the held-out part of its own data, and any other
+model the held-out novels in its own tokens.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from eval.models import Examined
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class HeldOutDocument:
-    """One document: its tokens (n,) and the exact number of UTF-8 bytes that all of them stand for."""
+    """One document: its tokens (n,) and the exact number of UTF-8 bytes of their text."""
 
     name: str
     tokens: IntArray
@@ -29,44 +30,49 @@ class HeldOutDocument:
 
 
 class Haystack:
-    """Held-out documents; rows and fillers never cross from one document into another."""
+    """Held-out documents. No stretch of text crosses the border between two documents."""
 
     def __init__(self, name: str, documents: list[HeldOutDocument]) -> None:
         self.name = name
-        self.documents = [d for d in documents if len(d.tokens) > 1]
+        self.documents = [document for document in documents if len(document.tokens) > 1]
         if not self.documents:
             raise UserError(f"held-out text {name!r} is empty; give some with --text FILE")
 
     def filler(self, index: int, length: int, seed: int) -> IntArray:
-        """The `index`-th stretch of `length` tokens: a pure function of (seed, index)."""
-        fitting = [d.tokens for d in self.documents if len(d.tokens) >= length]
-        if not fitting:
-            longest = max(len(d.tokens) for d in self.documents)
+        """(length,) tokens of stretch number `index`, a pure function of (seed, index).
+
+        Raises UserError if no document is that long.
+        """
+        long_enough = [document.tokens for document in self.documents if len(document.tokens) >= length]
+        if not long_enough:
+            longest = max(len(document.tokens) for document in self.documents)
             raise UserError(
                 f"held-out text {self.name!r}: its longest document has {longest:,} tokens, {length:,} are needed; "
-                "give a longer text with --text FILE, or shorter --distances"
+                "give a longer text with --text FILE, or ask for shorter distances or contexts"
             )
-        rng = np.random.default_rng([seed, 7, index])
-        rooms = np.array([len(tokens) - length + 1 for tokens in fitting], dtype=np.int64)
-        at = int(rng.integers(rooms.sum()))
-        chosen = int(np.searchsorted(np.cumsum(rooms), at, side="right"))
-        start = at - int(rooms[:chosen].sum())
-        return fitting[chosen][start : start + length]
+        starts = np.array([len(tokens) - length + 1 for tokens in long_enough], dtype=np.int64)  # possible ones
+        drawn = int(np.random.default_rng([seed, 7, index]).integers(starts.sum()))
+        chosen = int(np.searchsorted(np.cumsum(starts), drawn, side="right"))
+        start = drawn - int(starts[:chosen].sum())
+        return long_enough[chosen][start : start + length]
 
-    def rows(self, n: int, length: int, seed: int) -> Tensor:
-        """(n, length) int64: n stretches of held-out text."""
+    def rows(self, n: int, length: int, seed: int) -> "Tensor":
+        """(n, length) int64 token ids of n stretches."""
+        import torch
+
         return torch.from_numpy(np.stack([self.filler(i, length, seed) for i in range(n)]))
 
 
 def open_haystack(
     examined: Examined, text: str | None = None, config: str | None = None, max_tokens: int | None = None
 ) -> Haystack:
-    """--text FILE, or the held-out text of --data CONFIG, of the run, or of the novels. UserError when there is none.
+    """The held-out text of `--text`, `--data`, the run, or the novels, in this order.
 
-    `max_tokens` cuts the text short; bytes stay exact (text that is tokenised here is cut before, at 4 bytes a token).
+    `max_tokens` cuts it short: exactly for a run, and at 4 bytes a token for text that is tokenised here. Raises
+    UserError if there is no such text.
     """
     if examined.settings and not (config or text):
-        return from_store(examined, max_tokens)
+        return _from_store(examined, max_tokens)
     return read_haystack(examined.tokenizer, text, config, max_tokens)
 
 
@@ -74,55 +80,49 @@ def read_haystack(
     tokenizer: Any, text: str | None = None, config: str | None = None, max_tokens: int | None = None
 ) -> Haystack:
     """The file `text`, the held-out text of a config, or the held-out novels, in the tokens of any tokenizer."""
-    texts = [(Path(text).name, _read(text))] if text else _held_out_texts(config)
-    name = Path(text).name if text else config or "held-out novels"
-    return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
-
-
-def _held_out_texts(config: str | None) -> list[tuple[str, str]]:
     from data.sources import documents
     from training.settings.config_file import load_settings
     from training.settings.schema import DataSettings
 
-    data = load_settings(config, []).data if config else DataSettings.model_validate({})
-    return [(document.name, document.text) for document in documents(data, "heldout")]
+    if text:
+        name, texts = Path(text).name, [(Path(text).name, _read(text))]
+    else:
+        data = load_settings(config).data if config else DataSettings.model_validate({})
+        name, texts = config or "held-out novels", [(d.name, d.text) for d in documents(data, "heldout")]
+    return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
 
 
-def _read(text: str) -> str:
+def _read(file: str) -> str:
     try:
-        return Path(text).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"--text {text!r}: no such file") from error
-    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"--text {text!r} can't be read as UTF-8 text: {error}") from error
+        return Path(file).read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--text {file!r} can't be read: {error}; give a file of UTF-8 text") from error
 
 
 def encode_documents(
     tokenizer: Any, texts: list[tuple[str, str]], max_bytes: int | None = None
 ) -> list[HeldOutDocument]:
-    """Tokenise the texts, at most about `max_bytes` of them; a document is cut between two characters."""
-    encoded, left = [], max_bytes if max_bytes is not None else sum(len(text.encode()) for _, text in texts)
+    """Tokenise the texts, at most `max_bytes` of them in all. A text is cut between two characters."""
+    documents = []
+    left = sum(len(text.encode()) for _, text in texts) if max_bytes is None else max_bytes
     for name, text in texts:
         cut = text.encode()[:left].decode(errors="ignore")
-        left -= len(cut.encode())
+        n_bytes = len(cut.encode())
+        left -= n_bytes
         if cut:
-            tokens = np.asarray(tokenizer.encode(cut), dtype=np.int64)
-            encoded.append(HeldOutDocument(name, tokens, len(cut.encode())))
-    return encoded
+            documents.append(HeldOutDocument(name, np.asarray(tokenizer.encode(cut), dtype=np.int64), n_bytes))
+    return documents
 
 
-def from_store(examined: Examined, max_tokens: int | None = None) -> Haystack:
-    """The held-out tokens of a run, from its cache on disk (made again if it is gone)."""
+def _from_store(examined: Examined, max_tokens: int | None) -> Haystack:
+    """The held-out tokens of a run, from its cache on disk, which is built again if it is missing."""
     from data.token_store import prepare_tokens
 
     _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
-    starts = [int(start) for start in store.document_starts]
-    ends = [*starts[1:], len(store.tokens)]
-    documents, left = [], max_tokens if max_tokens is not None else len(store.tokens)
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        end = min(end, start + left)
-        if end - start > 1:
-            tokens = np.asarray(store.tokens[start:end], dtype=np.int64)
-            documents.append(HeldOutDocument(store.names[i], tokens, int(store.bytes_of(start, end))))
-            left -= end - start
+    total = len(store.tokens) if max_tokens is None else min(max_tokens, len(store.tokens))
+    starts = [int(start) for start in store.document_starts if start < total]
+    documents = [
+        HeldOutDocument(name, np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
+        for name, start, end in zip(store.names, starts, [*starts[1:], total], strict=False)
+    ]
     return Haystack("held-out text of the run", documents)

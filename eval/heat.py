@@ -1,46 +1,39 @@
-"""Recall over total length and depth: the needle heat map, with the line on which the needle is R tokens back.
+"""Recall by total length and depth of the needle: the heat map, with the line on which the needle is R tokens back.
 
     python -m eval.heat MODEL [--out DIR] [--task needle] [--lengths 64,128,512] [--depths 8] [--n 50] [--text FILE]
 
-Each column is one run of `eval.recall` at one total length. Depth 0 is the farthest place from the query, depth 1 the
-place just before it. A coarse picture of a whole, for the eye; horizons are read from `eval.recall`.
+Each column is a run of `eval.recall` at one total length. Depth 0 is the position farthest from the query, depth 1 the
+position just before it. The map is a coarse overview; for horizons use `eval.recall`.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
-from eval import plots
+from data.tasks import TASKS
+from eval.architectures import nominal_reach
+from eval.command import at_least, new_parser, numbers, progress, write_result
 from eval.haystack import Haystack, open_haystack
 from eval.models import Examined, load_model
-from eval.recall import __main__ as recall
-from model.errors import UserError, cli
+from eval.recall.order import Order, aligned
+from model.errors import cli
 
 COLUMNS = 6
-MARGIN = 16  # tokens of an item beyond its farthest distance, about: needle, query and what precedes
+MARGIN = 16  # tokens of an item besides its farthest distance, roughly: needle, query and what precedes
 
 
-def default_lengths(examined: Examined, longest: int, columns: int = COLUMNS) -> list[int]:
-    """Total lengths, in tokens, evenly spaced from 2 W to beyond the reach, so that its line crosses the map.
-
-    A stack of unbounded reach gets those of its sliding twin.
-    """
+def default_lengths(examined: Examined, longest: int) -> list[int]:
+    """COLUMNS total lengths in tokens, evenly spaced from 2 W to beyond the reach, so that its line crosses the map."""
     window = examined.window or 64
-    reach = examined.reach if examined.reach is not None else examined.layers * (window - 1)
-    last = max(2 * window, min(round(1.2 * reach) + 2 * window, longest))
-    return sorted({aligned(round(length)) for length in np.linspace(2 * window, last, columns)})
-
-
-def aligned(length: int) -> int:
-    """The next length, in tokens, that items of `eval.recall` can have."""
-    return length - length % -recall.ALIGNED
+    if examined.max_tokens:
+        longest = min(longest, examined.max_tokens - 64)
+    last = min(round(1.2 * nominal_reach(examined.specs, window)) + 2 * window, longest)
+    return [round(length) for length in np.linspace(2 * window, max(2 * window, last), COLUMNS)]
 
 
 def distances_of(length: int, depths: int) -> list[int]:
@@ -53,18 +46,22 @@ def distances_of(length: int, depths: int) -> list[int]:
 
 
 def measure(
-    examined: Examined, haystack: Haystack, order: recall.Order, lengths: Iterable[int], depths: int, console: Console
+    examined: Examined, haystack: Haystack, order: Order, lengths: Sequence[int], depths: int, console: Console
 ) -> dict[str, Any]:
-    """Everything heat.json holds. `order` names the task, n and the seed; its distances are replaced."""
+    """Everything that heat.json holds. `order` gives the task, n and the seed; its distances are replaced."""
+    from eval.recall.measure import measure as measure_recall
+
     cells: list[dict[str, Any]] = []
-    for length in track(list(lengths), "heat map", console=console, transient=True, disable=console.quiet):
-        distances = distances_of(length, depths)
-        found = recall.measure(examined, haystack, replace(order, distances=tuple(distances)))
-        entry = found["tasks"][order.tasks[0]]
-        kept = ("distance", "n", "correct", "accuracy", "low", "high", "identical_pairs")
-        for i, row in enumerate(entry["rows"]):
-            place = {"length": entry["total_length"], "farthest": distances[-1], "depth": 1 - i / (len(distances) - 1)}
-            cells.append(place | {name: row[name] for name in kept})
+    with progress(console, "heat map", len(lengths)) as advance:
+        for length in lengths:
+            distances = distances_of(length, depths)
+            result = measure_recall(examined, haystack, replace(order, distances=tuple(distances)))
+            entry = result["tasks"][order.tasks[0]]
+            for i, row in enumerate(entry["rows"]):
+                kept = ("distance", "n", "correct", "accuracy", "low", "high", "identical_pairs")
+                cell = {"length": entry["total_length"], "farthest": distances[-1]}
+                cells.append(cell | {"depth": 1 - i / (len(distances) - 1)} | {name: row[name] for name in kept})
+            advance(1)
     return examined.header() | {
         "seed": order.seed,
         "haystack": haystack.name,
@@ -76,55 +73,35 @@ def measure(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.heat", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or Hugging Face causal LM")
-    parser.add_argument("--out", metavar="DIR", help="where heat.json goes; default: the run folder, or here")
-    parser.add_argument("--task", default="needle", help=f"one of {', '.join(recall.TASKS)}")
-    parser.add_argument("--lengths", help="comma-separated total lengths in tokens; default: from 2 W to beyond R")
-    parser.add_argument("--max-length", type=int, default=4096, help="cut the default lengths here")
-    parser.add_argument("--depths", type=int, default=8, help="needles at so many depths of each length")
-    parser.add_argument("--n", type=int, default=50, help="items a cell")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", metavar="FILE", help="a UTF-8 file to use as haystack")
-    parser.add_argument("--data", metavar="CONFIG.yaml", help="take the held-out text of this config")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
-    return parser.parse_args(argv)
-
-
-def chosen_lengths(args: argparse.Namespace, examined: Examined, shortest: int) -> list[int]:
-    """Raises UserError for lengths that are no numbers, or leave no room for the depths."""
-    if args.lengths is None:
-        return default_lengths(examined, min(args.max_length, (examined.max_tokens or 1 << 40) - 64))
-    try:
-        lengths = sorted({aligned(int(part)) for part in args.lengths.split(",")})
-    except ValueError as error:
-        raise UserError(f"--lengths {args.lengths!r}: give whole numbers of tokens, such as 64,128,512") from error
-    if lengths[0] < shortest:
-        raise UserError(f"--lengths {lengths[0]}: with --depths {args.depths} a length is at least {shortest} tokens")
-    return lengths
+    parser = new_parser("heat", __doc__)
+    parser.add_argument("--task", choices=TASKS, default="needle", help="default %(default)s")
+    parser.add_argument("--lengths", type=numbers, help="comma-separated, in tokens; default: from 2 W to beyond R")
+    parser.add_argument("--max-length", type=at_least(1), default=4096, help="longest default length; default 4096")
+    parser.add_argument("--depths", type=at_least(2), default=8, help="needle positions per length; default 8")
+    parser.add_argument("--n", type=at_least(1), default=50, help="items per cell; default 50")
+    args = parser.parse_args(argv)
+    if args.lengths and aligned(args.lengths[0]) < MARGIN + args.depths:
+        parser.error(f"--lengths: with --depths {args.depths} a length is at least {MARGIN + args.depths} tokens")
+    return args
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
     console = Console()
-    if args.task not in recall.TASKS:
-        raise UserError(f"--task {args.task!r}: unknown task; known: {', '.join(recall.TASKS)}")
-    for name, least in (("depths", 2), ("n", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least {least}")
     examined = load_model(args.model, args.device)
-    order = recall.Order(
+
+    from eval.plots import heat_figure
+
+    out = examined.out_dir(args.out)
+    order = Order(
         model=args.model, device=args.device, text=args.text, data=args.data, tasks=(args.task,), distances=(),
         n=args.n, seed=args.seed, precision=examined.precision,
     )  # fmt: skip
-    lengths = chosen_lengths(args, examined, MARGIN + args.depths)
+    lengths = args.lengths or default_lengths(examined, args.max_length)
     haystack = open_haystack(examined, args.text, args.data)
-    result = measure(examined, haystack, order, lengths, args.depths, console)
-    out = examined.out_dir(args.out)
-    (out / "heat.json").write_text(json.dumps(result, indent=1))
-    plots.save(plots.heat_figure(result), out / "heat.png")
-    console.print(f"{len(result['cells'])} cells of n = {args.n} ({args.task})", highlight=False)
-    console.print(f"Written: {out / 'heat.json'}, {out / 'heat.png'}")
+    result = measure(examined, haystack, order, sorted({aligned(n) for n in lengths}), args.depths, console)
+    console.print(f"{len(result['cells'])} cells of {args.n} items each ({args.task})", highlight=False)
+    write_result("heat", result, out, lambda: heat_figure(result), console)
 
 
 if __name__ == "__main__":

@@ -1,56 +1,41 @@
-"""What is to be measured: one of our runs, one of its checkpoints, or any Hugging Face causal language model.
+"""What the evaluations measure: a run, one of its checkpoints, or any Hugging Face causal language model.
 
-`load_model` finds the weights and the tokenizer, refuses what is broken with a sentence (`UserError`, exit 2),
-and works out what each layer may see, so that theory, cliff test and distances adapt to the model.
+`load_model` turns the MODEL of a command line into an `Examined`: the weights, the tokenizer, and what each layer may
+see. Torch and transformers are imported only after the path has been checked, so that a wrong path is answered at once.
 """
 
+import hashlib
 import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
+import numpy as np
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
 
-from eval.architectures import specs_of
-from eval.weights import check_weights, weights_sha256
-from model import hub, windows
-from model.config import WindreachConfig
-from model.decoder import WindreachForCausalLM
+from eval.architectures import nominal_reach, smallest_window, specs_of
+from model import windows
 from model.errors import UserError
-from model.flops import cache_bytes
 from model.windows import LayerSpec
-from training.settings.config_file import load_settings
-from training.settings.schema import Settings
 
-OUR_TYPES = {"mistral", "ministral", "qwen3", WindreachConfig.model_type}
+if TYPE_CHECKING:
+    import torch
 
-
-class TextTokenizer(Protocol):
-    """What the evaluations ask of a tokenizer; ours and the wrapped Hugging Face ones offer it."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    from training.settings.schema import Settings
 
 
 class HubTokenizer:
-    """A Hugging Face tokenizer behind the small protocol of ours: no special tokens are added."""
+    """A Hugging Face tokenizer with the interface of `data.tokenizer.Tokenizer`. It adds no special tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.hf = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self.unk_id: int | None = tokenizer.unk_token_id
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.hf)
+        self.vocab_size = len(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
@@ -64,40 +49,49 @@ class HubTokenizer:
 
 @dataclass
 class Examined:
-    """A loaded model with everything the evaluations need to know about it."""
+    """A loaded model and what the evaluations need to know about it."""
 
     name: str
-    model: Any  # WindreachForCausalLM or any causal LM of transformers
+    model: Any  # WindreachForCausalLM, or any causal language model of transformers
     tokenizer: Any
     specs: tuple[LayerSpec, ...]
-    folder: Path | None
+    folder: Path | None  # holds config.json and the weights
     run_dir: Path | None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # of the run; empty for other models
     sha256: str = ""
-    nominal_window: int | None = None
 
     @property
     def ours(self) -> bool:
+        """Whether our own decoder runs the model."""
+        from model.decoder import WindreachForCausalLM
+
         return isinstance(self.model, WindreachForCausalLM)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def device(self) -> "torch.device":
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def window(self) -> int | None:
-        """The smallest window of the stack in tokens; for a stack without one, the window its config names."""
-        bounded = [spec.window for spec in self.specs if spec.window and spec.kind != "full"]
-        return min(bounded) if bounded else self.nominal_window
+        """The smallest window of the stack in tokens; if no layer has one, the window that the config names."""
+        named: int | None = self.settings.get("model", {}).get("sliding_window")
+        return smallest_window(self.specs) or named or getattr(self._text_config, "sliding_window", None)
 
     @property
     def precision(self) -> str:
-        """What the run was trained in, and what its answers are therefore read in; float32 for other models."""
-        facts = self.run_dir / "run.json" if self.run_dir else None
-        return str(json.loads(facts.read_text()).get("precision", "fp32")) if facts and facts.exists() else "fp32"
+        """`bf16` or `fp32`: the precision of training, in which the model is also evaluated; fp32 for other models."""
+        return str(_run_facts(self.run_dir).get("precision", "fp32"))
 
-    def trained_with(self) -> Settings:
-        """The settings of the run. UserError where this version doesn't know one of them."""
+    @property
+    def recall(self) -> dict[str, Any]:
+        """The recall settings of the run; empty for other models."""
+        return dict(self.settings.get("recall", {}))
+
+    def trained_with(self) -> "Settings":
+        """The settings of the run. Raises UserError if this version does not know one of them."""
+        from training.settings.config_file import load_settings
+
         assert self.run_dir is not None
         return load_settings(self.run_dir / "settings.yaml")
 
@@ -107,8 +101,13 @@ class Examined:
 
     @property
     def reach(self) -> int | None:
-        """Tokens back that the last position can be influenced from; None when unbounded."""
+        """R: the greatest distance, in tokens, at which a token can influence another; None if unbounded."""
         return windows.reach(self.specs)
+
+    @property
+    def nominal_reach(self) -> int | None:
+        """The reach by which distances are chosen: R, or that of the same window in every layer; None without one."""
+        return None if self.window is None else nominal_reach(self.specs, self.window)
 
     @property
     def window_times_layers(self) -> int | None:
@@ -116,35 +115,35 @@ class Examined:
 
     @property
     def max_tokens(self) -> int | None:
-        """Longest sequence a learned position table allows; None for rotary models."""
-        config = self.model.config.get_text_config()
-        learned = getattr(config, "n_positions", None) or (
-            config.max_position_embeddings if config.model_type in {"opt", "gpt_neo", "gpt_bigcode"} else None
-        )
-        return int(learned) if learned else None
+        """The longest sequence that a learned position table allows; None for rotary models."""
+        config = self._text_config
+        learned = config.model_type in {"opt", "gpt_neo", "gpt_bigcode"}
+        return getattr(config, "n_positions", None) or (config.max_position_embeddings if learned else None)
 
-    def cache_bytes(self, tokens: int) -> int | None:
-        """Bytes of bf16 keys and values behind a row of so many tokens; None for models that are not ours."""
-        return cache_bytes(self.model.config, length=tokens) if self.ours else None
+    @property
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config()
 
     def out_dir(self, chosen: str | None) -> Path:
-        """Where results go: --out, else the run folder, else the present folder."""
+        """The folder for results, created if missing: `chosen`, else the run folder, else the current folder."""
         out = Path(chosen) if chosen else self.run_dir or Path(".")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"--out {str(out)!r} can't be made ({error.strerror}); name a folder you may write"
-            ) from error
+            raise UserError(f"--out {str(out)!r} can't be created ({error.strerror}); choose another folder") from error
         return out
 
     def header(self) -> dict[str, Any]:
-        """The fields every result file begins with."""
+        """The fields that every result file begins with."""
+        import torch
+        import transformers
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return {
             "model": self.name,
             "checkpoint_sha256": self.sha256,
             "settings": self.settings,
-            "versions": versions(),
+            "versions": {"python": platform.python_version(), **versions},
             "window": self.window,
             "layers": self.layers,
             "reach": self.reach,
@@ -153,158 +152,138 @@ class Examined:
         }
 
 
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def load_model(name: str, device: str | None = None, backend: str = "auto") -> Examined:
-    """MODEL of the command lines -> a model ready to be measured, in float32 and eval mode.
+    """Load the MODEL of a command line in float32 and evaluation mode.
 
-    Raises UserError for a missing path, a checkpoint that is cut short, and a tokenizer that does not match.
+    Raises UserError for a missing path, damaged weights, and a tokenizer that does not match.
     """
-    path = Path(name)
-    run_dir, folder = _locate(path)
-    source = str(folder) if folder else name
-    if folder:
-        check_weights(folder)
-    if folder and _is_for_our_decoder(folder):
-        model: Any = hub.load(str(folder), backend=backend)
-    else:
-        model = _load_from_hub(source, name)
-    tokenizer = _load_tokenizer(source, run_dir, name)
-    _check_tokenizer(tokenizer, model, source, run_dir)
+    run_dir, folder = _locate(Path(name))
+    import torch
+
+    model = _load_weights(folder, name, backend)
+    tokenizer = _load_tokenizer(folder, name, run_dir)
+    _check_tokenizer(tokenizer, model, name, run_dir)
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = _run_settings(run_dir)
-    specs = tuple(model.config.specs) if isinstance(model, WindreachForCausalLM) else specs_of(model.config)
-    text = model.config.get_text_config()
-    nominal = settings.get("model", {}).get("sliding_window") or getattr(text, "sliding_window", None)
+    file = run_dir / "settings.yaml" if run_dir else None
     return Examined(
-        name=_display_name(path, run_dir, name),
+        name=run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/"),
         model=model,
         tokenizer=tokenizer,
-        specs=specs,
+        specs=specs_of(model.config),
         folder=folder,
         run_dir=run_dir,
-        settings=settings,
-        sha256=weights_sha256(folder) if folder else "",
-        nominal_window=nominal,
+        settings=dict(yaml.safe_load(file.read_text()) or {}) if file and file.exists() else {},
+        sha256=_weights_sha256(folder) if folder else "",
     )
 
 
-def _display_name(path: Path, run_dir: Path | None, name: str) -> str:
-    return run_dir.name if run_dir and path.resolve() == run_dir.resolve() else name.rstrip("/")
-
-
 def _locate(path: Path) -> tuple[Path | None, Path | None]:
-    """(run folder, folder with config.json and weights) of a path; (None, None) when it may be a hub name."""
+    """(run folder, folder with config.json and weights); (None, None) if the path may be a name on the hub."""
     if not path.exists():
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
             raise UserError(f"MODEL {str(path)!r}: no such folder; give a run folder, a checkpoint or a hub name")
         return None, None
     if path.is_file():
         raise UserError(f"MODEL {str(path)!r} is a file; give the folder that holds it")
+    run_above = next((parent for parent in path.resolve().parents if (parent / "settings.yaml").exists()), None)
     if (path / "config.json").exists():
-        return _run_above(path), path
+        return run_above, path
     if (path / "hf" / "config.json").exists():
-        return (path if (path / "settings.yaml").exists() else _run_above(path)), path / "hf"
-    newest = _newest_checkpoint(path)
-    if newest is None:
-        raise UserError(
-            f"MODEL {str(path)!r}: holds neither config.json nor hf/ nor a checkpoint under checkpoints/; "
-            "train a model first, or give the folder of a Hugging Face model"
-        )
-    return path, newest
+        return (path if (path / "settings.yaml").exists() else run_above), path / "hf"
+    from training.run.checkpoint import newest_valid
+
+    if (path / "checkpoints").exists() and (checkpoint := newest_valid(path)):
+        return path, checkpoint / "hf"
+    raise UserError(
+        f"MODEL {str(path)!r}: holds neither config.json nor hf/ nor a checkpoint under checkpoints/; "
+        "train a model first, or give the folder of a Hugging Face model"
+    )
 
 
-def _run_above(path: Path) -> Path | None:
-    return next((parent for parent in path.resolve().parents if (parent / "settings.yaml").exists()), None)
+def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
+    """Our decoder if it can run the checkpoint, else the model of transformers. Code beside the weights never runs.
 
-
-def _newest_checkpoint(run_dir: Path) -> Path | None:
-    """hf/ of the newest checkpoint whose weights are whole; a broken newest one is passed over only for an older."""
-    failure: UserError | None = None
-    for folder in sorted((run_dir / "checkpoints").glob("step-*/hf"), reverse=True):
-        try:
-            check_weights(folder)
-            return folder
-        except UserError as error:
-            failure = failure or error
-    if failure:
-        raise failure
-    return None
-
-
-def _is_for_our_decoder(folder: Path) -> bool:
-    """Our decoder reads Mistral's family; what it lacks (scaled RoPE, say) is left to the library's own code."""
-    if _model_type(folder) == WindreachConfig.model_type:
-        return True
-    if _model_type(folder) not in OUR_TYPES or not list(folder.glob("model*.safetensors")):
-        return False
-    try:
-        hub.load_config(folder)
-    except UserError:
-        return False
-    return True
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        return dict(json.loads((folder / "config.json").read_text())).get("model_type")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
-
-
-def _load_from_hub(source: str, name: str) -> Any:
-    """A model that `transformers` knows, with the attention that it prefers for it. Code beside the weights never runs.
-
-    Without `trust_remote_code=False` the library asks on standard input, where a pipe may answer yes.
+    Without `trust_remote_code=False` transformers would ask on standard input, where a pipe may answer yes.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from model import hub
+
+    if folder and _our_decoder_can_run(folder):
+        return hub.load(folder, backend=backend)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
+    except SafetensorError as error:
+        raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
 
 
-def _load_tokenizer(source: str, run_dir: Path | None, name: str) -> Any:
-    """Our own tokenizer when a sentencepiece model of ours lies there, else the Hugging Face one."""
+def _our_decoder_can_run(folder: Path) -> bool:
+    """False for other families, and for a feature that our decoder lacks, such as scaled RoPE."""
+    from model import hub
+
+    try:
+        model_type = dict(json.loads((folder / "config.json").read_text())).get("model_type")
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
+    if model_type == "windreach":  # transformers does not know this type: show what is wrong, don't pass it on
+        return True
+    try:
+        hub.load_config(folder)
+    except UserError:
+        return False
+    return any(folder.glob("model*.safetensors"))
+
+
+def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None) -> Any:
+    """The sentencepiece tokenizer of a run, else the Hugging Face tokenizer beside the weights."""
+    from transformers import AutoTokenizer
+
     from data.tokenizer import load_tokenizer
 
-    for folder in [Path(source), *([run_dir / "tokenizer"] if run_dir else [])]:
-        if run_dir and (folder / "tokenizer.model").exists():
-            return load_tokenizer(str(folder))
+    for place in (folder, run_dir / "tokenizer") if folder and run_dir else ():
+        if (place / "tokenizer.model").exists():
+            return load_tokenizer(str(place))
     try:
-        return HubTokenizer(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+        return HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"MODEL {name!r}: no tokenizer beside the weights ({_first_line(error)}); copy the tokenizer files there"
         ) from error
 
 
-def _check_tokenizer(tokenizer: Any, model: Any, source: str, run_dir: Path | None) -> None:
-    rows = int(model.config.get_text_config().vocab_size)
-    if tokenizer.vocab_size > rows:
+def _check_tokenizer(tokenizer: Any, model: Any, name: str, run_dir: Path | None) -> None:
+    """Raise UserError if the tokenizer has more tokens than the model, or is not the one of the run's training."""
+    embeddings = int(model.config.get_text_config().vocab_size)
+    if tokenizer.vocab_size > embeddings:
         raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {rows:,} embeddings; "
-            "they do not belong together"
+            f"MODEL {name!r}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {embeddings:,} "
+            "embeddings; they do not belong together"
         )
-    facts = run_dir / "run.json" if run_dir else None
-    trained_with = json.loads(facts.read_text()).get("tokenizer_sha256") if facts and facts.exists() else None
-    found: str = getattr(tokenizer, "sha256", trained_with) or ""
-    if trained_with and found != trained_with:
+    trained_with = _run_facts(run_dir).get("tokenizer_sha256")
+    sha256 = getattr(tokenizer, "sha256", None)
+    if sha256 and trained_with and sha256 != trained_with:
         raise UserError(
-            f"{source}: its tokenizer has the sha256 {found[:12]}…, but the run was trained with {trained_with[:12]}…; "
-            "put back the run's own tokenizer/tokenizer.model"
+            f"MODEL {name!r}: its tokenizer has the sha256 {sha256[:12]}…, but the run was trained with "
+            f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
         )
 
 
-def _run_settings(run_dir: Path | None) -> dict[str, Any]:
-    file = run_dir / "settings.yaml" if run_dir else None
-    return dict(yaml.safe_load(file.read_text()) or {}) if file and file.exists() else {}
+def _run_facts(run_dir: Path | None) -> dict[str, Any]:
+    """What training wrote into run.json; empty if there is none."""
+    file = run_dir / "run.json" if run_dir else None
+    return dict(json.loads(file.read_text())) if file and file.exists() else {}
+
+
+def _weights_sha256(folder: Path) -> str:
+    """One hash over all weight files of a checkpoint, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        digest.update(np.memmap(file, mode="r").data)
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__

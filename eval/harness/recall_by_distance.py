@@ -1,9 +1,9 @@
-"""Tasks for lm-evaluation-harness: the needle items of `eval.recall` as text, and recall at each distance as a metric.
+"""Tasks for lm-evaluation-harness: the needle items of `eval.recall` as text, with recall at each distance as a metric.
 
     lm_eval --model hf --model_args pretrained=runs/quickstart/hf --include_path eval/harness --tasks windreach_recall
 
-The harness hands text to a model, and tokens made from it again. A text that would come back as other tokens would have
-another distance: such an item is left out and the next one taken, so that distances are exact. Items of all distances
+The harness hands text to a model and tokenises it again. An item whose text would become other tokens would have
+another distance: it is left out and the next one is tried, so that distances are exact. Items of all distances
 alternate, so that `--limit` shortens each of them alike.
 """
 
@@ -16,26 +16,25 @@ import datasets
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness starts elsewhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness runs in another folder
 
 from data.tasks.layout import RecallItem, item
 from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
-from eval.architectures import specs_of
-from eval.haystack import Haystack, read_haystack
+from eval.architectures import nominal_reach, smallest_window, specs_of
+from eval.haystack import read_haystack
 from eval.models import HubTokenizer
-from eval.recall.distances import protocol_distances
-from model import windows
+from eval.recall.order import protocol_distances
 from model.errors import UserError
 
-TRIES = 50  # items tried for one whose text comes back as the same tokens
-MARGIN = 10  # tokens of an item beyond its farthest distance
+TRIES = 50  # items tried for one whose text becomes the same tokens
+MARGIN = 10  # tokens of an item besides its farthest distance
 
 
 def documents(
     pretrained: str | None = None,
     tokenizer: str | None = None,
     distances: Sequence[int] | None = None,
-    n: int = 100,
+    n: int = 20,
     values: int = 32,
     seed: int = 0,
     text: str | None = None,
@@ -45,89 +44,65 @@ def documents(
     """Rows {context, choices, answer, distance}: `n` of each distance, alternating.
 
     The arguments are those of `--metadata`, to which the harness adds those of `--model_args`. `distances` are in
-    tokens, by default the protocol's for the windows of the model; `text` names a file to be used as haystack.
-    Raises UserError without a model, and where the model can't read so far.
+    tokens, by default the protocol's for the windows of the model; `text` names a file to use as haystack. Raises
+    UserError without a model, and if an item is longer than the model can read.
+
+    A quickstart model has 28 default distances. With n = 20 these are 560 items of 32 choices, 17,920 requests.
     """
     if not pretrained:
         raise UserError("windreach_recall needs to know the model: give --model_args pretrained=FOLDER")
     config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
-    made = HubTokenizer(AutoTokenizer.from_pretrained(tokenizer or pretrained, trust_remote_code=False))
-    wanted = sorted(distances or default_distances(config, max_distance))
-    length = wanted[-1] + MARGIN
+    hub_tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(tokenizer or pretrained, trust_remote_code=False))
+    distances = sorted(distances or default_distances(config, max_distance))
+    length = distances[-1] + MARGIN
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and length >= longest:
         raise UserError(
-            f"distance {wanted[-1]}: items would be {length:,} tokens long; the harness cuts the front of what is "
+            f"distance {distances[-1]}: items would be {length:,} tokens long; the harness cuts the front of what is "
             f"longer than {longest:,}, and the needle with it: give --metadata '{{\"max_distance\": {longest - 64}}}'"
         )
-    vocabulary = recall_vocabulary(made, values)
-    haystack = read_haystack(made, text)
+    vocabulary, haystack = recall_vocabulary(hub_tokenizer, values), read_haystack(hub_tokenizer, text)
+
+    def candidates(number: int, distance: int) -> Iterator[RecallItem]:
+        for attempt in range(number * TRIES, (number + 1) * TRIES):
+            rng = np.random.default_rng([seed, attempt, distance])
+            yield item("needle", rng, haystack.filler(attempt, length, seed), vocabulary, length, distance)
+
     rows = [
-        as_row(question, vocabulary, made)
-        for number in range(n)
-        for question in questions(made, vocabulary, haystack, wanted, length, seed, number)
+        as_row(candidates(number, distance), vocabulary, hub_tokenizer) for number in range(n) for distance in distances
     ]
     return {"test": datasets.Dataset.from_list(rows)}
 
 
 def default_distances(config: Any, max_distance: int) -> list[int]:
-    """The protocol's distances; for a stack of unbounded reach those of its sliding twin, or of W = 64."""
+    """The distances of the protocol; for a model without windows those of W = 64."""
     specs = specs_of(config)
-    bounded = [spec.window for spec in specs if spec.window]
-    window = min(bounded) if bounded else 64
-    reach = windows.reach(specs)
-    if reach is None:
-        reach = len(specs) * (window - 1)
-    return [d for d in protocol_distances(window, reach, len(specs) * window) if d <= max_distance]
+    window = smallest_window(specs) or 64
+    wanted = protocol_distances(window, nominal_reach(specs, window), len(specs) * window)
+    return [d for d in wanted if d <= max_distance]
 
 
-def questions(
-    tokenizer: HubTokenizer,
-    vocabulary: RecallVocabulary,
-    haystack: Haystack,
-    distances: Sequence[int],
-    length: int,
-    seed: int,
-    number: int,
-) -> Iterator[RecallItem]:
-    """Question `number` at every distance. Raises UserError where no text comes back as the same tokens."""
-    for distance in distances:
-        assert distance <= length - 1 - len(vocabulary.needle)
-        for attempt in range(number * TRIES, (number + 1) * TRIES):
-            filler = haystack.filler(attempt, length, seed)
-            made = item(
-                "needle", np.random.default_rng([seed, attempt, distance]), filler, vocabulary, length, distance
-            )
-            if comes_back(tokenizer, made):
-                yield made
-                break
-        else:
-            raise UserError(
-                f"distance {distance}: of {TRIES} items none comes back from text as the same tokens; this tokenizer "
-                "can't be asked through the harness, use `python -m eval.recall`"
-            )
+def as_row(candidates: Iterator[RecallItem], vocabulary: RecallVocabulary, tokenizer: HubTokenizer) -> dict[str, Any]:
+    """The first candidate whose text, with and without the answer, is tokenised as the item's tokens.
 
-
-def comes_back(tokenizer: HubTokenizer, made: RecallItem) -> bool:
-    """Whether the item's text with its answer is read as the item's tokens and the answer."""
-    tokens = [*made.tokens, made.value]
-    text, question = tokenizer.decode(tokens), tokenizer.decode(made.tokens)
-    return tokenizer.encode(text) == tokens and tokenizer.encode(question) == tokens[:-1] and text.startswith(question)
-
-
-def as_row(made: RecallItem, vocabulary: RecallVocabulary, tokenizer: HubTokenizer) -> dict[str, Any]:
-    context = tokenizer.decode(made.tokens)
-    choices = [tokenizer.decode([*made.tokens, value]).removeprefix(context) for value in vocabulary.values]
-    return {
-        "context": context,
-        "choices": choices,
-        "answer": vocabulary.values.index(made.value),
-        "distance": made.distance,
-    }
+    Raises UserError if there is none.
+    """
+    for question in candidates:
+        context, tokens = tokenizer.decode(question.tokens), list(question.tokens)
+        whole = tokenizer.decode([*tokens, question.value])
+        keeps_tokens = tokenizer.encode(context) == tokens and tokenizer.encode(whole) == [*tokens, question.value]
+        if keeps_tokens and whole.startswith(context):
+            choices = [tokenizer.decode([*tokens, value]).removeprefix(context) for value in vocabulary.values]
+            answer = vocabulary.values.index(question.value)
+            return {"context": context, "choices": choices, "answer": answer, "distance": question.distance}
+    raise UserError(
+        f"distance {question.distance}: none of {TRIES} items keeps its tokens when its text is tokenised again; "
+        "this tokenizer does not work with the harness, use `python -m eval.recall`"
+    )
 
 
 def score_choice(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """`results`: log-likelihood of each choice. As in `eval.recall`: the right value is the likeliest of the values."""
+    """Right if the value is the most likely choice, as in `eval.recall`. `results`: log-likelihood of each choice."""
     chosen = max(range(len(results)), key=lambda i: results[i][0])
     return _metrics(doc, chosen == doc["answer"])
 
@@ -137,5 +112,5 @@ def score_generated(doc: dict[str, Any], results: list[str]) -> dict[str, float]
 
 
 def _metrics(doc: dict[str, Any], right: bool) -> dict[str, float]:
-    """Of all distances, and of the item's own: the harness averages each over the items that have it."""
+    """Recall over all distances, and at the item's own. The harness averages each over the items that have it."""
     return {"recall": float(right), f"recall@{doc['distance']}": float(right)}

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import loss
+from eval.forward import token_nats
 from eval.haystack import HeldOutDocument, encode_documents, open_haystack
 from eval.models import load_model
 
@@ -20,10 +21,10 @@ def examined(untrained_run):
 @given(st.integers(2, 400), st.integers(1, 40), st.integers(2, 60))
 def test_stretches_score_each_token_once_and_with_its_context(n_tokens, context, more):
     made = list(loss.stretches(n_tokens, context + more, context))
-    scored = [t for s in made for t in range(s.scored, s.end)]
+    scored = [t for _, first, end in made for t in range(first, end)]
     assert scored == list(range(1, n_tokens))
-    assert all(s.scored - s.start == min(context, s.scored) for s in made)
-    assert all(s.end - s.start <= context + more for s in made)
+    assert all(first - start == min(context, first) for start, first, _ in made)
+    assert all(end - start <= context + more for start, _, end in made)
 
 
 def test_bytes_of_the_held_out_text_are_exact(examined, untrained_run):
@@ -48,7 +49,7 @@ def test_a_text_is_cut_between_characters(examined):
 
 def test_overlapping_stretches_give_the_loss_of_one_long_pass(examined):
     tokens = open_haystack(examined).documents[0].tokens[:150]
-    whole = loss.token_nats(examined, torch.from_numpy(tokens)[None]).sum()
+    whole = token_nats(examined, torch.from_numpy(tokens)[None]).sum()
     document = HeldOutDocument("part", tokens, 1)
     assert loss.document_nats(examined, document, length=50, context=21) == pytest.approx(whole, rel=1e-5)
     assert loss.document_nats(examined, document, length=50, context=4) != pytest.approx(whole, rel=1e-5)

@@ -141,6 +141,14 @@ def test_recall_reach_loss_and_relay_map_run_to_the_end(kind, tokenizer, text_fi
     assert found["relay"]["identical_beyond_frontier"] is True  # of unbounded stacks the embedding alone
 
 
+def test_damaged_weights_of_another_maker_are_refused(tokenizer, tmp_path):
+    folder = save_model("llama", tokenizer, tmp_path / "llama")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="its weights are damaged"):
+        load_model(str(folder), "cpu")
+
+
 EVIL = """
 import pathlib
 pathlib.Path(__file__).with_name("ran").touch()

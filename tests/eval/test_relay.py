@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from data.tasks.vocabulary import recall_vocabulary
-from eval import heat, relay
+from eval import heat, relay, streams
 from eval.haystack import open_haystack
 from eval.models import load_model
-from eval.recall.items import entries, open_benches, trained_options
+from eval.recall.items import open_items
+from eval.recall.order import Order
 from model.errors import cli
 from model.windows import LayerSpec
 from training.run import checkpoint
@@ -46,7 +47,10 @@ def found(carrier):
 
 def call(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["eval", *map(str, arguments)])
-    return cli(module.main)
+    try:
+        return cli(module.main)
+    except SystemExit as error:  # argparse
+        return error.code
 
 
 def test_the_map_has_a_row_for_each_stream_and_its_frontier_is_the_reach_of_the_layers_so_far(found):
@@ -76,14 +80,14 @@ def test_streams_beyond_the_frontier_are_bit_identical(found, carrier):
 
 def test_layers_taken_in_groups_give_the_same_map(carrier, monkeypatch):
     whole = relay.measure(carrier, open_haystack(carrier), n=32)
-    monkeypatch.setattr(relay, "KEPT_BYTES", 1)
+    monkeypatch.setattr(streams, "KEPT_BYTES", 1)
     assert relay.measure(carrier, open_haystack(carrier), n=32) == whole
 
 
 @pytest.mark.parametrize("rows", [6, 40])
 def test_ridge_solves_its_normal_equations_for_few_and_for_many_rows(rows):
     x, y = torch.randn(2, rows, 16, dtype=torch.float64), torch.randn(rows, 3, dtype=torch.float64)
-    w = relay.ridge(x, y, penalty=0.7)
+    w = streams.ridge(x, y, penalty=0.7)
     assert torch.allclose(x.transpose(1, 2) @ (x @ w - y) + 0.7 * w, torch.zeros_like(w), atol=1e-9)
 
 
@@ -91,7 +95,7 @@ def test_a_probe_reads_rows_that_it_was_not_fit_on():
     labels = torch.arange(200) % 4
     means = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     stream = means[labels] + 0.1 * torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-    read = relay.linear_probe(labels, 4)(torch.stack([stream, torch.randn(200, 8)]))
+    read = streams.linear_probe(labels, 4)(torch.stack([stream, torch.randn(200, 8)]))
     assert read.shape == (2, 100)
     right = (read == labels[100:]).float().mean(1)
     assert right[0] > 0.98
@@ -100,10 +104,10 @@ def test_a_probe_reads_rows_that_it_was_not_fit_on():
 
 def test_the_trained_head_is_taken_from_the_checkpoint_where_there_is_one(carrier, untrained_run, tmp_path):
     vocabulary = recall_vocabulary(carrier.tokenizer, VALUES)
-    rows = relay.make_rows(open_haystack(carrier), vocabulary, 400, 8, 4, seed=0)
-    stream = relay.streams(carrier, rows.first, [rows.value_at + 2], [3])[:, 0]
+    rows = streams.make_texts(open_haystack(carrier), vocabulary, 400, 8, 4, seed=0)
+    stream = streams.streams(carrier, rows.first, [rows.value_at + 2], [3])[:, 0]
     normed = carrier.model.model.norm(stream)
-    weight = relay.ridge(normed, torch.nn.functional.one_hot(rows.labels, VALUES).float() - 1 / VALUES, 1.0)[0].T
+    weight = streams.ridge(normed, torch.nn.functional.one_hot(rows.labels, VALUES).float() - 1 / VALUES, 1.0)[0].T
     (tmp_path / "checkpoints").mkdir()
     checkpoint.save_checkpoint(tmp_path, 1, {}, {"relay_head": weight}, lambda folder: None)
     run = dataclasses.replace(carrier, run_dir=tmp_path)
@@ -117,8 +121,8 @@ def test_the_trained_head_is_taken_from_the_checkpoint_where_there_is_one(carrie
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--n", "3"], "at least 4 rows"),
-        (["--max-offset", "0"], "at least 1 token"),
+        (["--n", "3"], "argument --n: '3': give a whole number of at least 4"),
+        (["--max-offset", "0"], "argument --max-offset: '0': give a whole number of at least 1"),
         (["--read", "head"], "has no checkpoint with a relay head for 8 values; use --read probe"),
         (["--max-offset", "1000000"], None),
     ],
@@ -163,18 +167,18 @@ def test_the_line_of_r_crosses_the_map_and_pairs_above_it_are_identical(heated):
 @pytest.mark.parametrize("length", [32, 64, 544])
 def test_items_are_as_long_as_the_length_that_was_asked_for(examined, length):
     distances = heat.distances_of(length, 4)
-    found = entries(["needle"], trained_options(examined), {})
-    (bench,) = open_benches(examined, open_haystack(examined), found, distances, 0)
-    assert bench.total_length == length
+    order = Order("", "cpu", None, None, ("needle",), tuple(distances), n=1, seed=0, precision="fp32")
+    (entry,) = open_items(examined, open_haystack(examined), order)
+    assert entry.total_length == length
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--task", "nedle"], "unknown task; known: needle"),
-        (["--depths", "1"], "--depths 1: give at least 2"),
-        (["--n", "0"], "--n 0: give at least 1"),
-        (["--lengths", "64,long"], "whole numbers of tokens, such as 64,128,512"),
+        (["--task", "nedle"], "invalid choice: 'nedle' (choose from"),
+        (["--depths", "1"], "argument --depths: '1': give a whole number of at least 2"),
+        (["--n", "0"], "argument --n: '0': give a whole number of at least 1"),
+        (["--lengths", "64,long"], "argument --lengths: 'long': give a whole number of at least 1"),
         (["--lengths", "32", "--depths", "20"], "with --depths 20 a length is at least 36 tokens"),
     ],
 )

@@ -1,0 +1,109 @@
+"""What the commands `python -m eval.recall`, `relay`, `heat` and `loss` share: arguments, progress and results.
+
+This module imports neither torch nor matplotlib, so that `--help` and a mistake are answered at once.
+"""
+
+import json
+import time
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model.errors import UserError
+
+SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
+
+
+def new_parser(name: str, doc: str | None) -> ArgumentParser:
+    """A parser with the arguments of every evaluation. The first paragraph of `doc` is its description."""
+    parser = ArgumentParser(prog=f"python -m eval.{name}", description=(doc or "").split("\n\n")[0])
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or Hugging Face causal language model")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results; default: the run folder, else this one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws; default %(default)s")
+    parser.add_argument("--text", type=existing_file, metavar="FILE", help="use this UTF-8 file as held-out text")
+    parser.add_argument("--data", type=existing_file, metavar="CONFIG", help="use the held-out text of this YAML file")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    return parser
+
+
+def existing_file(text: str) -> str:
+    """An argparse type: the path of a file."""
+    if not Path(text).is_file():
+        raise ArgumentTypeError(f"{text!r}: no such file")
+    return text
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not smaller than `lowest`."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < lowest:
+            raise ArgumentTypeError(f"{text!r}: give a whole number of at least {lowest}")
+        return int(text)
+
+    return number
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """An argparse type: comma-separated whole numbers of at least 1, which it sorts."""
+    return tuple(sorted({at_least(1)(word.strip()) for word in text.split(",")}))
+
+
+def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """An argparse type: comma-separated names that are known."""
+
+    def listed(text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+        if unknown := [word for word in words if word not in known]:
+            raise ArgumentTypeError(f"unknown {', '.join(unknown)!r}; known: {', '.join(known)}")
+        return words
+
+    return listed
+
+
+@contextmanager
+def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of steps just finished.
+
+    It moves a bar on a terminal. Elsewhere it prints a line with the remaining time every half minute.
+    """
+    start = last_line = time.monotonic()
+    done = 0
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(steps: int) -> None:
+            nonlocal done, last_line
+            done += steps
+            bar.advance(task, steps)
+            now = time.monotonic()
+            if not console.is_terminal and now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line, minutes = now, (now - start) * (total / done - 1) / 60
+                console.print(f"{title}: {done / total:.0%} done, about {minutes:.1f} minutes left", highlight=False)
+
+        yield advance
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """The content of a result file, such as recall.json. Raises UserError if it is missing or damaged."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such result; run the evaluation on that run first") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
+
+
+def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[], Any], console: Console) -> None:
+    """Write NAME.json, and the figure of `draw` as NAME.png, into `folder`; print the paths."""
+    from eval.plots import save
+
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
+    save(draw(), folder / f"{name}.png")
+    console.print(f"Written: {folder / name}.json and {name}.png", highlight=False, soft_wrap=True)
