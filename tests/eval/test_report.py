@@ -17,14 +17,11 @@ from eval.models import load_model
 from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
 from eval.report import __main__ as report
-from eval.report.differences import differences_sheet
 from eval.report.page import page as page_of
-from eval.report.page import title
-from eval.report.pictures import hero
+from eval.report.page import recall_picture, title
 from eval.report.runs import read_metrics, read_run, tell_apart
 from eval.report.sentences import identity
-from eval.report.sheets import Cell, Sheet
-from eval.report.tracker import as_table
+from eval.report.tables import settings_table
 from model.errors import UserError, cli
 from tests.eval.browser import look, needs_browser
 
@@ -104,7 +101,7 @@ def test_what_is_written_in_settings_is_escaped(page):
 
 def test_the_report_says_the_headline_figures_and_that_pairs_beyond_r_are_identical(run, page):
     bits = json.loads((run / "loss.json").read_text())["bits_per_byte"]
-    for said in ("H90", "U90", f"{bits:.2f}", "21 tokens", "headline W·k = 24", "all 40 counterfactual pairs"):
+    for said in ("H90", "U90", f"{bits:.2f}", "21 tokens", "usually quoted: W·k = 24", "all 40 counterfactual pairs"):
         assert said in page
 
 
@@ -154,25 +151,23 @@ def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
 
 
 def test_settings_that_differ_are_shown_and_no_others(run, twin):
-    sheet = differences_sheet([read_run(str(run)), read_run(str(twin))])
-    assert sheet is not None
-    rows = {row[0].text: [cell.text for cell in row[1:]] for row in sheet.rows}
-    assert rows == {"seed": ["not set", "7"], "model.layers": ["not set", "[{kind: full}]"]}
+    table = settings_table([read_run(str(run)), read_run(str(twin))])
+    assert table.rows == [["model.layers", "not set", "[{kind: full}]"], ["seed", "not set", 7]]
 
 
 def test_the_same_settings_are_said_to_be_the_same(run):
-    sheet = differences_sheet([read_run(str(run)), read_run(str(run))])
-    assert sheet is not None
-    assert sheet.rows == []
-    assert sheet.caption.startswith("All settings are the same")
+    table = settings_table([read_run(str(run)), read_run(str(run))])
+    assert table.rows == []
+    assert table.caption.startswith("All settings are the same")
 
 
 def test_many_runs_are_compared_in_more_colours_than_there_are(run):
     runs = tell_apart([read_run(str(run)) for _ in range(9)])
     assert title(runs).endswith("and 8 others")
-    drawing = str(hero(runs).wide)
-    assert len(re.findall(r"tip-recall-\d", drawing)) == 9
-    assert drawing.count("data-tip") == 9 * 5 + 9
+    drawing = recall_picture(runs).svg("recall", narrow=False)
+    tips = re.findall(r'data-tip="(.*?): (distance|99 %)', drawing)
+    assert [kind for _, kind in tips] == ["distance"] * 9 * 5 + ["99 %"] * 9
+    assert {name for name, _ in tips} == {run.name for run in runs}
 
 
 # ---------------------------------------------------------------------------------------------------------- browser
@@ -216,7 +211,15 @@ def test_a_browser_shows_the_report_sorts_its_tables_and_tells_numbers_on_hover(
     assert found["tip_inside"]
     assert (found[seen], found[hidden]) == (found["figures"], 0)
     assert found["figures"] == 6
-    for said in ("Relay map", "Needle heat map", "Loss by position", "Gradient field", "bit-identical", "A heading"):
+    for said in (
+        "Relay map",
+        "Needle heat map",
+        "Loss by position",
+        "Gradient field",
+        "bit-identical",
+        "A heading",
+        "Measured on",
+    ):
         assert said in found["text"]
     assert "NaN" not in found["text"]
     assert "undefined" not in found["text"]
@@ -250,12 +253,6 @@ def test_tables_can_be_read_without_scripts(page):
 
 
 # ------------------------------------------------------------------------------------------------------------ wandb
-
-
-def test_numbers_of_a_table_stay_numbers_for_a_tracker():
-    rows = [[Cell("16", 16), Cell("needle"), Cell("")], [Cell("8", 8), Cell("noise"), Cell("0.5", 0.5)]]
-    made = as_table(Sheet("", ["distance", "task", "u90"], rows))
-    assert made == {"columns": ["distance", "task", "u90"], "data": [[16, "needle", None], [8, "noise", 0.5]]}
 
 
 @pytest.fixture
