@@ -51,7 +51,16 @@ def save(figure: Figure, path: Path | BinaryIO) -> None:
 
 def marks(ax: Axes, x: Any, y: Any, tips: list[str], color: str, size: float = 26, **style: Any) -> None:
     """Draw dots; each shows its text of `tips` on hover. `style` is passed to matplotlib's scatter."""
-    ax.scatter(x, y, s=size, **{"color": color, "edgecolors": "white"} | style, zorder=4, linewidths=0.8, urls=tips)
+    ax.scatter(
+        x,
+        y,
+        s=size,
+        **{"color": color, "edgecolors": "white"} | style,
+        zorder=4,
+        linewidths=0.8,
+        clip_on=False,
+        urls=tips,
+    )
 
 
 def landmark(ax: Axes, x: float, label: str, side: str, line: Any = "-", color: str = INK, level: int = 0) -> None:

@@ -70,7 +70,8 @@ def heat_figure(heat: dict[str, Any], narrow: bool = False) -> Figure:
     _draw_reach(ax, heat)
     ax.invert_yaxis()
     ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    ax.set(xlabel="total length, tokens", ylabel="depth of the needle, %")
+    ax.set_yticks([100 * depth for depth in depths], [f"{depth:.0%}" for depth in depths])
+    ax.set(xlabel="total length, tokens", ylabel="depth of the needle")
     return drawn
 
 

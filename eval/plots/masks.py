@@ -57,9 +57,6 @@ def _shades(count: int) -> list[Any]:
     return [matplotlib.colormaps["cividis"](x) for x in np.linspace(0.12, 0.85, max(2, count))][:count]
 
 
-# ---------------------------------------------------------------------------------------------------- two triangles
-
-
 @styled
 def sentence_figure() -> Figure:
     """The causal triangle beside the band of a sliding window, with words as rows and columns."""
@@ -84,9 +81,6 @@ def _draw_words(ax: Axes, spec: LayerSpec, title: str) -> None:
     ax.set_yticks(edges[:-1] + 0.5, words)
     ax.tick_params(labelsize=11, labelcolor=INK, labeltop=True, labelbottom=False)
     ax.set(title=title, xlabel="key: the token that is looked at", ylabel="query: the token that looks")
-
-
-# ---------------------------------------------------------------------------------------------------- masks of layers
 
 
 def kinds_of(specs: Sequence[LayerSpec]) -> dict[LayerSpec, int]:
@@ -141,9 +135,6 @@ def _draw_mask(ax: Axes, spec: LayerSpec, count: str, color: Any) -> None:
     ax.set(xlabel="key", ylabel="query")
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-
-
-# ------------------------------------------------------------------------------------------------------------ the cone
 
 
 @styled

@@ -57,9 +57,6 @@ def _scale(result: dict[str, Any]) -> float:
     return float(result["window"] or 1)
 
 
-# --------------------------------------------------------------------------------------------------- recall curves
-
-
 def _draw_recall(ax: Axes, results: list[dict[str, Any]], narrow: bool) -> dict[str, str]:
     """Draw the curves and return the color of each model."""
     main, task = results[0], next(iter(results[0]["tasks"]))
@@ -73,7 +70,7 @@ def _draw_recall(ax: Axes, results: list[dict[str, Any]], narrow: bool) -> dict[
     chance = main["tasks"][task]["chance"]
     ax.axhline(chance, color=MUTED, lw=0.9, ls=(0, (1, 2)))
     ax.annotate("chance", (0.005, chance), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED, va="bottom")
-    ax.set(ylim=(-0.02, 1.04), xlim=(0, None), ylabel="right answers")
+    ax.set(ylim=(-0.02, 1.04), xlim=(0, None), ylabel="recall: right answers")
     ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     ax.grid(axis="y", color=GRID, lw=0.8)
     if len(curves) > 3:
@@ -124,44 +121,36 @@ def _draw_landmarks(ax: Axes, result: dict[str, Any], predictions: dict[str, Any
         landmark(ax, result["window_times_layers"] / window, "W·k", "right", "--", MUTED)
 
 
-# -------------------------------------------------------------------------------------------------- gradient fields
-
-
 def _draw_fields(ax: Axes, fields: Sequence[dict[str, Any]], colors: dict[str, str]) -> None:
     """Draw the share of the gradient energy at each distance, on a logarithmic axis.
 
     Of one model: before and after training, and the mixture. Of several: after training, in the `colors` of the models.
     """
+    main = fields[0]
     if len(fields) == 1:
-        curves = [(fields[0], "before", GREY, "before training"), (fields[0], "after", COLORS[0], "after training")]
+        curves = [(main, "before", GREY, "before training"), (main, "after", COLORS[0], "after training")]
     else:
-        curves = [(field, "after", colors.get(field["model"], GREY), "") for field in fields]
-    lowest = min(_draw_energy(ax, *curve) for curve in curves)
-    mixture = np.array(fields[0]["predictions"].get("mixture", []))
-    if len(fields) == 1 and len(mixture):
-        _draw_positive(ax, mixture, _scale(fields[0]), color=COLORS[1], lw=1.2, ls="--", label="mixture (theory)")
-    if fields[0]["reach"] is not None:
-        ax.axvline(fields[0]["reach"] / _scale(fields[0]), color=INK, lw=1.0, zorder=1)
-    ax.set(yscale="log", ylim=(max(LOWEST, lowest / 3), None), ylabel="share of the\ngradient energy")
+        curves = [(field, "after", colors.get(field["model"], GREY), field["model"]) for field in fields]
+    for field, moment, color, label in curves:
+        energy = np.array(field["gradient"][moment]["energy"])
+        _draw_positive(ax, energy, _scale(field), color=color, lw=1.5, label=label)
+        d99 = next(row["distance"] for row in field["gradient"][moment]["quantiles"] if row["share"] == 0.99)
+        tip = f"{label}: 99 % of the energy comes from at most {d99:,} tokens back"
+        marks(ax, [d99 / _scale(field)], [max(energy[d99], LOWEST)], [tip], color)
+    if len(fields) == 1:
+        mixture = np.array(main["predictions"].get("mixture", []))
+        _draw_positive(ax, mixture, _scale(main), color=COLORS[1], lw=1.2, ls="--", label="mixture (theory)")
+        ax.legend(loc="upper right", fontsize=8)
+    if main["reach"] is not None:
+        ax.axvline(main["reach"] / _scale(main), color=INK, lw=1.0, zorder=1)
+    ax.set(yscale="log", ylabel="share of the\ngradient energy")
     ax.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
     ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.grid(axis="y", color=GRID, lw=0.8)
-    if len(fields) == 1:
-        ax.legend(loc="upper right", fontsize=8)
 
 
-def _draw_energy(ax: Axes, reach: dict[str, Any], moment: str, color: str, label: str) -> float:
-    """Draw one curve with a mark where 99 % of the energy is passed; return its lowest value."""
-    energy, scale = np.array(reach["gradient"][moment]["energy"]), _scale(reach)
-    lowest = _draw_positive(ax, energy, scale, color=color, lw=1.5, label=label or None)
-    d99 = next(row["distance"] for row in reach["gradient"][moment]["quantiles"] if row["share"] == 0.99)
-    tip = f"{label or reach['model']}: 99 % of the energy comes from at most {d99:,} tokens back"
-    marks(ax, [d99 / scale], [max(energy[d99], LOWEST)], [tip], color)
-    return lowest
-
-
-def _draw_positive(ax: Axes, energy: Any, scale: float, **style: Any) -> float:
-    """Draw the values that a logarithmic axis can show; return the lowest."""
-    shown = energy > LOWEST
-    ax.plot(np.arange(len(energy))[shown] / scale, energy[shown], **style)
-    return float(energy[shown].min())
+def _draw_positive(ax: Axes, values: np.ndarray, scale: float, **style: Any) -> None:
+    """Draw the values that the logarithmic axis shows."""
+    (shown,) = np.nonzero(values > LOWEST)
+    if len(shown):
+        ax.plot(shown / scale, values[shown], **style)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,21 +33,11 @@ DENSE_LIMIT = 4096  # tokens: the reference backend holds the whole mask, which 
 MAX_LENGTHS = 4096  # lengths that are tried for chunked layers
 
 
-class Cliff(NamedTuple):
-    """Results {path, distance, changed, expected, equal} or {path, unavailable}, and why some are missing, or None."""
-
-    rows: list[dict[str, Any]]
-    note: str | None
-
-
 def backend_names() -> list[str]:
     """The names of all attention backends, those that this machine lacks included."""
     from model.attention.backends import BACKENDS
 
     return list(BACKENDS)
-
-
-# ---------------------------------------------------------------------------------------------------- the changes
 
 
 @dataclass(frozen=True)
@@ -111,9 +101,6 @@ def _spans(specs: Sequence[LayerSpec]) -> list[int]:
     return [spec.ring_slots for spec in specs if spec.ring_slots] or [16]
 
 
-# ------------------------------------------------------------------------------------------- ways to feed a model
-
-
 @torch.inference_mode()
 def feed(
     examined: Examined,
@@ -153,11 +140,6 @@ def behind_document(examined: Examined, input_ids: Tensor, other: Tensor, size: 
     return feed(examined, torch.cat((other, input_ids), 1), size, documents=documents)
 
 
-def behind_zeros(examined: Examined, input_ids: Tensor, length: int, size: int | None = None) -> Tensor:
-    """Logits (B, V) of sequences that are packed behind a document of up to `length` tokens, all 0."""
-    return behind_document(examined, input_ids, torch.zeros_like(input_ids[:, :length]), size)
-
-
 def chunk_sizes(specs: Sequence[LayerSpec]) -> list[int]:
     """Tokens to prefill at a time: below, at and above the smallest and the largest window, and above two windows.
 
@@ -171,21 +153,28 @@ def chunk_sizes(specs: Sequence[LayerSpec]) -> list[int]:
 def ways_to_feed(examined: Examined) -> dict[str, LastLogits]:
     """Each way to compute the last logits of a sequence with one model of ours, other than a plain forward pass."""
     span = min(_spans(examined.specs))
+
+    def packed(ids: Tensor, size: int | None = None) -> Tensor:
+        return behind_document(examined, ids, torch.zeros_like(ids[:, : span + 3]), size)
+
     ways: dict[str, LastLogits] = {
         f"prefill by {size}": partial(feed, examined, size=size) for size in chunk_sizes(examined.specs)
     }
-    ways["token by token"] = partial(feed, examined, size=1)
-    for what, way in (
-        ("left-padded batch", partial(left_padded, examined, pad=span // 2 + 1)),
-        ("behind another document", partial(behind_zeros, examined, length=span + 3)),
-    ):
-        ways[what] = way
-        ways[f"{what}, prefill by {span + 1}"] = partial(way, size=span + 1)
-    return ways
+    padded = partial(left_padded, examined, pad=span // 2 + 1)
+    return ways | {
+        "token by token": partial(feed, examined, size=1),
+        "left-padded batch": padded,
+        f"left-padded batch, prefill by {span + 1}": partial(padded, size=span + 1),
+        "behind another document": packed,
+        f"behind another document, prefill by {span + 1}": partial(packed, size=span + 1),
+    }
 
 
 def cliff_paths(examined: Examined) -> Iterator[tuple[str, LastLogits]]:
-    """Every path from tokens to logits: the backends, and the ways to feed the model at hand."""
+    """Every path from tokens to logits: the backends, and the ways to feed the model at hand.
+
+    A generator, so that only one more copy of the model is in memory at a time.
+    """
     if not examined.ours:
         yield "full forward", partial(last_logits, examined)
         return
@@ -208,24 +197,24 @@ def through_backend(examined: Examined, backend: str) -> LastLogits:
     return lambda ids: last_logits(loaded(), ids)
 
 
-# ---------------------------------------------------------------------------------------------------- the test
+def cliff(examined: Examined, seed: int = 0, max_tokens: int = 8192) -> tuple[list[dict[str, Any]], str | None]:
+    """Run the test on every path, and on other documents for models of ours. Sequences have at most `max_tokens`.
 
-
-def cliff(examined: Examined, seed: int = 0, max_tokens: int = 8192) -> Cliff:
-    """Run the test on every path, and on other documents for models of ours. Sequences have at most `max_tokens`."""
+    Returns results {path, distance, changed, expected, equal} or {path, unavailable}, and why distances are missing.
+    """
     limit = min(max_tokens, examined.max_tokens or max_tokens)
     length = cliff_length(examined.specs)
     between = _between_documents(examined, seed, limit) if examined.ours else []
     if length is None:
-        return Cliff(between, "a full layer sees every earlier token: no distance is beyond the reach")
+        return between, "a full layer sees every earlier token: no distance is beyond the reach"
     if length > limit:
-        return Cliff(between, f"a sequence longer than the reach has {length:,} tokens, more than the limit {limit:,}")
+        return between, f"a sequence longer than the reach has {length:,} tokens, more than the limit {limit:,}"
     reachable = windows.reachable(examined.specs, length)
     window, product = examined.window or 1, windows.window_times_layers(examined.specs) or 0
     distances = cliff_distances(reachable, near=[1, window - 1, window, product, product + window])
     probe = make_probe(reachable, distances, int(examined.tokenizer.vocab_size), seed)
     rows = [row for path, logits in cliff_paths(examined) for row in compare(path, logits, probe)]
-    return Cliff(rows + between, None)
+    return rows + between, None
 
 
 def compare(path: str, logits: LastLogits, probe: Probe) -> list[dict[str, Any]]:

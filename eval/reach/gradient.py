@@ -6,8 +6,6 @@ After Luo et al., *Understanding the Effective Receptive Field in Deep Convoluti
 Legend: B batch, T positions, E hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,22 +21,6 @@ FloatArray = NDArray[np.float64]
 QUANTILES = (0.5, 0.9, 0.99)
 
 
-@contextmanager
-def embeddings_caught(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the input embeddings (B, T, E) of each forward pass, as leaves that receive a gradient."""
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        caught.append(output.detach().requires_grad_(True))
-        return caught[-1]
-
-    handle = model.get_input_embeddings().register_forward_hook(catch)
-    try:
-        yield caught
-    finally:
-        handle.remove()
-
-
 def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 0) -> FloatArray:
     """Energy of the input gradient by distance (T,), summing to 1: index d is d tokens back from the query.
 
@@ -51,11 +33,11 @@ def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     total = np.zeros(texts.shape[1])
     for batch in texts.split(8):
-        with embeddings_caught(model) as caught:
-            hidden = body(model)(input_ids=batch.to(device), **options).last_hidden_state[:, -1]
+        embeddings = model.get_input_embeddings()(batch.to(device)).detach().requires_grad_()
+        hidden = body(model)(inputs_embeds=embeddings, **options).last_hidden_state[:, -1]
         for _ in range(directions):
             direction = torch.randn(hidden.shape, generator=generator).to(device)
-            (gradient,) = torch.autograd.grad((hidden * direction).sum(), caught[0], retain_graph=True)
+            (gradient,) = torch.autograd.grad((hidden * direction).sum(), embeddings, retain_graph=True)
             energy = gradient.double().square().sum(-1)
             energy = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
             total += energy.sum(0).cpu().numpy()[::-1]

@@ -44,19 +44,6 @@ def xiao_bound(window: int, alpha: float, epsilon: float = 0.01) -> float:
     return window * math.log(epsilon) / math.log(1.0 - alpha)
 
 
-def hop(window: int | None, alpha: float, length: int, dilation: int = 1) -> FloatArray:
-    """Influence by distance (length,) after one layer: alpha stays, the rest is spread over what the layer sees.
-
-    >>> hop(2, 0.5, 4, dilation=3).tolist()
-    [0.75, 0.0, 0.0, 0.25]
-    """
-    seen = length if window is None else window
-    spread = np.zeros(length)
-    spread[: seen * dilation : dilation] = (1.0 - alpha) / seen
-    spread[0] += alpha
-    return spread
-
-
 def mixture(
     windows: Sequence[int | None], alphas: Sequence[float], length: int, dilations: Sequence[int] | None = None
 ) -> FloatArray:
@@ -65,11 +52,17 @@ def mixture(
     >>> influence = mixture([3, 3], [0.5, 0.5], 5)
     >>> influence.round(3).tolist()
     [0.444, 0.222, 0.25, 0.056, 0.028]
+    >>> mixture([2], [0.5], 4, dilations=[3]).tolist()
+    [0.75, 0.0, 0.0, 0.25]
     """
     influence = np.zeros(length)
     influence[0] = 1.0
     for window, alpha, dilation in zip(windows, alphas, dilations or [1] * len(windows), strict=True):
-        influence = np.convolve(influence, hop(window, alpha, length, dilation))[:length]
+        seen = length if window is None else window
+        one_layer = np.zeros(length)
+        one_layer[: seen * dilation : dilation] = (1.0 - alpha) / seen
+        one_layer[0] += alpha
+        influence = np.convolve(influence, one_layer)[:length]
     return influence
 
 

@@ -8,6 +8,7 @@ into its folder. Several runs get a comparison, written into the current folder:
 """
 
 import argparse
+import io
 import json
 import sys
 import warnings
@@ -27,6 +28,7 @@ def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Pa
     import wandb
     from PIL import Image
 
+    from eval.plots import save
     from eval.report.page import of_one, shared
 
     first, alone = runs[0], len(runs) == 1
@@ -50,10 +52,12 @@ def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Pa
         with run:
             parts = [("", shared(runs)), *(("" if alone else f"{one.name}/", of_one(one)) for one in runs)]
             for prefix, (tables, pictures) in parts:
-                for name, t in tables.items():
-                    run.log({f"report/{prefix}{name}": wandb.Table(list(t.columns), t.rows, allow_mixed_types=True)})
-                for name, p in pictures.items():
-                    run.log({f"report/{prefix}{name}": wandb.Image(Image.open(p.png()), caption=p.caption)})
+                for name, table in tables.items():
+                    logged = wandb.Table(list(table.columns), table.rows, allow_mixed_types=True)
+                    run.log({f"report/{prefix}{name}": logged})
+                for name, picture in pictures.items():
+                    save(picture.draw(False), png := io.BytesIO())
+                    run.log({f"report/{prefix}{name}": wandb.Image(Image.open(png), caption=picture.caption)})
             return str(Path(run.dir).parent)
 
 

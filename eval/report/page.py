@@ -1,6 +1,5 @@
 """The report: all tables and pictures of some runs, as one HTML page that fetches nothing."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +26,6 @@ class Picture:
     def svg(self, name: str, narrow: bool) -> Markup:
         """The picture as inline SVG; `name` must be unique on the page."""
         return Markup(plots.svg(self.draw(narrow), f"{name}-{'narrow' if narrow else 'wide'}"))
-
-    def png(self) -> io.BytesIO:
-        buffer = io.BytesIO()
-        plots.save(self.draw(False), buffer)
-        buffer.seek(0)
-        return buffer
 
 
 class Contents(NamedTuple):
@@ -65,8 +58,8 @@ def recall_picture(runs: list[Run]) -> Picture:
     recalls = [run.results["recall"] for run in runs if "recall" in run.results]
     caption = (
         "Share of right answers by the distance between value and question, with 95 % intervals. Left of W one layer "
-        "sees the value. Up to R it must be passed on from layer to layer. Beyond R nothing can arrive. The diamond "
-        "marks H90, the farthest distance that is recalled in at least 90 % of cases."
+        "sees the value. Up to R it must be passed on from layer to layer. Beyond R nothing can arrive. A diamond "
+        "marks H90, the farthest distance that is recalled in at least 90 % of cases, if there is one."
     )
     main = runs[0].results.get("reach")
     fields = [run.results["reach"] for run in runs if "reach" in run.results]

@@ -45,9 +45,6 @@ def _table(caption: str, rows: Iterable["Result"], columns: dict[str, tuple[str,
     return Table(caption, formats, [[row[key] for key, _ in columns.values()] for row in rows])
 
 
-# ------------------------------------------------------------------------------------------------------- one run
-
-
 def tables_of(run: "Run") -> dict[str, Table]:
     """All tables of one run, by their names in a tracker."""
     results, tables = run.results, {}
@@ -78,8 +75,8 @@ def recall_table(task: str, entry: "Result") -> Table:
         "recall": ("accuracy", ".1%"),
         "95 % low": ("low", ".1%"),
         "high": ("high", ".1%"),
-        "both of a pair right": ("pair_accuracy", ".1%"),
-        "identical pairs": ("identical_pairs", ".0%"),
+        "both right": ("pair_accuracy", ".1%"),
+        "identical": ("identical_pairs", ".0%"),
         "bits gained": ("delta_nll_bits", "+.2f"),
         "without needle": ("accuracy_without_needle", ".1%"),
     })  # fmt: skip
@@ -177,9 +174,6 @@ def heat_table(heat: "Result") -> Table:
     })  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------- several runs
-
-
 def comparison(runs: list["Run"]) -> dict[str, Table]:
     """The tables that compare several runs, by their names in a tracker."""
     tables = {"comparison": horizons_table(runs)}
@@ -213,7 +207,7 @@ def settings_table(runs: list["Run"]) -> Table:
         if any(each.get(path) != settings[0].get(path) for each in settings)
     ]
     caption = "Settings that differ." if rows else "All settings are the same, except the run's name and folder."
-    return Table(caption, {"setting": ""} | {run.name: "," for run in runs}, rows)
+    return Table(caption, {"setting": ""} | {run.name: ",.12g" for run in runs}, rows)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

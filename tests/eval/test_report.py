@@ -7,13 +7,18 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
+from html import unescape
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from eval import heat, loss, relay
 from eval.haystack import open_haystack
 from eval.models import load_model
+from eval.plots.canvas import marks, svg
 from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
 from eval.report import __main__ as report
@@ -145,6 +150,36 @@ def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_the_recall_curve_marks_h90_and_only_where_there_is_one(run):
+    measured = read_run(str(run))
+    assert "H90" not in recall_picture([measured]).svg("recall", narrow=True)
+    measured.results["recall"]["tasks"]["needle"]["h90"] = 21
+    drawing = recall_picture([measured]).svg("recall", narrow=True)
+    assert 'data-tip="needle: H90 = 21 tokens, the farthest distance' in drawing
+    assert "◇ H90 = 21</text>" in drawing
+
+
+def test_the_page_says_when_and_how_it_was_measured(run, page):
+    for name in ("recall", "reach", "loss", "relay", "heat"):
+        assert f"<code>python -m eval.{name} {run}</code>" in page
+    day = datetime.fromtimestamp((run / "loss.json").stat().st_mtime).strftime("%Y-%m-%d")
+    assert f"Measured on {day}" in page
+    assert f"torch {torch.__version__}" in page
+    assert f"python train.py {run}/settings.yaml" in page
+
+
+def test_hover_texts_keep_their_digits_and_quotes():
+    drawn = Figure()
+    marks(drawn.subplots(), [1, 2], [1, 2], ['a "b" <c>: 0.12345', "plain: 1.23456"], "red")
+    drawing = svg(drawn, "x")
+    assert [unescape(tip) for tip in re.findall(r"data-tip=['\"](.*?)['\"]>", drawing)] == [
+        'a "b" <c>: 0.12345',
+        "plain: 1.23456",
+    ]
+    assert not re.search(r' d="[^"]*\.\d{3}', drawing)
+    assert not re.search(r"<a |</a>|xlink", drawing)
 
 
 # ------------------------------------------------------------------------------------------------------- comparison

@@ -85,6 +85,12 @@ def test_a_full_layer_is_said_to_leave_no_distance_to_test(examined: Examined, t
     assert {row["changed"] for row in result["cliff"]} == {"the whole document before"}
 
 
+def test_a_stack_of_unbounded_reach_gets_texts_as_long_as_its_sliding_twin(examined: Examined) -> None:
+    unbounded = replace(examined, specs=(LayerSpec("full"), *examined.specs[1:]))
+    assert reach.field_length(examined, 8192) == reach.field_length(unbounded, 8192) == 21 + 2 * 8
+    assert reach.field_length(unbounded, 20) == 20
+
+
 def test_why_a_path_can_not_be_had_is_shown(examined: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cliff, "backend_names", lambda: ["reference", "nothing"])
     monkeypatch.setattr(cliff, "DENSE_LIMIT", 30)
