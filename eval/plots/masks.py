@@ -1,6 +1,6 @@
 """Which keys a query sees, drawn from `model.windows`: the masks of layers, and the cone of a stack.
 
-Colors go from dark to light, so that layers can be told apart in grey and by the color-blind.
+Colours go from dark to light, so that layers can be told apart in grey and by the colour-blind.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def mask(spec: LayerSpec, length: int) -> np.ndarray:
 
 
 def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[Any], left: float = 0.0) -> None:
-    """Draw a grid of cells from x = `left` and y = 0 downwards; a cell with the number n has the n-th color."""
+    """Draw a grid of cells from x = `left` and y = 0 downwards; a cell with the number n has the n-th colour."""
     rows, columns = cells.shape
     ax.imshow(
         cells, ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, aspect="auto", interpolation="nearest",
@@ -53,7 +53,7 @@ def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[Any], left: float 
 
 
 def _shades(count: int) -> list[Any]:
-    """`count` colors from dark to light."""
+    """`count` colours from dark to light."""
     return [matplotlib.colormaps["cividis"](x) for x in np.linspace(0.12, 0.85, max(2, count))][:count]
 
 
@@ -160,7 +160,7 @@ def cone_length(specs: Sequence[LayerSpec]) -> int:
 
 
 def _draw_cone(ax: Axes, specs: Sequence[LayerSpec]) -> None:
-    """Draw rows from the query at the top to the input; a row has the color of the layer that it looks through."""
+    """Draw rows from the query at the top to the input; a row has the colour of the layer that it looks through."""
     length, kinds = cone_length(specs), list(kinds_of(specs))
     shades = _shades(len(kinds))
     color_of_row = [1, *(2 + kinds.index(next(iter(kinds_of([spec])))) for spec in reversed(specs))]

@@ -58,7 +58,7 @@ def _scale(result: dict[str, Any]) -> float:
 
 
 def _draw_recall(ax: Axes, results: list[dict[str, Any]], narrow: bool) -> dict[str, str]:
-    """Draw the curves and return the color of each model."""
+    """Draw the curves and return the colour of each model."""
     main, task = results[0], next(iter(results[0]["tasks"]))
     curves = [(main, name) for name in main["tasks"]] + [(r, task) for r in results[1:] if task in r["tasks"]]
     colors: dict[str, str] = {}
