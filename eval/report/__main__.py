@@ -56,7 +56,8 @@ def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Pa
                     logged = wandb.Table(list(table.columns), table.rows, allow_mixed_types=True)
                     run.log({f"report/{prefix}{name}": logged})
                 for name, picture in pictures.items():
-                    save(picture.draw(False), png := io.BytesIO())
+                    png = io.BytesIO()
+                    save(picture.draw(False), png)
                     run.log({f"report/{prefix}{name}": wandb.Image(Image.open(png), caption=picture.caption)})
             return str(Path(run.dir).parent)
 

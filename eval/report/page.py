@@ -1,7 +1,6 @@
 """The report: all tables and pictures of some runs, as one HTML page that fetches nothing."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +15,7 @@ from eval.report.runs import Run
 from eval.report.tables import Table
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """`draw(narrow)` draws the figure for wide screens or for phones; the caption says what to see."""
 
     draw: Callable[[bool], Figure]

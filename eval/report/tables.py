@@ -23,7 +23,9 @@ class Table:
     def texts(self, row: list[Any]) -> list[str]:
         """What the cells of a row show."""
         pairs = zip(row, self.columns.values(), strict=True)
-        return ["" if value is None else value if isinstance(value, str) else format(value, f) for value, f in pairs]
+        return [
+            "" if v is None else v if isinstance(v, str) else format(v, number_format) for v, number_format in pairs
+        ]
 
     def print(self, console: "Console") -> None:
         """Print the table on a terminal."""
@@ -39,10 +41,10 @@ class Table:
         console.print(printed)
 
 
-def _table(caption: str, rows: Iterable["Result"], columns: dict[str, tuple[str, str]]) -> Table:
-    """A table of result rows; `columns` are {heading: (key of a row, format)}."""
-    formats = {heading: form for heading, (_, form) in columns.items()}
-    return Table(caption, formats, [[row[key] for key, _ in columns.values()] for row in rows])
+def _table(caption: str, results: Iterable["Result"], columns: dict[str, tuple[str, str]]) -> Table:
+    """One row for each result; `columns` are {heading: (key of a result, format)}."""
+    formats = {heading: number_format for heading, (_, number_format) in columns.items()}
+    return Table(caption, formats, [[result[key] for key, _ in columns.values()] for result in results])
 
 
 def tables_of(run: "Run") -> dict[str, Table]:
