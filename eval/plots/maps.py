@@ -1,4 +1,4 @@
-"""Maps of accuracy over two axes: the relay map (layer x offset) and the needle heat map (length x depth)."""
+"""Maps of right answers over two axes: the relay map (layer, offset) and the needle heat map (length, depth)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,123 +7,96 @@ import matplotlib
 import numpy as np
 from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from eval.plots.canvas import GRID, INK, STYLE, figure, tips_on
+from eval.plots.canvas import GRID, INK, figure, styled
 
 COLORMAP = matplotlib.colors.LinearSegmentedColormap.from_list(
     "recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"], N=41
 )
 
 
+@styled
 def relay_figure(relay: dict[str, Any], narrow: bool = False) -> Figure:
-    """Accuracy by layer (up) and distance behind the value (right), with the frontier of what each layer can know."""
-    with matplotlib.rc_context(STYLE):
-        drawn = figure(narrow, 0.9)
-        ax = drawn.subplots()
-        scale = float(relay["window"] or 1)
-        columns = _edges([offset / scale for offset in relay["offsets"]], start=0.0)
-        layers = np.arange(len(relay["accuracy"]) + 1) - 0.5
-        tips = [
-            f"{'embedding' if layer == 0 else f'after layer {layer}'}, {offset:,} tokens behind: {right:.0%}"
-            for layer, row in enumerate(relay["accuracy"])
-            for offset, right in zip(relay["offsets"], row, strict=True)
-        ]
-        mesh = _mesh(ax, "relay", columns, layers, relay["accuracy"], tips)
-        _draw_frontier(ax, relay, scale, float(columns[-1]))
-        ax.set_xlim(0, columns[-1])
-        ax.set_ylim(layers[0], layers[-1])
-        ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        ax.set_ylabel("layer")
-        ax.set_xlabel("distance behind the value, " + ("in windows W" if relay["window"] else "tokens"))
-        _colorbar(drawn, ax, mesh, "read rightly")
-        return drawn
+    """Right answers by layer (upwards) and distance behind the value (to the right), with the frontier of each layer.
+
+    The frontier is the farthest distance to which the value can have come: to the right of it there is nothing.
+    """
+    drawn = figure(narrow, 0.9)
+    ax = drawn.subplots()
+    scale = float(relay["window"] or 1)
+    columns, layers = _edges([offset / scale for offset in relay["offsets"]]), _edges(range(len(relay["accuracy"])))
+    columns[0] = 0.0
+    tips = [
+        f"{f'after layer {layer}' if layer else 'embedding'}, {offset:,} tokens behind the value: {right:.0%} right"
+        for layer, rights in enumerate(relay["accuracy"])
+        for offset, right in zip(relay["offsets"], rights, strict=True)
+    ]
+    _draw_cells(ax, columns, layers, relay["accuracy"], tips)
+    frontier = np.array(relay["frontier"], dtype=float) / scale  # nan where a layer has no limit
+    _draw_steps(ax, frontier, layers, "horizontal", "frontier: the value can't be farther")
+    ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    unit = "in windows of W tokens" if relay["window"] else "in tokens"
+    ax.set(xlim=(0, columns[-1]), xlabel=f"distance behind the value, {unit}", ylabel="after layer")
+    return drawn
 
 
-def _draw_frontier(ax: Axes, relay: dict[str, Any], scale: float, end: float) -> None:
-    """Steps: what lies right of a layer's step has no path from the value."""
-    limits = relay["frontier"]
-    bounded = [layer for layer, limit in enumerate(limits) if limit is not None]
-    if not bounded:
-        return
-    x = [limits[layer] / scale for layer in bounded for _ in (0, 1)]
-    y = [layer + side for layer in bounded for side in (-0.5, 0.5)]
-    ax.plot(x, y, color=INK, lw=1.4)
-    middle = bounded[len(bounded) // 2]
-    if limits[middle] / scale < end:
-        ax.annotate(
-            "frontier", (limits[middle] / scale, middle), xytext=(6, -10), textcoords="offset points",
-            fontsize=9, color=INK,
-        )  # fmt: skip
-
-
+@styled
 def heat_figure(heat: dict[str, Any], narrow: bool = False) -> Figure:
-    """Recall by total length (right) and depth of the needle (down), with the line on which the distance is R."""
-    with matplotlib.rc_context(STYLE):
-        drawn = figure(narrow, 0.8)
-        ax = drawn.subplots()
-        lengths, depths = heat["lengths"], heat["depths"]
-        cells = {(cell["length"], cell["depth"]): cell for cell in heat["cells"]}
-        shown = [[cells[length, depth] for length in lengths] for depth in depths]
-        tips = [
-            f"{cell['length']:,} tokens, needle at {cell['depth']:.0%}: distance {cell['distance']:,}, "
-            f"recall {cell['accuracy']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}], n = {cell['n']}"
-            for row in shown
-            for cell in row
-        ]
-        columns, rows = np.arange(len(lengths) + 1) - 0.5, _edges([100 * depth for depth in depths])
-        mesh = _mesh(ax, "heat", columns, rows, [[cell["accuracy"] for cell in row] for row in shown], tips)
-        _draw_reach(ax, heat)
-        ax.set_ylim(rows[-1], rows[0])
-        ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        ax.set_xlabel("total length, tokens")
-        ax.set_ylabel("depth of the needle, %")
-        _colorbar(drawn, ax, mesh, "recall")
-        return drawn
+    """Recall by total length (to the right) and depth of the needle (downwards).
+
+    Above the line of R the needle is more than R tokens back. Texts that are too short for that have no line.
+    """
+    drawn = figure(narrow, 0.8)
+    ax = drawn.subplots()
+    lengths, depths, reach = heat["lengths"], heat["depths"], heat["reach"]
+    by_place = {(cell["depth"], cell["length"]): cell for cell in heat["cells"]}
+    cells = [by_place[depth, length] for depth in depths for length in lengths]
+    tips = [
+        f"{cell['length']:,} tokens, needle at {cell['depth']:.0%}: distance {cell['distance']:,}, "
+        f"recall {cell['accuracy']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}], n = {cell['n']}"
+        for cell in cells
+    ]
+    columns = _edges(range(len(lengths)))
+    values = np.reshape([cell["accuracy"] for cell in cells], (len(depths), len(lengths)))
+    _draw_cells(ax, columns, _edges(depths), values, tips)
+    farthest = np.array([cell["farthest"] for cell in cells[: len(lengths)]])
+    if reach is not None and farthest.max() > reach:
+        depth_of_reach = np.where(farthest > reach, 1 - (reach - 1) / (farthest - 1), np.nan)
+        _draw_steps(ax, depth_of_reach, columns, "vertical", f"above: farther than R = {reach:,}")
+    ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    ax.set_yticks(depths, [f"{depth:.0%}" for depth in depths])
+    ax.set(xlabel="total length, tokens", ylabel="depth of the needle", ylim=ax.get_ylim()[::-1])
+    return drawn
 
 
-def _draw_reach(ax: Axes, heat: dict[str, Any]) -> None:
-    """In each column a line: above it the needle is more than R tokens back. Shorter lengths have none."""
-    if heat["reach"] is None:
-        return
-    farthest = {cell["length"]: cell["farthest"] for cell in heat["cells"]}
-    crossed = {
-        column: 100 * (1 - (heat["reach"] - 1) / (farthest[length] - 1))
-        for column, length in enumerate(heat["lengths"])
-        if farthest[length] > heat["reach"]
-    }
-    outline = [patheffects.withStroke(linewidth=4, foreground="white")]
-    for column, depth in crossed.items():
-        ax.plot([column - 0.5, column + 0.5], [depth, depth], color=INK, lw=1.8, path_effects=outline)
-    if crossed:
-        column, depth = max(crossed.items())
-        ax.annotate(
-            f"R = {heat['reach']:,}", (column + 0.45, depth), xytext=(0, 4), textcoords="offset points",
-            ha="right", va="bottom", fontsize=9, color=INK, path_effects=outline,
-        )  # fmt: skip
-
-
-def _mesh(ax: Axes, name: str, x: Any, y: Any, values: Sequence[Sequence[float]], tips: list[str]) -> QuadMesh:
-    mesh = ax.pcolormesh(x, y, np.array(values), cmap=COLORMAP, vmin=0, vmax=1)
-    tips_on(ax, mesh, name, tips)
+def _draw_cells(ax: Axes, x: Any, y: Any, values: Sequence[Sequence[float]] | np.ndarray, tips: list[str]) -> None:
+    """Draw a map with edges `x` and `y`, a hover text for each cell and a colour bar."""
+    cells = ax.pcolor(x, y, np.asarray(values), cmap=COLORMAP, vmin=0, vmax=1, urls=tips, clip_on=False)
     ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_edgecolor(GRID)
-    return mesh
-
-
-def _colorbar(drawn: Figure, ax: Axes, mesh: QuadMesh, label: str) -> None:
-    bar = drawn.colorbar(mesh, ax=ax, pad=0.02, aspect=30, format=ticker.PercentFormatter(1.0, decimals=0))
-    bar.set_label(label)
+    ax.spines[:].set_edgecolor(GRID)
+    bar = ax.figure.colorbar(cells, ax=ax, pad=0.02, aspect=30, format=ticker.PercentFormatter(1.0, decimals=0))
+    bar.set_label("right answers")
     bar.outline.set_visible(False)
 
 
-def _edges(centres: Sequence[float], start: float | None = None) -> np.ndarray:
-    """Borders of cells around increasing centres; the first one may be given."""
+def _draw_steps(ax: Axes, values: np.ndarray, edges: np.ndarray, orientation: Any, label: str) -> None:
+    """Draw a line of steps over the map, with its legend; nan leaves a gap."""
+    outline = [patheffects.withStroke(linewidth=3.5, foreground="white")]
+    ax.stairs(
+        values, edges, orientation=orientation, baseline=None, color=INK, lw=1.6, path_effects=outline, label=label
+    )
+    ax.legend(loc="lower right", fontsize=8.5)
+
+
+def _edges(centres: Sequence[float]) -> np.ndarray:
+    """Borders of cells around increasing centres.
+
+    >>> _edges([1, 3, 4]).tolist()
+    [0.0, 2.0, 3.5, 4.5]
+    """
     middle = np.asarray(centres, dtype=float)
     if len(middle) == 1:
-        return np.array([middle[0] - 0.5 if start is None else start, middle[0] + 0.5])
+        return np.array([middle[0] - 0.5, middle[0] + 0.5])
     inner = (middle[1:] + middle[:-1]) / 2
-    first = middle[0] - (inner[0] - middle[0]) if start is None else start
-    return np.concatenate([[first], inner, [middle[-1] + (middle[-1] - inner[-1])]])
+    return np.concatenate([[2 * middle[0] - inner[0]], inner, [2 * middle[-1] - inner[-1]]])

@@ -1,4 +1,4 @@
-"""Alpha: the share of the residual stream that stays put at each layer, measured, and what others predict from it.
+"""Alpha: the share of the residual stream that each layer leaves as it is, measured, and the predictions from it.
 
 Legend: B batch, T positions, E hidden size.
 """
@@ -12,41 +12,38 @@ from torch import Tensor, nn
 from eval.models import Examined
 from eval.reach import theory
 
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+
 
 def _attention_of(layer: nn.Module) -> nn.Module | None:
-    for name in ("self_attn", "attn", "attention", "self_attention"):
-        if isinstance(module := getattr(layer, name, None), nn.Module):
-            return module
-    return None
-
-
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The stack of decoder layers: the longest ModuleList whose members have an attention block."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention_of(m[0])]
-    return max((list(stack) for stack in stacks), key=len, default=[])
+    modules = (getattr(layer, name, None) for name in ATTENTION_NAMES)
+    return next((module for module in modules if isinstance(module, nn.Module)), None)
 
 
 def residual_shares(examined: Examined, texts: Tensor) -> list[float]:
-    """Alpha of each layer: |x| / (|x| + |a|), x the residual stream, a what the attention block writes into it.
+    """Alpha of each layer: |x| / (|x| + |a|), where x is the residual stream and a what attention adds to it.
 
-    Norms over E, averaged over positions and texts. Empty when the model hides its attention blocks.
+    Norms are taken over E and averaged over positions and texts (B, T). Empty when no attention module is known.
     """
     streams: dict[int, Tensor] = {}
     shares: dict[int, float] = {}
+    lists = [m for m in examined.model.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention_of(m[0])]
+    decoder = max(map(list, lists), key=len, default=[])
     handles = []
-    for i, layer in enumerate(_decoder_layers(examined.model)):
+    for i, layer in enumerate(decoder):
 
-        def keep(_m: nn.Module, args: Any, kwargs: Any, i: int = i) -> None:
+        def keep_stream(_m: nn.Module, args: Any, kwargs: Any, i: int = i) -> None:
             streams[i] = args[0] if args else kwargs["hidden_states"]
 
-        def weigh(_m: nn.Module, _inputs: Any, output: Any, i: int = i) -> None:
-            written = output[0] if isinstance(output, tuple) else output
-            x, a = streams[i].norm(dim=-1), written.norm(dim=-1)
+        def compute_share(_m: nn.Module, _inputs: Any, output: Any, i: int = i) -> None:
+            added = output[0] if isinstance(output, tuple) else output
+            x, a = streams[i].norm(dim=-1), added.norm(dim=-1)
             shares[i] = float((x / (x + a).clamp_min(1e-12)).mean())
 
         attention = _attention_of(layer)
         assert attention is not None
-        handles += [layer.register_forward_pre_hook(keep, with_kwargs=True), attention.register_forward_hook(weigh)]
+        handles.append(layer.register_forward_pre_hook(keep_stream, with_kwargs=True))
+        handles.append(attention.register_forward_hook(compute_share))
     try:
         with torch.inference_mode():
             examined.model(input_ids=texts.to(examined.device), use_cache=False, logits_to_keep=1)
@@ -57,12 +54,15 @@ def residual_shares(examined: Examined, texts: Tensor) -> list[float]:
 
 
 def predictions(examined: Examined, alphas: list[float]) -> dict[str, Any]:
-    """Xiao's bound and the exact mixture at the measured alphas, and Xiao's own example (alpha = .95)."""
+    """Xiao's bound and the exact mixture at the measured alphas, and his bound at his own example alpha = 0.95.
+
+    Empty for an unbounded reach, for alphas that were not measured, and for chunked layers: how far their queries see
+    depends on the position in the block, so the recurrence does not hold.
+    """
     window, reach = examined.window, examined.reach
-    if window is None or reach is None or len(alphas) != examined.layers:
+    chunked = any(spec.kind == "chunked" for spec in examined.specs)
+    if window is None or reach is None or chunked or len(alphas) != examined.layers:
         return {}
-    if any(spec.kind == "chunked" for spec in examined.specs):
-        return {}  # how far a query sees depends on where it stands in its block: the recurrence does not hold
     alpha = float(np.mean(alphas))
     spans = [spec.window for spec in examined.specs]
     influence = theory.mixture(spans, alphas, reach + 1, [spec.dilation for spec in examined.specs])

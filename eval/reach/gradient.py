@@ -6,58 +6,38 @@ After Luo et al., *Understanding the Effective Receptive Field in Deep Convoluti
 Legend: B batch, T positions, E hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from eval.forward import body
 from eval.models import Examined
 from model.decoder import WindreachForCausalLM, build_model
-from training.settings.build import init_options
 
 FloatArray = NDArray[np.float64]
 QUANTILES = (0.5, 0.9, 0.99)
 
 
-@contextmanager
-def embeddings_caught(model: Any) -> Iterator[list[Tensor]]:
-    """Inside, each forward pass leaves its input embeddings (B, T, E), as a leaf that collects gradient."""
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_(True)
-        caught.append(leaf)
-        return leaf
-
-    handle = model.get_input_embeddings().register_forward_hook(catch)
-    try:
-        yield caught
-    finally:
-        handle.remove()
-
-
 def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 0) -> FloatArray:
     """Energy of the input gradient by distance (T,), summing to 1: index d is d tokens back from the query.
 
-    texts (B, T). For each random unit direction u of the final hidden state h, the gradient of u.h at the last
-    position with respect to every input embedding; squared, summed over E, averaged over texts and directions.
+    For each of `directions` random directions u, the gradient of u.h with respect to every input embedding is squared
+    and summed over E, where h is the final hidden state at the last position. The result is the mean over u and texts
+    (B, T).
     """
     device = next(model.parameters()).device
     options = {} if isinstance(model, WindreachForCausalLM) else {"use_cache": False}
     generator = torch.Generator().manual_seed(seed)
     total = np.zeros(texts.shape[1])
-    for row in texts.split(8):
-        with embeddings_caught(model) as caught:
-            hidden = body(model)(input_ids=row.to(device), **options).last_hidden_state[:, -1]
+    for batch in texts.split(8):
+        embeddings = model.get_input_embeddings()(batch.to(device)).detach().requires_grad_()
+        hidden = body(model)(inputs_embeds=embeddings, **options).last_hidden_state[:, -1]
         for _ in range(directions):
             direction = torch.randn(hidden.shape, generator=generator).to(device)
-            (gradient,) = torch.autograd.grad((hidden * direction).sum(), caught[0], retain_graph=True)
+            (gradient,) = torch.autograd.grad((hidden * direction).sum(), embeddings, retain_graph=True)
             energy = gradient.double().square().sum(-1)
             energy = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
             total += energy.sum(0).cpu().numpy()[::-1]
@@ -65,69 +45,71 @@ def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 
 
 
 def energy_quantiles(energy: FloatArray, window: int | None, reach: int | None) -> list[dict[str, Any]]:
-    """For each share of the energy: the distance within which it lies, in tokens, in W and in % of R."""
-    cumulative = np.cumsum(energy) / energy.sum()
-    rows = []
-    for share in QUANTILES:
-        distance = int(np.searchsorted(cumulative, share))
-        rows.append(
-            {
-                "share": share,
-                "distance": distance,
-                "in_windows": distance / window if window else None,
-                "percent_of_reach": 100 * distance / reach if reach else None,
-            }
-        )
-    return rows
+    """For each share of the energy, the distance within which it lies: in tokens, in W and in % of R."""
+    distances = np.searchsorted(np.cumsum(energy) / energy.sum(), QUANTILES).tolist()
+    return [
+        {
+            "share": share,
+            "distance": distance,
+            "in_windows": distance / window if window else None,
+            "percent_of_reach": 100 * distance / reach if reach else None,
+        }
+        for share, distance in zip(QUANTILES, distances, strict=True)
+    ]
 
 
 def fit_decay(energy: FloatArray, reach: int | None) -> dict[str, dict[str, float]]:
-    """Least squares on log energy at distances 1..R: exponential exp(-d/length) and power d^-exponent."""
-    end = min(len(energy) - 1, reach or len(energy) - 1)
-    distance = np.arange(1, end + 1, dtype=np.float64)
-    value = energy[1 : end + 1]
-    used = value > 1e-30
-    if used.sum() < 3:
+    """Least squares on the log energy at distances 1..R: an exponential exp(-d/length) and a power d^-exponent.
+
+    Empty when fewer than three of these distances have any energy.
+    """
+    value = energy[1 : (reach or len(energy)) + 1]
+    distance = np.arange(1, len(value) + 1, dtype=np.float64)[value > 1e-30]
+    if len(distance) < 3:
         return {}
-    log = np.log(value[used])
-    slope, _, straight = _line(distance[used], log)
-    exponent, _, power = _line(np.log(distance[used]), log)
+    log = np.log(value[value > 1e-30])
+    slope, straight = _line(distance, log)
+    exponent, power = _line(np.log(distance), log)
     return {
         "exponential": {"length_tokens": -1.0 / slope if slope else float("inf"), "r_squared": straight},
         "power": {"exponent": -exponent, "r_squared": power},
     }
 
 
-def _line(x: FloatArray, y: FloatArray) -> tuple[float, float, float]:
-    """(slope, intercept, R squared) of y over x."""
+def _line(x: FloatArray, y: FloatArray) -> tuple[float, float]:
+    """(slope, R squared) of the line through y over x."""
     slope, intercept = np.polyfit(x, y, 1)
     rest = y - (slope * x + intercept)
     spread = float(((y - y.mean()) ** 2).sum())
-    return float(slope), float(intercept), 1.0 - float((rest**2).sum()) / spread if spread else 1.0
+    return float(slope), 1.0 - float((rest**2).sum()) / spread if spread else 1.0
 
 
 def untrained(examined: Examined) -> nn.Module:
-    """The same architecture with weights as drawn: by our seeded initialisation, or the library's default one."""
+    """The same architecture before training: drawn by our seeded initialisation, or by the library's default."""
     if not examined.ours:
+        from transformers import AutoModelForCausalLM
+
         torch.manual_seed(0)
         drawn = AutoModelForCausalLM.from_config(examined.model.config, trust_remote_code=False)
         return drawn.eval().to(examined.device)
-    seed = int(examined.settings.get("seed", 0))
+    from training.settings.build import init_options
+
     init = init_options(examined.trained_with()) if examined.settings else None
+    seed = int(examined.settings.get("seed", 0))
     return build_model(examined.model.config, init, seed).eval().to(examined.device)
 
 
 def gradient_field(examined: Examined, texts: Tensor, seed: int = 0) -> dict[str, Any]:
     """{"before": {...}, "after": {...}}: energy by distance, quantiles and fits, before and after training."""
     field: dict[str, Any] = {"texts": texts.shape[0], "tokens": texts.shape[1]}
+    window, reach = examined.window, examined.reach
     for moment, model in (("before", untrained(examined)), ("after", examined.model)):
         energy = gradient_energy(model, texts, seed=seed)
+        others = np.concatenate([[0.0], energy[1:]])
         field[moment] = {
             "energy": [float(f"{value:.4g}") for value in energy],
-            "quantiles": energy_quantiles(energy, examined.window, examined.reach),
-            "quantiles_beyond_own_token": energy_quantiles(
-                np.concatenate([[0.0], energy[1:]]), examined.window, examined.reach
-            ),
-            "fits": fit_decay(energy, examined.reach),
+            "quantiles": energy_quantiles(energy, window, reach),
+            "quantiles_beyond_own_token": energy_quantiles(others, window, reach),
+            "fits": fit_decay(energy, reach),
         }
     return field

@@ -1,11 +1,11 @@
-"""What others predict for stacked windows: two models of how influence thins out on its way back.
+"""Theory of stacked windows: the reach of the sliding twin, and two predictions of how influence fades with distance.
 
-Both follow Guangxuan Xiao, "Why Stacking Sliding Windows Can't See Very Far" (2025): in each of k layers a share
-alpha of the residual stream stays where it is, and a share 1 - alpha comes from the W visible tokens, evenly.
+Both predictions follow Guangxuan Xiao, "Why Stacking Sliding Windows Can't See Very Far" (2025). In each of k layers a
+share alpha of the residual stream stays where it is, and a share 1 - alpha comes evenly from the W visible tokens.
 
-* His bound: W * ln(eps) / ln(1 - alpha), the distance where influence falls below eps. It does not grow with k.
-* The exact mixture that the same recurrence gives when it is iterated: with b ~ Binomial(k, 1 - alpha) hops, each
-  uniform on 0..W-1. Its mean is k(1 - alpha)(W - 1)/2: it does grow with k.
+* Xiao's bound W * ln(eps) / ln(1 - alpha) is the distance at which influence falls below eps. It does not grow with k.
+* The exact mixture is what the same recurrence gives when it is iterated: Binomial(k, 1 - alpha) hops, each uniform on
+  0..W-1. Its mean is k(1 - alpha)(W - 1)/2, which grows with k.
 """
 
 import math
@@ -14,11 +14,27 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from model import windows
+from model.windows import LayerSpec
+
 FloatArray = NDArray[np.float64]
 
 
+def sliding_twin_reach(layers: int, window: int) -> int:
+    """Reach R in tokens of the sliding twin: as many layers, all sliding with window W.
+
+    A stack with full layers or global tokens has no bound. It is measured at the distances of its sliding twin.
+
+    >>> sliding_twin_reach(32, 16)
+    480
+    """
+    reach = windows.reach([LayerSpec("sliding", window)] * layers)
+    assert reach is not None
+    return reach
+
+
 def xiao_bound(window: int, alpha: float, epsilon: float = 0.01) -> float:
-    """Distance in tokens at which influence is said to fall below epsilon.
+    """Distance in tokens at which influence falls below epsilon, according to Xiao.
 
     >>> round(xiao_bound(16, 0.95) / 16, 2)
     1.54
@@ -28,32 +44,25 @@ def xiao_bound(window: int, alpha: float, epsilon: float = 0.01) -> float:
     return window * math.log(epsilon) / math.log(1.0 - alpha)
 
 
-def hop(window: int | None, alpha: float, length: int, dilation: int = 1) -> FloatArray:
-    """Influence by distance after one layer (length,): alpha stays, the rest is spread over what the layer sees.
-
-    >>> hop(2, 0.5, 4, dilation=3).tolist()
-    [0.75, 0.0, 0.0, 0.25]
-    """
-    seen = length if window is None else window
-    spread = np.zeros(length)
-    spread[: seen * dilation : dilation] = (1.0 - alpha) / seen
-    spread[0] += alpha
-    return spread
-
-
 def mixture(
     windows: Sequence[int | None], alphas: Sequence[float], length: int, dilations: Sequence[int] | None = None
 ) -> FloatArray:
-    """Influence by distance after all layers (length,); it sums to 1 when `length` exceeds the reach.
+    """Influence by distance (length,) after all layers. It sums to 1 when `length` exceeds the reach.
 
     >>> influence = mixture([3, 3], [0.5, 0.5], 5)
     >>> influence.round(3).tolist()
     [0.444, 0.222, 0.25, 0.056, 0.028]
+    >>> mixture([2], [0.5], 4, dilations=[3]).tolist()
+    [0.75, 0.0, 0.0, 0.25]
     """
     influence = np.zeros(length)
     influence[0] = 1.0
     for window, alpha, dilation in zip(windows, alphas, dilations or [1] * len(windows), strict=True):
-        influence = np.convolve(influence, hop(window, alpha, length, dilation))[:length]
+        seen = length if window is None else window
+        one_layer = np.zeros(length)
+        one_layer[: seen * dilation : dilation] = (1.0 - alpha) / seen
+        one_layer[0] += alpha
+        influence = np.convolve(influence, one_layer)[:length]
     return influence
 
 

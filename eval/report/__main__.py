@@ -1,36 +1,80 @@
-"""One page that says what was measured: a self-contained report.html, read offline and on a phone.
+"""Write one page that shows what was measured: a self-contained report.html, readable offline and on a phone.
 
-    python -m eval.report RUN [RUN ...] [--out FILE] [--wandb offline|online]
+    python -m eval.report RUN [RUN ...] [--out FILE] [--wandb [offline|online]]
 
-A RUN is a folder with recall.json, reach.json, loss.json, relay.json and heat.json (what is missing is left out and
-said), metrics.jsonl and settings.yaml. One run: its report, written into it. Several: a comparison, written into the
-present folder, in which the first run is the one in question and the others stand beside it.
+A RUN is a folder with recall.json, reach.json, loss.json, relay.json or heat.json, metrics.jsonl and settings.yaml. The
+page leaves out what has not been measured, and names the command that measures it. One run gets its report, written
+into its folder. Several runs get a comparison, written into the current folder: the first run is the main one.
 """
 
 import argparse
+import io
+import json
 import sys
+import warnings
 from pathlib import Path
+from typing import Literal
 
-from eval.report.page import page
-from eval.report.runs import read_run, tell_apart
-from eval.report.tracker import log_to_wandb
+from eval.report.runs import Run, read_run, tell_apart
 from model.errors import UserError, cli
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that hold recall.json, reach.json, loss.json")
-    parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html; for several runs comparison.html here")
-    parser.add_argument(
-        "--wandb", nargs="?", const="offline", choices=("offline", "online"),
-        help="log the same tables and pictures to wandb: to the run's own page; default: offline",
-    )  # fmt: skip
-    return parser.parse_args(argv)
+def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Path) -> str:
+    """Log the tables and pictures of the report to wandb and return wandb's folder.
+
+    One run is logged to its own wandb run, whose id is in run.json; several runs to a new one in `folder`.
+    Raises UserError where wandb can't start.
+    """
+    import wandb
+    from PIL import Image
+
+    from eval.plots import save
+    from eval.report.page import of_one, shared
+
+    first, alone = runs[0], len(runs) == 1
+    facts = first.folder / "run.json"
+    own = json.loads(facts.read_text()).get("wandb_id") if alone and facts.exists() else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # wandb warns of its own deprecations
+        try:
+            run = wandb.init(
+                project=first.header["settings"].get("tracking", {}).get("wandb_project", "windreach"),
+                name=first.name if alone else f"comparison of {len(runs)} runs",
+                id=own,
+                resume="allow" if own and mode == "online" else None,
+                job_type="report",
+                mode=mode,
+                dir=first.folder if alone else folder,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise UserError(f"--wandb {mode}: {error}; try --wandb offline") from error
+        with run:
+            parts = [("", shared(runs)), *(("" if alone else f"{one.name}/", of_one(one)) for one in runs)]
+            for prefix, (tables, pictures) in parts:
+                for name, table in tables.items():
+                    logged = wandb.Table(list(table.columns), table.rows, allow_mixed_types=True)
+                    run.log({f"report/{prefix}{name}": logged})
+                for name, picture in pictures.items():
+                    png = io.BytesIO()
+                    save(picture.draw(False), png)
+                    run.log({f"report/{prefix}{name}": wandb.Image(Image.open(png), caption=picture.caption)})
+            return str(Path(run.dir).parent)
 
 
 def main() -> None:
-    args = parse(sys.argv[1:])
-    runs = tell_apart([read_run(name) for name in args.runs])
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that hold recall.json, reach.json, loss.json")
+    parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html; of several runs: comparison.html here")
+    parser.add_argument(
+        "--wandb", nargs="?", const="offline", choices=("offline", "online"),
+        help="also log the tables and pictures to wandb, into the run's own page; default mode: offline",
+    )  # fmt: skip
+    args = parser.parse_args()
+    runs = tell_apart([read_run(name) for name in dict.fromkeys(args.runs)])
+
+    from eval.report.page import page  # imports matplotlib
+
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("comparison.html")
     out = Path(args.out) if args.out else default
     try:

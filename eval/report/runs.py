@@ -1,79 +1,86 @@
-"""Run folders, as far as they have been measured."""
+"""Run folders: the results that have been measured, the metrics of training, and the settings."""
 
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from eval.recall.__main__ import read_result
 from model.errors import UserError
 
-RESULTS = ("recall", "reach", "loss", "relay", "heat")
+EVALUATIONS = ("recall", "reach", "loss", "relay", "heat")
 Result = dict[str, Any]
 
 
 @dataclass
 class Run:
-    """A run folder as far as it has been measured."""
+    """A run folder. `results` holds recall.json as "recall" and so on, for what has been measured."""
 
     folder: Path
-    recall: Result | None = None
-    reach: Result | None = None
-    loss: Result | None = None
-    relay: Result | None = None
-    heat: Result | None = None
+    results: dict[str, Result]
     metrics: list[Result] = field(default_factory=list)
     settings: str = ""
 
     @property
-    def any(self) -> Result:
-        """One of the results; all begin with the same fields."""
-        return next((result for result in self.results if result), {})
-
-    @property
-    def results(self) -> list[Result | None]:
-        return [getattr(self, kind) for kind in RESULTS]
+    def header(self) -> Result:
+        """One of the results: all begin with the same fields."""
+        return next(iter(self.results.values()))
 
     @property
     def name(self) -> str:
-        return str(self.any["model"])
+        return str(self.header["model"])
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that measured the results; the options that were given are not known."""
+        return [f"python -m eval.{name} {self.folder}" for name in self.results]
 
     @property
     def missing(self) -> list[str]:
-        return [f"python -m eval.{kind} {self.folder}" for kind in RESULTS if getattr(self, kind) is None]
+        """The commands that measure what has not been measured."""
+        return [f"python -m eval.{name} {self.folder}" for name in EVALUATIONS if name not in self.results]
+
+    @property
+    def measured_on(self) -> str:
+        """The day on which the newest result was written."""
+        newest = max((self.folder / f"{name}.json").stat().st_mtime for name in self.results)
+        return datetime.fromtimestamp(newest).strftime("%Y-%m-%d")
 
 
 def read_run(name: str) -> Run:
-    """Raises UserError when the folder is not there, holds no result, or holds a broken one."""
+    """Read a run folder. Raises UserError if the folder is missing, holds no result, or holds a broken one."""
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"RUN {name!r}: no such folder; give the folder of a run, such as runs/quickstart")
-    found = {kind: read_result(file) for kind in RESULTS if (file := folder / f"{kind}.json").exists()}
-    if not found:
+    measured = [evaluation for evaluation in EVALUATIONS if (folder / f"{evaluation}.json").exists()]
+    if not measured:
         raise UserError(f"RUN {name!r}: nothing measured yet; run `python -m eval.recall {name}` first")
+    from eval.recall.__main__ import read_result  # imports torch
+
+    results = {evaluation: read_result(folder / f"{evaluation}.json") for evaluation in measured}
     settings = folder / "settings.yaml"
     text = settings.read_text() if settings.exists() else ""
-    return Run(folder, **found, metrics=read_metrics(folder / "metrics.jsonl"), settings=text)
+    return Run(folder, results, read_metrics(folder / "metrics.jsonl"), text)
 
 
 def read_metrics(file: Path) -> list[Result]:
-    """Rows of metrics.jsonl; the last line may have been cut by a killed run and is then left out."""
+    """The lines of metrics.jsonl. A last line that a killed run left incomplete is skipped."""
     lines = file.read_text().splitlines() if file.exists() else []
-    rows = []
+    metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            metrics.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise UserError(f"{file}, line {number}: not JSON ({error}); mend or remove that line") from error
-    return rows
+                raise UserError(f"{file}, line {number}: not JSON ({error}); correct or remove that line") from error
+    return metrics
 
 
 def tell_apart(runs: list[Run]) -> list[Run]:
-    """Runs whose model has the name of another's are called by their folder."""
+    """Name runs by their folder where several have the same name."""
     names = [run.name for run in runs]
     for run, name in zip(runs, names, strict=True):
-        for result in run.results:
-            if names.count(name) > 1 and result is not None:
+        if names.count(name) > 1:
+            for result in run.results.values():
                 result["model"] = str(run.folder)
     return runs

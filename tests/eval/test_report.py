@@ -7,24 +7,26 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
+from html import unescape
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from eval import heat, loss, relay
 from eval.haystack import open_haystack
 from eval.models import load_model
+from eval.plots.canvas import marks, svg
 from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
 from eval.report import __main__ as report
-from eval.report.differences import differences_sheet
 from eval.report.page import page as page_of
-from eval.report.page import title
-from eval.report.pictures import hero
+from eval.report.page import recall_picture, title
 from eval.report.runs import read_metrics, read_run, tell_apart
 from eval.report.sentences import identity
-from eval.report.sheets import Cell, Sheet
-from eval.report.tracker import as_table
+from eval.report.tables import settings_table
 from model.errors import UserError, cli
 from tests.eval.browser import look, needs_browser
 
@@ -104,7 +106,7 @@ def test_what_is_written_in_settings_is_escaped(page):
 
 def test_the_report_says_the_headline_figures_and_that_pairs_beyond_r_are_identical(run, page):
     bits = json.loads((run / "loss.json").read_text())["bits_per_byte"]
-    for said in ("H90", "U90", f"{bits:.2f}", "21 tokens", "headline W·k = 24", "all 40 counterfactual pairs"):
+    for said in ("H90", "U90", f"{bits:.2f}", "21 tokens", "usually quoted: W·k = 24", "all 40 counterfactual pairs"):
         assert said in page
 
 
@@ -150,29 +152,57 @@ def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
+def test_the_recall_curve_marks_h90_and_only_where_there_is_one(run):
+    measured = read_run(str(run))
+    assert "H90" not in recall_picture([measured]).svg("recall", narrow=True)
+    measured.results["recall"]["tasks"]["needle"]["h90"] = 21
+    drawing = recall_picture([measured]).svg("recall", narrow=True)
+    assert 'data-tip="needle: H90 = 21 tokens, the farthest distance' in drawing
+    assert "◇ H90 = 21</text>" in drawing
+
+
+def test_the_page_says_when_and_how_it_was_measured(run, page):
+    for name in ("recall", "reach", "loss", "relay", "heat"):
+        assert f"<code>python -m eval.{name} {run}</code>" in page
+    day = datetime.fromtimestamp((run / "loss.json").stat().st_mtime).strftime("%Y-%m-%d")
+    assert f"Measured on {day}" in page
+    assert f"torch {torch.__version__}" in page
+    assert f"python train.py {run}/settings.yaml" in page
+
+
+def test_hover_texts_keep_their_digits_and_quotes():
+    drawn = Figure()
+    marks(drawn.subplots(), [1, 2], [1, 2], ['a "b" <c>: 0.12345', "plain: 1.23456"], "red")
+    drawing = svg(drawn, "x")
+    assert [unescape(tip) for tip in re.findall(r"data-tip=['\"](.*?)['\"]>", drawing)] == [
+        'a "b" <c>: 0.12345',
+        "plain: 1.23456",
+    ]
+    assert not re.search(r' d="[^"]*\.\d{3}', drawing)
+    assert not re.search(r"<a |</a>|xlink", drawing)
+
+
 # ------------------------------------------------------------------------------------------------------- comparison
 
 
 def test_settings_that_differ_are_shown_and_no_others(run, twin):
-    sheet = differences_sheet([read_run(str(run)), read_run(str(twin))])
-    assert sheet is not None
-    rows = {row[0].text: [cell.text for cell in row[1:]] for row in sheet.rows}
-    assert rows == {"seed": ["not set", "7"], "model.layers": ["not set", "[{kind: full}]"]}
+    table = settings_table([read_run(str(run)), read_run(str(twin))])
+    assert table.rows == [["model.layers", "not set", "[{kind: full}]"], ["seed", "not set", 7]]
 
 
 def test_the_same_settings_are_said_to_be_the_same(run):
-    sheet = differences_sheet([read_run(str(run)), read_run(str(run))])
-    assert sheet is not None
-    assert sheet.rows == []
-    assert sheet.caption.startswith("All settings are the same")
+    table = settings_table([read_run(str(run)), read_run(str(run))])
+    assert table.rows == []
+    assert table.caption.startswith("All settings are the same")
 
 
 def test_many_runs_are_compared_in_more_colours_than_there_are(run):
     runs = tell_apart([read_run(str(run)) for _ in range(9)])
     assert title(runs).endswith("and 8 others")
-    drawing = str(hero(runs).wide)
-    assert len(re.findall(r"tip-recall-\d", drawing)) == 9
-    assert drawing.count("data-tip") == 9 * 5 + 9
+    drawing = recall_picture(runs).svg("recall", narrow=False)
+    tips = re.findall(r'data-tip="(.*?): (distance|99 %)', drawing)
+    assert [kind for _, kind in tips] == ["distance"] * 9 * 5 + ["99 %"] * 9
+    assert {name for name, _ in tips} == {run.name for run in runs}
 
 
 # ---------------------------------------------------------------------------------------------------------- browser
@@ -216,7 +246,15 @@ def test_a_browser_shows_the_report_sorts_its_tables_and_tells_numbers_on_hover(
     assert found["tip_inside"]
     assert (found[seen], found[hidden]) == (found["figures"], 0)
     assert found["figures"] == 6
-    for said in ("Relay map", "Needle heat map", "Loss by position", "Gradient field", "bit-identical", "A heading"):
+    for said in (
+        "Relay map",
+        "Needle heat map",
+        "Loss by position",
+        "Gradient field",
+        "bit-identical",
+        "A heading",
+        "Measured on",
+    ):
         assert said in found["text"]
     assert "NaN" not in found["text"]
     assert "undefined" not in found["text"]
@@ -250,12 +288,6 @@ def test_tables_can_be_read_without_scripts(page):
 
 
 # ------------------------------------------------------------------------------------------------------------ wandb
-
-
-def test_numbers_of_a_table_stay_numbers_for_a_tracker():
-    rows = [[Cell("16", 16), Cell("needle"), Cell("")], [Cell("8", 8), Cell("noise"), Cell("0.5", 0.5)]]
-    made = as_table(Sheet("", ["distance", "task", "u90"], rows))
-    assert made == {"columns": ["distance", "task", "u90"], "data": [[16, "needle", None], [8, "noise", 0.5]]}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ const sortBy = (head, body) => {
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   const key = row => row.cells[head.cellIndex];
   const compare = (a, b) => a.dataset.n && b.dataset.n
-    ? a.dataset.n - b.dataset.n : a.textContent.localeCompare(b.textContent);
+    ? a.dataset.n - b.dataset.n : a.textContent.localeCompare(b.textContent, undefined, {numeric: true});
   body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(key(a), key(b))));
 };
 for (const head of document.querySelectorAll("th")) { // buttons only where a script can serve them

@@ -13,7 +13,6 @@ from torch import Tensor
 from eval.models import Examined
 from eval.reach import cliff
 from model import hub, windows
-from model.attention.backends import BACKENDS
 from model.errors import UserError
 from model.windows import LayerSpec
 from tests.model.tiny import VOCAB, tiny_model
@@ -60,7 +59,7 @@ def under(examined: Examined, backend: str) -> Examined:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", cliff.backend_names())
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_token_changes_the_logits_exactly_when_it_has_a_path_to_the_query_however_the_model_is_fed(
     stack: str, backend: str, examine: Callable[[str], Examined]
@@ -75,7 +74,7 @@ def test_a_token_changes_the_logits_exactly_when_it_has_a_path_to_the_query_howe
     assert length > 2 * max(spec.ring_slots or 0 for spec in examined.specs)
     ways = {"full forward": lambda ids: cliff.feed(examined, ids), **cliff.ways_to_feed(examined)}
     for way, logits in ways.items():
-        rows = cliff._rows(way, logits, probe)
+        rows = cliff.compare(way, logits, probe)
         unavailable = [row for row in rows if "unavailable" in row]
         if unavailable:
             assert "global tokens" in unavailable[0]["unavailable"], way
@@ -93,7 +92,7 @@ def test_the_test_takes_every_backend_and_every_way_or_says_why_not(
     assert note is None
     assert cliff.cliff_holds(rows)
     paths = {row["path"] for row in rows}
-    assert paths >= {f"forward, {backend}" for backend in BACKENDS} | set(cliff.ways_to_feed(examined))
+    assert paths >= {f"forward, {backend}" for backend in cliff.backend_names()} | set(cliff.ways_to_feed(examined))
     assert paths >= {"packed documents", "token by token", "left-padded batch", "behind another document"}
     done = {row["path"] for row in rows if "equal" in row}
     assert done >= {"forward, reference", "forward, blocked"}
@@ -122,7 +121,7 @@ def test_a_model_that_sees_farther_than_it_is_said_to_is_found_out(
 def test_a_document_that_leaks_is_found_out(
     examine: Callable[[str], Examined], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def as_one(examined: Examined, ids: Tensor, other: Tensor, size: int | None) -> Tensor:
+    def as_one(examined: Examined, ids: Tensor, other: Tensor, size: int | None = None) -> Tensor:
         return cliff.feed(examined, torch.cat((other, ids), 1), size)
 
     monkeypatch.setattr(cliff, "behind_document", as_one)
@@ -142,7 +141,7 @@ def test_a_full_layer_leaves_only_other_documents_to_test_and_that_is_said(
 
 def test_a_reach_too_long_to_run_is_said_with_both_numbers(examine: Callable[[str], Examined]) -> None:
     rows, note = cliff.cliff(examine("sliding"), max_tokens=20)
-    assert note == "beyond the reach means 24 tokens here, more than the 20 to be run"
+    assert note == "a sequence longer than the reach has 24 tokens, more than the limit 20"
     assert {row["path"].split(",")[0] for row in rows} == {"packed documents"}
 
 
@@ -169,7 +168,7 @@ def test_the_last_token_stands_where_its_reach_is_attained() -> None:
 def test_the_last_row_changes_all_that_has_no_path_and_no_more() -> None:
     reachable = torch.tensor([True, False, True, False, False])
     probe = cliff.make_probe(reachable, [2, 3], VOCAB)
-    moved = (probe.base != probe.after).int().tolist()
+    moved = (probe.before != probe.after).int().tolist()
     assert moved == [[0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 0]]
-    assert probe.expected == [False, True, True]
-    assert probe.distances == [2, 3, 1]
+    assert [change["expected"] for change in probe.changes] == [False, True, True]
+    assert [change["distance"] for change in probe.changes] == [2, 3, 1]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from eval import models
 from eval.haystack import open_haystack
 from eval.models import Examined, load_model
 from eval.reach import __main__ as reach
@@ -84,8 +85,14 @@ def test_a_full_layer_is_said_to_leave_no_distance_to_test(examined: Examined, t
     assert {row["changed"] for row in result["cliff"]} == {"the whole document before"}
 
 
+def test_a_stack_of_unbounded_reach_gets_texts_as_long_as_its_sliding_twin(examined: Examined) -> None:
+    unbounded = replace(examined, specs=(LayerSpec("full"), *examined.specs[1:]))
+    assert reach.field_length(examined, 8192) == reach.field_length(unbounded, 8192) == 21 + 2 * 8
+    assert reach.field_length(unbounded, 20) == 20
+
+
 def test_why_a_path_can_not_be_had_is_shown(examined: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cliff, "BACKENDS", ("reference", "nothing"))
+    monkeypatch.setattr(cliff, "backend_names", lambda: ["reference", "nothing"])
     monkeypatch.setattr(cliff, "DENSE_LIMIT", 30)
     result, said = measured(examined)
     reasons = {row["path"]: row["unavailable"] for row in result["cliff"] if "unavailable" in row}
@@ -101,7 +108,7 @@ def test_a_model_that_sees_beyond_its_reach_ends_with_a_fault(
     def lies(name: str, device: str | None) -> Examined:
         return replace(load_model(name, device), specs=(LayerSpec("sliding", 7),) * 3)
 
-    monkeypatch.setattr(reach, "load_model", lies)
+    monkeypatch.setattr(models, "load_model", lies)
     with pytest.raises(SystemExit, match="a token beyond the reach changed the output"):
         call(monkeypatch, untrained_run, "--out", tmp_path, "--texts", 2, "--device", "cpu")
     assert json.loads((tmp_path / "reach.json").read_text())["cliff_holds"] is False
