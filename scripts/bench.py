@@ -15,6 +15,7 @@ the most that was alive at once in addition to the inputs (attention, prefill), 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -153,11 +154,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add(option, type=_count, default=number, metavar="N", help=what)
     arguments = parser.parse_args(argv)
     for option in ("json", "plot"):
-        if file := getattr(arguments, option):
-            try:
-                Path(file).open("a").close()
-            except OSError as error:
-                raise UserError(f"--{option} {file}: {error.strerror}; name a file that can be written") from error
+        file = Path(getattr(arguments, option) or "none")
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise UserError(f"--{option} {file}: can't be written; name a file in a folder that exists")
     return arguments
 
 
