@@ -53,12 +53,11 @@ def main() -> None:
     keep_freed_memory()  # as train.py does
     console, device, threads = Console(width=160), torch.device(arguments.device), set_up_threads(arguments.threads, 1)
     machine = measure(device)
-    setup = Setup(
-        settings, device, machine.choose(arguments.precision or settings.training.precision), arguments.rounds
-    )
+    precision = machine.choose(arguments.precision or settings.training.precision)
+    setup = Setup(settings, device, precision, arguments.rounds)
     console.print(
         f"{threads} threads; matmul fp32 {machine.fp32_flops / 1e9:,.0f}, "
-        f"bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s -> {setup.precision}; torch {torch.__version__}"
+        f"bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s -> {precision}; torch {torch.__version__}"
     )
     rows: list[Row] = []
     for more, lines in benchmarks(arguments, setup, machine):
@@ -83,10 +82,7 @@ def benchmarks(
         if len(arguments.seq_lens) > 1:
             yield train.bench_long_rows(setup, arguments.rows or 1, arguments.seq_lens), []
     if "attention" in chosen:  # the peers with dense scores leave gigabytes of free memory behind, so they come last
-        slow = (
-            [] if "bf16" in attention.precisions(machine) else ["bf16 is left out: matmul is slower in it than in fp32"]
-        )
-        yield attention.bench_aims(setup, machine), slow
+        yield attention.bench_aims(setup, machine), []
         rows = attention.bench_lengths(setup, arguments.long_lengths)
         yield rows, exponents(rows, "forward+backward")
         rows = attention.bench_attention(setup, arguments.lengths, arguments.windows)
@@ -110,15 +106,15 @@ def table_of(rows: "list[Row]") -> "Table":
     def size(count: int | None) -> str:
         return "" if count is None else f"{count / 2**20:,.2f} MiB"
 
-    columns = ("case", "peer", "ours", "peer's", "ratio", "ours", "peer's")
+    columns = ("case", "peer", "precision", "ours", "peer's", "ratio", "ours", "peer's")
     table = Table(*columns, title=rows[0].bench, title_justify="left")
     for row in rows:
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x"
         if row.ratio is not None and row.limit is not None:
             ratio += f" (aim: {row.limit:.3g})"
         theirs = row.note or f"{(row.peer_s or 0) * 1e3:,.2f} ms"
-        sizes = size(row.ours_bytes), size(row.peer_bytes)
-        table.add_row(row.case, row.peer, f"{row.ours_s * 1e3:,.2f} ms", theirs, ratio, *sizes)
+        times, sizes = (f"{row.ours_s * 1e3:,.2f} ms", theirs), (size(row.ours_bytes), size(row.peer_bytes))
+        table.add_row(row.case, row.peer, row.dtype, *times, ratio, *sizes)
     return table
 
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -134,23 +134,18 @@ def bench_stream(setup: Setup, tokens: int) -> list[Row]:
 
     (seconds,) = token_times(text, tokens=tokens, after_each=watch)
     deque(islice(other, first), maxlen=0)
-    late, early = (statistics.median(times[1:]) for times in token_times(text, other, tokens=THOUSAND + 1))
-    row = Row(
-        bench="stream",
-        case=f"{settings.name}: token {tokens:,}, W {window}, cache {cache.bytes:,} bytes",
-        peer=f"tokens {first} to {end}",
-        ours_s=statistics.median(seconds[-THOUSAND:]),
-        peer_s=statistics.median(seconds[first:end]),
-        ratio=None,
-        limit=1 / 1.05,
-        ours_bytes=max(resident),
-        peer_bytes=resident[0],
-        dtype="fp32",
-        threads=torch.get_num_threads(),
-    )
-    peer = f"{row.peer} of another text, in turns"
-    in_turns = replace(row, peer=peer, ours_s=late, peer_s=early, ours_bytes=None, peer_bytes=None)
-    return [replace(r, ratio=(r.peer_s or 0.0) / r.ours_s) for r in (row, in_turns)]
+    case = f"{settings.name}: token {tokens:,}, W {window}, cache {cache.bytes:,} bytes"
+
+    def row(peer: str, late: Sequence[float], early: Sequence[float], most: int | None, least: int | None) -> Row:
+        ours, theirs, threads = statistics.median(late), statistics.median(early), torch.get_num_threads()
+        return Row("stream", case, peer, ours, theirs, theirs / ours, 1 / 1.05, most, least, "fp32", threads)
+
+    late, early = token_times(text, other, tokens=THOUSAND + 1)
+    peer = f"tokens {first} to {end}"
+    return [
+        row(peer, seconds[-THOUSAND:], seconds[first:end], max(resident), resident[0]),
+        row(f"{peer} of another text, in turns", late[1:], early[1:], None, None),
+    ]
 
 
 def token_times(*texts: Iterator[int], tokens: int, after_each: Callable[[int], None] = lambda n: None) -> list[array]:

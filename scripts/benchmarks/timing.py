@@ -67,23 +67,14 @@ def compare(
     seconds, failures = alternate(works, rounds)
     sizes = {name: bytes_of(works[name]) for name in seconds}
     notes, ours = {ALONE: "alone"} | failures, seconds[OURS]
-    return [
-        Row(
-            bench=bench,
-            case=case,
-            peer=peer,
-            ours_s=ours,
-            peer_s=seconds.get(peer),
-            ratio=seconds[peer] / ours if peer in seconds else None,
-            limit=(limits or {}).get(peer),
-            ours_bytes=sizes[OURS],
-            peer_bytes=sizes.get(peer),
-            dtype=dtype,
-            threads=torch.get_num_threads(),
-            note=notes.get(peer, ""),
-        )
-        for peer in [name for name in works if name != OURS] or [ALONE]
-    ]
+
+    def row(peer: str) -> Row:
+        theirs, limit = seconds.get(peer), (limits or {}).get(peer)
+        ratio = None if theirs is None else theirs / ours
+        size, note, threads = sizes.get(peer), notes.get(peer, ""), torch.get_num_threads()
+        return Row(bench, case, peer, ours, theirs, ratio, limit, sizes[OURS], size, dtype, threads, note)
+
+    return [row(peer) for peer in works if peer != OURS] or [row(ALONE)]
 
 
 def alternate(works: Mapping[str, Work], rounds: int) -> tuple[dict[str, float], dict[str, str]]:

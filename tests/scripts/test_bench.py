@@ -7,6 +7,7 @@ import pytest
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from scripts import bench
+from training.processes import allocator, precision
 
 KEYS = ["bench", "case", "peer", "ours_s", "peer_s", "ratio", "limit", "ours_bytes", "peer_bytes", "dtype", "threads"]
 
@@ -15,8 +16,10 @@ def test_the_command_prints_a_table_and_writes_rows_with_the_fixed_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(WindreachForCausalLM, "compile_decoding", lambda self: None)
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(precision, "set_up_threads", lambda wanted, local_processes: wanted)
     command = (
-        "bench.py decode --config configs/tiny.yaml --rounds 1 --batches 2,1 --new-tokens 3 --device cpu --threads 1"
+        "bench.py decode --config configs/tiny.yaml --rounds 1 --batches 2,1 --new-tokens 3 --device cpu --threads 9"
     )
     monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(tmp_path / "bench.json")])
     bench.main()
@@ -26,7 +29,7 @@ def test_the_command_prints_a_table_and_writes_rows_with_the_fixed_keys(
         "tiny: 2 x 3 tokens after 48"
     ] * 3
     printed = capsys.readouterr().out
-    assert printed.startswith("1 threads; matmul fp32 ")
+    assert printed.startswith("9 threads; matmul fp32 ")
     assert f"{rows[0]['ratio']:.2f} x (aim: 3)" in printed
 
 

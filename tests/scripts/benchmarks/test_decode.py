@@ -1,4 +1,3 @@
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -46,17 +45,21 @@ def test_stream_compares_late_tokens_with_early_ones(setup: Setup, monkeypatch: 
         bench_stream(setup, 49)
 
 
-def test_each_token_has_its_own_time_and_texts_take_turns() -> None:
+def test_each_token_has_its_own_time_and_texts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the texts set forward."""
     order: list[str] = []
+    now = 0.0
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: now)
 
-    def text(name: str, slow: int) -> Iterator[int]:
-        for n in range(5):
+    def text(name: str, seconds: list[float]) -> Iterator[int]:
+        nonlocal now
+        for s in seconds:
             order.append(name)
-            time.sleep(0.05 if n == slow else 0)
-            yield n
+            now += s
+            yield 0
 
     numbers: list[int] = []
-    first, second = token_times(text("a", 1), text("b", 3), tokens=4, after_each=numbers.append)
-    assert [t > 0.04 for t in first] == [False, True, False, False]
-    assert [t > 0.04 for t in second] == [False, False, False, True]
-    assert ("".join(order), numbers) == ("abababab", [1, 2, 3, 4])
+    texts = text("a", [1.0, 8.0, 2.0]), text("b", [4.0, 0.5, 0.25])
+    times = token_times(*texts, tokens=3, after_each=numbers.append)
+    assert [list(one) for one in times] == [[1.0, 8.0, 2.0], [4.0, 0.5, 0.25]]
+    assert ("".join(order), numbers) == ("ababab", [1, 2, 3])
