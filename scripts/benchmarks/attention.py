@@ -139,7 +139,7 @@ def attention_works(shape: Shape, backward: bool, precision: str, device: torch.
         FLEX: _flex(q, k, v, spec, ours),
         EAGER: lambda: eager_attention_forward(module, q, k, v, bias(), shape.head_dim**-0.5)[0],
     }
-    return {name: _with_backward(f, (q, k, v)) if backward else torch.no_grad()(f) for name, f in forwards.items()}
+    return {name: partial(_backward, f, (q, k, v)) if backward else torch.no_grad()(f) for name, f in forwards.items()}
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, ours: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -160,11 +160,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, ours: Callable[[], T
     return lambda: compiled()()
 
 
-def _with_backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Work:
-    def work() -> None:
-        torch.autograd.grad(forward().float().square().sum(), leaves)
-
-    return work
+def _backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> None:
+    torch.autograd.grad(forward().float().square().sum(), leaves)
 
 
 def plot_attention(rows: list[Row], file: str) -> None:

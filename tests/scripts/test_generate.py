@@ -89,6 +89,16 @@ def test_bytes_that_are_no_text_are_streamed_as_they_are_decoded(tokens: list[in
     assert streamed(tokens, ByteTokenizer().decode) == bytes(tokens).decode(errors="replace")
 
 
+def test_a_tokenizer_with_byte_tokens_streams_what_it_decodes() -> None:
+    tokenizer = train_tokenizer([" ".join(f"ship {i} came over the grey water" for i in range(400))], 330)
+    for text in ("ship 3 caf\u00e9 \U0001f600\U0001f600 x", "\ufffd" * 9, "at the end \U0001f600"):
+        ids = tokenizer.encode(text)
+        for n in range(len(ids) + 1):  # also up to the middle of a character
+            words = Detokenizer(tokenizer.decode, tokenizer.bos_id)
+            shown = "".join([words.push(token) for token in ids[:n]])
+            assert shown + words.pending == tokenizer.decode(ids[:n])
+
+
 def test_the_decoded_tokens_stay_few_in_an_endless_run_of_bytes_that_are_no_text() -> None:
     words = Detokenizer(ByteTokenizer().decode, ByteTokenizer.bos_id)
     assert sum(len(words.push(0x80)) for _ in range(1000)) == 997
