@@ -127,28 +127,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add("--json", metavar="FILE", help="write the rows to FILE")
     add("--plot", metavar="FILE", help="attention: plot time and memory against n and W")
-    add("--rounds", type=_count, default=7, help="timed runs of each function; default: %(default)s")
     add("--threads", type=_count, help="default: all cores of this process")
     add("--precision", choices=["fp32", "bf16"], help="default: training.precision of the config")
     add("--rows", type=_count, help="train: batch size; default: tokens_per_step / seq_len of the config")
     add("--peer", choices=list(TRAINING_PEERS), default="", help="train: time only this peer; default: all")
-    for option, default, what in (
-        ("--seq-lens", "", "train: sequence lengths; default: seq_len of the config"),
-        ("--lengths", "512,1024,2048,4096", "attention: sequence lengths, beside peers; default: %(default)s"),
-        ("--long-lengths", "4096,8192,16384,32768,65536", "attention: sequence lengths, alone; default: %(default)s"),
-        ("--windows", "16,32,64,128,256,512", "attention: windows; default: %(default)s"),
-        ("--batches", "1,8", "decode: batch sizes; default: %(default)s"),
-        ("--prefill-lengths", "4096,8192,16384,32768,65536", "prefill: prompt lengths, alone; default: %(default)s"),
+    add("--seq-lens", type=_counts, default=[], help="train: sequence lengths; default: seq_len of the config")
+    for option, number_or_list, default, what in (
+        ("--rounds", _count, "7", "timed runs of each function"),
+        ("--lengths", _counts, "512,1024,2048,4096", "attention: sequence lengths, beside peers"),
+        ("--long-lengths", _counts, "4096,8192,16384,32768,65536", "attention: sequence lengths, ours alone"),
+        ("--windows", _counts, "16,32,64,128,256,512", "attention: windows"),
+        ("--prompt-tokens", _count, "48", "decode: tokens of the prompt"),
+        ("--new-tokens", _count, "128", "decode: tokens to generate"),
+        ("--batches", _counts, "1,8", "decode: batch sizes"),
+        ("--prefill", _count, "16384", "prefill: tokens of the prompt, beside sdpa"),
+        ("--prefill-lengths", _counts, "4096,8192,16384,32768,65536", "prefill: tokens of the prompt, ours alone"),
+        ("--tokens", _count, "131072", "stream: tokens of the text"),
     ):
-        add(option, type=_counts, default=default, metavar="N,N", help=what)
-    for option, number, what in (
-        ("--prompt-tokens", 48, "decode: tokens of the prompt; default: %(default)s"),
-        ("--new-tokens", 128, "decode: tokens to generate; default: %(default)s"),
-        ("--prefill", 16_384, "prefill: tokens of the prompt, beside sdpa; default: %(default)s"),
-        ("--tokens", 131_072, "stream: tokens of the text; default: %(default)s"),
-    ):
-        add(option, type=_count, default=number, metavar="N", help=what)
-    arguments = parser.parse_args(argv)
+        metavar = "N" if number_or_list is _count else "N,N"
+        add(option, type=number_or_list, default=default, metavar=metavar, help=f"{what}; default: %(default)s")
+    arguments = parser.parse_intermixed_args(argv)
     for option in ("json", "plot"):
         file = Path(getattr(arguments, option) or "none")
         if file.is_dir() or not os.access(file.parent, os.W_OK):
@@ -157,13 +155,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number}: give at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return int(text)
 
 
 def _counts(text: str) -> list[int]:
-    return sorted({_count(part) for part in text.split(",")}) if text else []
+    return sorted({_count(part) for part in text.split(",")})
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def test_stream_and_lists_of_lengths_have_defaults() -> None:
     assert (arguments.tokens, arguments.seq_lens, arguments.overrides) == (131_072, [], ["model.hidden_size=64"])
 
 
-@pytest.mark.parametrize("option", ["--rounds=0", "--lengths=512,0", "--threads=-1"])
-def test_numbers_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["--rounds=0", "--lengths=512,0", "--threads=-1", "--seq-lens=64,x"])
+def test_what_is_no_number_of_at_least_one_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         bench.parse(["train", option])
-    assert "give at least 1" in capsys.readouterr().err
+    assert "give a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
