@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the pinned packages; does nothing when they are there already.
+# Makes .venv and installs the pinned packages. Does nothing if they are already installed.
 #
-#   bash scripts/bootstrap.sh          what training and evaluation need
-#   bash scripts/bootstrap.sh --dev    and what tests and linters need
+#   bash scripts/bootstrap.sh          packages for training and evaluation
+#   bash scripts/bootstrap.sh --dev    also packages for tests and linters
 #
-# PYTHON=/path/to/python3.12 chooses the interpreter. Exit codes: 0 done, 2 something on this machine is missing.
+# PYTHON=/path/to/python3.12 chooses the interpreter. Exit codes: 0 done; 2 Python, venv or a package is missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,14 +35,15 @@ make_venv() {
   "$python" -m venv --clear .venv
 }
 
-# Hash of a requirements file and of the interpreter: when it stands in the stamp, there is nothing to install.
+# Prints a hash of a requirements file and the version of Python. It is saved after an installation; while it stays the
+# same there is nothing to install.
 fingerprint() {
   .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version)' "$1"
 }
 
 is_installed() { [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$(fingerprint "$1")" ]; }
 
-# install FILE...: the last one includes the others.
+# install FILE...: installs the packages of the last file, which includes the others.
 install() {
   local file outdated=
   for file in "$@"; do is_installed "$file" || outdated=yes; done

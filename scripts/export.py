@@ -1,36 +1,41 @@
-"""Hand a trained model over to other programs.
+"""Exports a trained model for other programs.
 
     python scripts/export.py runs/quickstart --format hf --out exported
 
-`hf`: config.json, model.safetensors and tokenizer files, read by `AutoModelForCausalLM.from_pretrained`. A stack of
-equal sliding layers is written as a Mistral checkpoint; a stack that Mistral can't express keeps a type of its own.
+Writes config.json, model.safetensors and the tokenizer's files, which `AutoModelForCausalLM.from_pretrained` reads.
+A stack that Mistral can express is written as a Mistral checkpoint, any other one with the type "windreach".
 Exit codes: 0 done, 2 the input is wrong.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from eval.models import Examined, HubTokenizer, load_model
-from model import hub
-from model.decoder import WindreachForCausalLM
 from model.errors import UserError, cli
 
-NO_GGUF = (
-    "--format gguf is not written: that format has no sliding window for this architecture that its runtimes apply, "
-    "so the exported model would see farther than the one that was trained; use --format hf"
-)
+if TYPE_CHECKING:
+    import torch
+
+    from eval.models import Examined
 
 
-def export(examined: Examined, out: Path, dtype: torch.dtype) -> str:
-    """Write the model and its tokenizer into the new or empty folder `out`; returns the model type written."""
-    if not isinstance(examined.model, WindreachForCausalLM):
+def export(examined: "Examined", out: Path, dtype: "torch.dtype") -> str:
+    """Write the model and its tokenizer into the folder `out`; returns the model type written."""
+    from eval.models import HubTokenizer
+    from model import hub
+
+    if not examined.ours:
         raise UserError(f"MODEL {examined.name!r} is already a Hugging Face {examined.model.config.model_type} model")
-    _make_empty(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        occupied = any(out.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; name a folder that can be written") from error
+    if occupied:
+        raise UserError(f"--out {out} is not empty; name a new folder, nothing is overwritten")
     hub.save_hf(examined.model.to(dtype), out)
     if isinstance(examined.tokenizer, HubTokenizer):
         examined.tokenizer.hf.save_pretrained(out)
@@ -39,28 +44,25 @@ def export(examined: Examined, out: Path, dtype: torch.dtype) -> str:
     return "mistral" if hub.is_mistral(examined.model.config) else "windreach"
 
 
-def _make_empty(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        occupied = any(out.iterdir())
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; name a folder that can be written") from error
-    if occupied:
-        raise UserError(f"--out {out} is not empty; name a new folder, nothing is overwritten")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="RUN", help="run folder or checkpoint")
-    parser.add_argument("--format", choices=["hf", "gguf"], default="hf")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--format", choices=["hf", "gguf"], default="hf", help="default: hf; gguf is refused")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     arguments = parser.parse_args()
     if arguments.format == "gguf":
-        raise UserError(NO_GGUF)
-    out = Path(arguments.out)
-    kind = export(load_model(arguments.model, "cpu"), out, getattr(torch, arguments.dtype))
-    print(f"{out}: a {kind} checkpoint in {arguments.dtype}, with its tokenizer")
+        raise UserError(
+            "--format gguf can't be written: its runtimes apply no sliding window to this architecture, "
+            "so the exported model would see farther than the one that was trained; use --format hf"
+        )
+    from eval.models import load_model
+
+    examined = load_model(arguments.model, "cpu")
+    import torch
+
+    model_type = export(examined, arguments.out, getattr(torch, arguments.dtype))
+    print(f"{arguments.out}: a {model_type} checkpoint in {arguments.dtype}, with its tokenizer")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # From a fresh machine to a report: packages, text, tokenizer, training, evaluation, runs/quickstart/report.html.
 #
-#   bash scripts/quickstart.sh                       configs/quickstart.yaml
-#   bash scripts/quickstart.sh configs/smoke.yaml    another config (or CONFIG=configs/smoke.yaml)
+#   bash scripts/quickstart.sh                                      configs/quickstart.yaml
+#   bash scripts/quickstart.sh configs/smoke.yaml [key=value ...]   another config, with settings changed
 #
-# Run it again at any time: what is finished and newer than what it was made from is skipped, and training goes on from
-# its last checkpoint. Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal, run again to go on; 1 a fault.
+# Training runs in two processes on a machine without a GPU, in one on a GPU, and in one for each of several GPUs.
+# LAUNCH=configs/accelerate/X.yaml chooses the launch file instead.
+# Run it again at any time: a step is skipped if its output is newer than its inputs, and training goes on from its last
+# checkpoint. Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal, run again to go on; 1 a fault.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-CONFIG=${1:-${CONFIG:-configs/quickstart.yaml}}
-LAUNCH=${LAUNCH:-configs/accelerate/ddp-cpu-2.yaml}
+[ $# -gt 0 ] || set -- "${CONFIG:-configs/quickstart.yaml}"
+CONFIG=$1 # "$@" is the config with its overrides
 BIN=.venv/bin
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE-1} # nothing here needs a model hub; without this, a missing network is a long wait
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE-1} # no step needs a model hub; without this, a missing network is a long wait
 
 say() { printf '\n== %s\n' "$*"; }
 
-# outdated OUTPUT INPUT...: OUTPUT is missing, or older than one of what it was made from.
+# outdated OUTPUT INPUT...: true if OUTPUT is missing or older than an input.
 outdated() {
   local output=$1 input
   shift
@@ -26,8 +28,8 @@ outdated() {
   return 1
 }
 
-# evaluate "NAME OPTION..." LAST_OUTPUT SOURCE...: python -m eval.NAME on the run, unless LAST_OUTPUT, the file it writes
-# last, is fresh.
+# evaluate "NAME OPTION..." OUTPUT SOURCE...: runs python -m eval.NAME on the run, unless OUTPUT, the last file that it
+# writes, is up to date.
 evaluate() {
   local name options output=$RUN/$2
   read -r name options <<<"$1"
@@ -38,8 +40,8 @@ evaluate() {
   fi
 }
 
-# Runs a command in a process group of its own and hands it one SIGTERM when we are asked to stop: `accelerate launch`
-# would die of it alone and leave the training it started behind.
+# Runs a command in its own process group, and sends the group one SIGTERM when this script gets a signal. Without a
+# group `accelerate launch` would die alone and leave the training processes running.
 interruptible() {
   local group code=0
   set -m
@@ -55,21 +57,38 @@ interruptible() {
     exit 75
   fi
   if [ "$code" -ne 0 ]; then
-    say "'$*' ended with exit code $code; what is finished is kept: run the same command again to go on"
+    say "'$*' failed with exit code $code; finished steps are kept: run the same command again to go on"
     exit "$code"
   fi
 }
 
+# Sets the array `launch`, the command that starts train.py on this machine.
+choose_launch() {
+  local gpus threads
+  gpus=$("$BIN/python" -c 'import torch; print(torch.cuda.device_count())')
+  threads=$(getconf _NPROCESSORS_ONLN)
+  launch=("$BIN/accelerate" launch --quiet --num_cpu_threads_per_process "$threads" --config_file)
+  if [ -n "${LAUNCH:-}" ]; then
+    launch+=("$LAUNCH")
+  elif [ "$gpus" -eq 0 ]; then
+    launch+=(configs/accelerate/ddp-cpu-2.yaml)
+  elif [ "$gpus" -eq 1 ]; then
+    launch=("$BIN/python")
+  else
+    launch+=(configs/accelerate/gpu-8.yaml --num_processes "$gpus")
+  fi
+}
+
 bash scripts/bootstrap.sh
-RUN=$("$BIN/python" scripts/run_facts.py folder "$CONFIG")
+RUN=$("$BIN/python" scripts/run_facts.py "$@")
 
 say "text and tokenizer"
-interruptible "$BIN/python" scripts/prepare_data.py "$CONFIG"
+interruptible "$BIN/python" scripts/prepare_data.py "$@"
 
 if outdated "$RUN/hf/config.json" "$CONFIG" train.py $(find model data training -name "*.py"); then
-  say "training $CONFIG into $RUN"
-  interruptible "$BIN/accelerate" launch --quiet --config_file "$LAUNCH" \
-    --num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)" train.py "$CONFIG"
+  say "training $* into $RUN"
+  choose_launch
+  interruptible "${launch[@]}" train.py "$@"
 fi
 
 evaluate "reach --plot" reach.png eval/reach/*.py
@@ -83,4 +102,4 @@ if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss,relay,heat}.json eval/r
 fi
 
 say "done"
-"$BIN/python" scripts/run_facts.py headline "$RUN"
+"$BIN/python" scripts/run_facts.py "$@" --headline

@@ -1,66 +1,54 @@
-"""What scripts/quickstart.sh asks of a run.
+"""Prints the run folder of a config, or the main results in it; `scripts/quickstart.sh` calls it.
 
-python scripts/run_facts.py folder CONFIG.yaml    the folder that this config's run lives in
-python scripts/run_facts.py headline RUN          the three figures that matter, and where the report is
+python scripts/run_facts.py CONFIG.yaml [key=value ...] [--headline]
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.errors import UserError, cli
-
-
-def folder(config: str) -> str:
-    from training.run.folder import run_dir
-    from training.settings.config_file import load_settings
-
-    return str(run_dir(load_settings(config, [])))
+from model.errors import cli
 
 
 def headline(run: Path) -> str:
-    recall, loss = _result(run / "recall.json"), _result(run / "loss.json")
-    window, reach = recall["window"], recall["reach"]
-    lines = [_recall_line(name, task, window, reach) for name, task in recall["tasks"].items()]
+    """Recall by task, bits per byte and reach, from the JSON files of the run folder."""
+    recall, loss = (json.loads((run / name).read_text()) for name in ("recall.json", "loss.json"))
+    lines = []
+    for name, task in recall["tasks"].items():
+        text = "H90 = 0: below 90 % at the shortest distance"
+        if h90 := task["h90"]:
+            share = "" if task["u90"] is None else f" = {h90 / recall['window']:.1f} W, U90 = {task['u90']:.2f} of R"
+            text = f"H90 = {h90} tokens{share}"
+        lines.append((f"recall ({name})", text))
+    reach, nominal = (
+        "unbounded" if count is None else f"{count:,} tokens"
+        for count in (recall["reach"], recall["window_times_layers"])
+    )
     lines += [
-        f"held-out text          {loss['bits_per_byte']:.3f} bits per byte",
-        f"exact reach            R = {_tokens(reach)}, headline W·k = {_tokens(recall['window_times_layers'])}",
-        f"report                 {run / 'report.html'}",
+        ("held-out text", f"{loss['bits_per_byte']:.3f} bits per byte"),
+        ("exact reach", f"R = {reach}, headline W·k = {nominal}"),
+        ("report", str(run / "report.html")),
     ]
-    return "\n".join(lines)
-
-
-def _recall_line(name: str, task: dict[str, Any], window: int, reach: int | None) -> str:
-    h90, u90 = task["h90"], task["u90"]
-    if not h90:
-        return f"recall ({name})".ljust(23) + "H90 = 0: below 90 % at the shortest distance"
-    share = "" if u90 is None else f" = {h90 / window:.1f} W, U90 = {u90:.2f} of R"
-    return f"recall ({name})".ljust(23) + f"H90 = {h90} tokens{share}"
-
-
-def _tokens(count: int | None) -> str:
-    return "unbounded" if count is None else f"{count:,} tokens"
-
-
-def _result(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text()))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such result; run `python -m eval.{file.stem} {file.parent}` first") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
+    return "\n".join(f"{label:<22} {text}" for label, text in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=["folder", "headline"])
-    parser.add_argument("path")
-    arguments = parser.parse_args()
-    print(folder(arguments.path) if arguments.question == "folder" else headline(Path(arguments.path)))
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--headline", action="store_true", help="print the results in the run folder")
+    arguments = parser.parse_intermixed_args()
+    from training.settings.config_file import load_settings
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    from training.run.folder import check_settings, run_dir
+
+    run = run_dir(settings)
+    check_settings(run, run / "settings.yaml", settings)
+    print(headline(run) if arguments.headline else run)
 
 
 if __name__ == "__main__":

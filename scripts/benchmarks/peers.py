@@ -1,4 +1,4 @@
-"""The same decoder as `transformers` has it, for benchmarks."""
+"""The decoder of a config as `transformers` builds it, with our weights."""
 
 import tempfile
 
@@ -14,15 +14,18 @@ from training.settings.schema import Settings
 
 
 def plain_config(settings: Settings) -> WindreachConfig:
-    """The decoder of the config; refused when the peer can't be built with the same function."""
+    """The model config of a run. Raises UserError where `MistralForCausalLM` can't compute the same function."""
     config = model_config(settings, settings.model.vocab_size or settings.data.tokenizer.vocab_size)
     if not hub.is_mistral(config):
-        raise UserError(f"{settings.name}: its layers are not all one sliding window, so Mistral is no peer for it")
+        raise UserError(
+            f"{settings.name}: its layers are not all alike, so Mistral can't be compared; give another config"
+        )
     return config
 
 
 def mistral_twin(ours: WindreachForCausalLM, attention: str) -> MistralForCausalLM:
-    """`MistralForCausalLM` with our weights, by way of a checkpoint."""
+    """`MistralForCausalLM` with the weights of `ours`, saved to a checkpoint and loaded again."""
     with tempfile.TemporaryDirectory() as folder:
         hub.save_hf(ours, folder)
-        return MistralForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
+        twin = MistralForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
+    return twin.to(ours.device)

@@ -1,15 +1,16 @@
-"""Kill a run at random moments, again and again, and look whether anything was lost.
+"""Kills a training run at random moments, again and again, and checks that nothing is lost.
 
     python tests/integration/kill_test.py configs/tiny.yaml --kills 100 --json results/kills/kills.json
 
-One run is left in peace: the reference. Others get SIGKILL, with all processes of their group, at moments drawn from
-three kinds: some time after the start, some time after a step, and while a checkpoint is written. A killed run is
-started again by the same command until it ends; then another begins in a new folder. After every kill:
+The reference run is not killed. The others get SIGKILL, with all processes of their group, at random moments of three
+kinds: some time after the start, some time after a step, and while a checkpoint is written. A killed run is started
+again by the same command until it ends; then another run begins in a new folder. After every kill:
 
-- each figure logged so far, losses and gradient norms among them, is that of the reference to the bit;
+- each figure logged so far, losses and gradient norms among them, is bit-equal to that of the reference;
 - no more is lost than the steps since the last checkpoint, and no half-written folder has a checkpoint's name.
 
-After the last step the weights are those of the reference to the bit. Any difference is named, and the exit code is 1.
+After the last step the weights are bit-equal to those of the reference. Any difference is printed, and the exit code
+is 1. A hundred kills take long, so this is run by hand; test_kill_test.py makes ten.
 """
 
 import argparse
@@ -40,9 +41,9 @@ from training.settings.config_file import load_settings
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("start", "step", "write")
 CLOCK = ("tokens_per_second", "mfu")  # figures that depend on the time
-DEADLINE = 600.0  # seconds for a start to end or to come to the moment of its kill
+DEADLINE = 600.0  # seconds within which a started run must end or reach the moment of its kill
 
-Rows = dict[tuple[str, int], dict[str, Any]]
+Logged = dict[tuple[str, int], dict[str, Any]]
 
 
 class Process(Protocol):
@@ -53,12 +54,12 @@ class Process(Protocol):
     def poll(self) -> int | None: ...
 
 
-Start = Callable[[list[str], Path], Process]  # arguments of train.py, and the file that takes what it prints
+Start = Callable[[list[str], Path], Process]  # of the arguments of train.py and the file for its output
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL. `step` is the last that was logged, `checkpoint` the newest saved one, 0 without any."""
+    """One SIGKILL. `step` is the last one logged, `checkpoint` that of the newest checkpoint; 0 if there is none."""
 
     kind: str
     step: int
@@ -68,7 +69,7 @@ class Kill:
 
 @dataclass
 class Result:
-    """All kills, and what was not as it should be."""
+    """All kills, and every difference to the reference."""
 
     kills: list[Kill] = field(default_factory=list)
     resumes: int = 0
@@ -87,11 +88,11 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Kill a run at random moments; see the head of this file.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML file of configs/; its run must be short")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--json", type=Path, help="write the result here")
     return parser.parse_intermixed_args()
 
@@ -105,7 +106,7 @@ def start_python(arguments: list[str], log: Path) -> Process:
 
 
 class Victims:
-    """A reference run, and runs of the same settings that are killed. All live in `folder`."""
+    """A reference run, and runs with the same settings that are killed. All run folders are in `folder`."""
 
     def __init__(self, config: Path, overrides: list[str], folder: Path, start: Start, seed: int):
         settings = load_settings(config, overrides)
@@ -115,11 +116,11 @@ class Victims:
         self.result = Result()
 
     def kill(self, wanted: int) -> Iterator[Kill]:
-        """Make the reference, then `wanted` kills; the last victim is let go to its end."""
+        """Run the reference, then kill `wanted` times; the last victim runs to its end."""
         began = time.monotonic()
         self.run_to_end(self.folder / "reference")
         self.seconds = time.monotonic() - began
-        self.reference = rows(self.folder / "reference")
+        self.reference = logged(self.folder / "reference")
         number = 0
         while len(self.result.kills) < wanted:
             number += 1
@@ -140,18 +141,18 @@ class Victims:
             raise RuntimeError(f"{run.name} ended with exit code {process.poll()}:\n{log.read_text()[-4000:]}")
 
     def start_and_kill(self, run: Path) -> Kill | None:
-        """None: the run ended before its moment came."""
+        """Start or resume a run and kill it at a random moment. None if it ended before that moment."""
         kind, expected = self.random.choice(KINDS), newest(run)
         process, log = self.begin(run)
-        came = wait(process, self.moment(kind, run))
-        if came:
+        alive = wait(process, self.moment(kind, run))
+        if alive:
             os.killpg(process.pid, signal.SIGKILL)
         wait(process, lambda: False)
         self.check_resumed(log, expected)
-        if not came:
+        if not alive:
             return None
-        logged = max((step for kind, step in rows(run) if kind == "train"), default=0)
-        return Kill(kind, logged, newest(run), any((run / "checkpoints").glob(".writing-*")))
+        step = max((step for kind, step in logged(run) if kind == "train"), default=0)
+        return Kill(kind, step, newest(run), any((run / "checkpoints").glob(".writing-*")))
 
     def begin(self, run: Path) -> tuple[Process, Path]:
         log = self.folder / f"{run.name}.log"
@@ -159,7 +160,7 @@ class Victims:
         return self.start([*self.arguments, f"run_dir={run}", f"data.cache_dir={self.folder / 'cache'}"], log), log
 
     def moment(self, kind: str, run: Path) -> Callable[[], bool]:
-        """A question that is answered with yes when the moment has come."""
+        """A random moment of a kind, as a function that returns True from then on."""
         now = time.monotonic()
         if kind == "start":
             due = now + self.random.uniform(0, self.seconds)
@@ -168,48 +169,46 @@ class Victims:
             nth, pause = self.random.randint(1, 3), self.random.uniform(0, 0.03)
             return after(lambda: writing(run, newest(run) + nth * self.save_every), pause)
         step, pause = newest(run) + self.random.randint(1, 3 * self.save_every), self.random.uniform(0, 0.1)
-        return after(lambda: grown_to(run, step), pause)
-
-    # -- what must hold -----------------------------------------------------------------------------------------------
+        return after(lambda: reached(run, step), pause)
 
     def check_kill(self, run: Path, kill: Kill) -> None:
         self.compare(run, f"{run.name}, killed at step {kill.step} ({kill.kind})")
         due = (kill.step - 1) // self.save_every * self.save_every  # its checkpoint is written before the next step
         if kill.checkpoint < due:
-            self.result.problems.append(f"{run.name}: killed at step {kill.step}, checkpoint {due} is not there")
+            self.result.problems.append(f"{run.name}: killed at step {kill.step}, checkpoint {due} is missing")
         for path in checkpoints(run):
             if problem := problem_with(path):
-                self.result.problems.append(f"{run.name}: {path.name} is no whole checkpoint: {problem}")
+                self.result.problems.append(f"{run.name}: {path.name} is broken: {problem}")
 
     def check_resumed(self, log: Path, expected: int) -> None:
-        """A start that came so far as to say where it resumes took the newest checkpoint."""
+        """A run that printed where it resumes must have resumed from the newest checkpoint."""
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("resumed ")]
         self.result.resumes += len(lines)
         if lines and not lines[0].endswith(f"at step {expected}"):
-            self.result.problems.append(f"{log.stem}: checkpoint {expected} was there, but it {lines[0]}")
+            self.result.problems.append(f"{log.stem}: checkpoint {expected} was the newest, but it {lines[0]}")
 
     def check_end(self, run: Path) -> None:
         self.compare(run, run.name)
-        if rows(run).keys() != self.reference.keys():
-            self.result.problems.append(f"{run.name}: other steps were logged than by the reference")
+        if logged(run).keys() != self.reference.keys():
+            self.result.problems.append(f"{run.name}: logged other steps than the reference")
         weights = [(r / "hf/model.safetensors").read_bytes() for r in (run, self.folder / "reference")]
         if weights[0] != weights[1]:
             self.result.problems.append(f"{run.name}: the weights at the end are not those of the reference")
 
     def compare(self, run: Path, name: str) -> None:
-        for key, row in rows(run).items():
+        for key, row in logged(run).items():
             self.result.rows_compared += 1
             if row != self.reference.get(key):
                 differing = [k for k in row if row[k] != self.reference.get(key, {}).get(k)]
                 self.result.problems.append(f"{name}: {key[0]} of step {key[1]} differs in {', '.join(differing)}")
 
 
-def after(question: Callable[[], bool], pause: float) -> Callable[[], bool]:
-    """`pause` seconds after `question` was first answered with yes."""
+def after(condition: Callable[[], bool], pause: float) -> Callable[[], bool]:
+    """A function that returns True from `pause` seconds after it first saw `condition` fulfilled."""
     due: list[float] = []
 
     def come() -> bool:
-        if not due and question():
+        if not due and condition():
             due.append(time.monotonic() + pause)
         return bool(due) and time.monotonic() >= due[0]
 
@@ -217,36 +216,38 @@ def after(question: Callable[[], bool], pause: float) -> Callable[[], bool]:
 
 
 def wait(process: Process, moment: Callable[[], bool]) -> bool:
-    """Until the moment: True; or until the process has ended: False."""
+    """Wait until the moment (returns True) or the end of the process (returns False)."""
     deadline = time.monotonic() + DEADLINE
     while process.poll() is None:
         if moment():
             return True
         if time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
-            raise RuntimeError(f"neither an end nor the moment of a kill within {DEADLINE:.0f} s")
+            raise RuntimeError(f"the run did not end or reach the moment of its kill within {DEADLINE:.0f} s")
         time.sleep(0.005)
     return False
 
 
-def rows(run: Path) -> Rows:
-    """Whole lines of metrics.jsonl by kind and step, without what depends on the clock."""
+def logged(run: Path) -> Logged:
+    """The complete lines of metrics.jsonl by kind and step, without the figures that depend on the clock."""
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    found = [json.loads(line) for line in lines]
-    return {(r["kind"], r["step"]): {k: v for k, v in r.items() if k not in CLOCK} for r in found}
+    metrics = [json.loads(line) for line in lines]
+    return {(m["kind"], m["step"]): {k: v for k, v in m.items() if k not in CLOCK} for m in metrics}
 
 
 def newest(run: Path) -> int:
-    """Step of the newest finished checkpoint, 0 without any."""
+    """Step of the newest finished checkpoint; 0 if there is none."""
     return max((int(p.name.removeprefix("step-")) for p in checkpoints(run)), default=0)
 
 
 def writing(run: Path, step: int) -> bool:
+    """Whether the checkpoint of `step` or a later one is being written."""
     return any(int(p.name.rpartition("-")[2]) >= step for p in (run / "checkpoints").glob(".writing-step-*"))
 
 
-def grown_to(run: Path, step: int) -> bool:
+def reached(run: Path, step: int) -> bool:
+    """Whether `step` was logged."""
     path = run / "metrics.jsonl"
     return path.exists() and f'{{"step": {step}, "kind": "train"' in path.read_text()
 

@@ -1,17 +1,19 @@
-"""A decoder of a few thousand weights and a tokenizer of bytes: all that the scripts need to be tried."""
+"""A decoder of a few thousand weights, a tokenizer of bytes, and the setup of a small benchmark."""
 
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from eval.models import Examined
 from model.config import WindreachConfig
 from model.decoder import build_model
+from scripts.benchmarks.timing import Setup
 from training.settings.schema import Settings
 
 
 class ByteTokenizer:
-    """Token i is byte i; 0 begins a text, 255 and 254 (no bytes of UTF-8) end it and stand for what is unknown."""
+    """Token i is byte i. 0 begins a text, 255 ends it, 254 is unknown; no UTF-8 text contains the bytes 254 and 255."""
 
     vocab_size, bos_id, eos_id, unk_id = 256, 0, 255, 254
 
@@ -48,3 +50,8 @@ def settings() -> Settings:
     return Settings.model_validate(
         {"name": "tiny", "model": model, "data": data, "training": {"max_steps": 1000, "tokens_per_step": 80}}
     )
+
+
+@pytest.fixture
+def setup(settings: Settings) -> Setup:
+    return Setup(settings, torch.device("cpu"), "fp32", rounds=1)

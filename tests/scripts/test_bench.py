@@ -1,51 +1,53 @@
-import pytest
-import torch
+import json
+import sys
+from pathlib import Path
 
+import pytest
+
+from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from scripts import bench
-from scripts.benchmarks.peers import plain_config
-from scripts.benchmarks.timing import OURS, alternate, peak_bytes, rows_of
-from training.settings.schema import Settings
+from training.processes import allocator, precision
+
+KEYS = ["bench", "case", "peer", "ours_s", "peer_s", "ratio", "limit", "ours_bytes", "peer_bytes", "dtype", "threads"]
 
 
-def test_a_peer_that_can_not_run_says_why_and_the_others_are_timed() -> None:
-    def broken() -> None:
-        raise NotImplementedError("no kernel for this window\nand a long story")
-
-    rows = rows_of("x", "case", {OURS: int, "works": int, "broken": broken}, 2, "fp32", limits={"works": 2.0})
-    works, refused = rows
-    assert works.ratio is not None
-    assert works.limit == 2.0
-    assert (refused.peer_s, refused.note) == (None, "NotImplementedError: no kernel for this window")
-
-
-def test_our_own_failure_is_no_peer_missing() -> None:
-    def broken() -> None:
-        raise ValueError("ours")
-
-    with pytest.raises(RuntimeError, match="our own side of the benchmark failed: ValueError: ours"):
-        alternate({OURS: broken}, 1)
-
-
-def test_peak_counts_what_is_alive_at_once() -> None:
-    x = torch.zeros(1000)
-
-    def work() -> None:
-        for _ in range(5):
-            y = x + 1
-            y += 1
-            del y
-
-    assert peak_bytes(work) == 4000
+def test_the_command_prints_a_table_and_writes_rows_with_the_fixed_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(WindreachForCausalLM, "compile_decoding", lambda self: None)
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(precision, "set_up_threads", lambda wanted, local_processes: wanted)
+    command = (
+        "bench.py decode --config configs/tiny.yaml --rounds 1 --batches 2,1 --new-tokens 3 --device cpu --threads 9"
+    )
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(tmp_path / "bench.json")])
+    bench.main()
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert all(list(row) == [*KEYS, "note"] for row in rows)
+    assert [row["case"].split(", W")[0] for row in rows] == ["tiny: 1 x 3 tokens after 48"] * 3 + [
+        "tiny: 2 x 3 tokens after 48"
+    ] * 3
+    printed = capsys.readouterr().out
+    assert printed.startswith("9 threads; matmul fp32 ")
+    assert f"{rows[0]['ratio']:.2f} x (aim: 3)" in printed
 
 
-def test_a_stack_that_mistral_can_not_express_has_no_peer(settings: Settings) -> None:
-    mixed = settings.model.model_dump() | {"layers": [{"kind": "sliding"}, {"kind": "full"}]}
-    with pytest.raises(UserError, match="so Mistral is no peer for it"):
-        plain_config(Settings.model_validate(settings.model_dump() | {"model": mixed}))
+def test_stream_and_lists_of_lengths_have_defaults() -> None:
+    arguments = bench.parse(["all", "model.hidden_size=64", "--lengths", "512,256,512"])
+    assert (arguments.lengths, arguments.windows) == ([256, 512], [16, 32, 64, 128, 256, 512])
+    assert (arguments.tokens, arguments.seq_lens, arguments.overrides) == (131_072, [], ["model.hidden_size=64"])
 
 
-@pytest.mark.parametrize("name", ["rounds", "threads", "rows", "prompt-tokens", "new-tokens"])
-def test_a_count_below_one_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"--{name} 0: give at least 1"):
-        bench.parse(["train", f"--{name}=0"])
+@pytest.mark.parametrize("option", ["--rounds=0", "--lengths=512,0", "--threads=-1", "--seq-lens=64,x"])
+def test_what_is_no_number_of_at_least_one_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse(["train", option])
+    assert "give a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_timed(option: str, tmp_path: Path) -> None:
+    for file in (tmp_path, tmp_path / "none/bench.json"):
+        with pytest.raises(UserError, match=rf"^{option} .*: can't be written; name a file in a folder that exists$"):
+            bench.parse(["attention", option, str(file)])

@@ -32,7 +32,7 @@ def test_prepare_data_shows_documents_tokens_and_bytes(config, monkeypatch, caps
     out = capsys.readouterr().out
     assert "6,600" in out
     assert "660" in out
-    assert "tokenizer: 320 pieces" in out
+    assert "tokenizer: 320 tokens" in out
 
 
 def test_train_tokenizer_writes_a_model_that_loads(config, monkeypatch, tmp_path):
@@ -41,7 +41,7 @@ def test_train_tokenizer_writes_a_model_that_loads(config, monkeypatch, tmp_path
     assert load_tokenizer(tmp_path / "out").vocab_size == 320
 
 
-def test_an_unwritable_place_for_the_tokenizer_is_refused(config, monkeypatch, tmp_path):
+def test_a_folder_that_can_not_be_written_is_refused(config, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", config, "--out", str(tmp_path / "train.txt")])
     with pytest.raises(UserError, match=r"--out '.*train\.txt' can't be written: File exists"):
         train_tokenizer.main()

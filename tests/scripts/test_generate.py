@@ -5,12 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.tokenizer import train_tokenizer
@@ -31,8 +32,10 @@ def sampling(temperature: float, top_p: float = 1.0, seed: int = 0) -> Sampling:
     return Sampling(temperature, top_p, torch.Generator().manual_seed(seed))
 
 
-def take(examined: Examined, n: int, how: Sampling, cache: RingCache | None = None) -> list[int]:
-    tokens = stream(examined.model, PROMPT, how, cache or RingCache(examined.model.config))
+def take(
+    examined: Examined, n: int, how: Sampling, cache: RingCache | None = None, prompt: Sequence[int] = PROMPT
+) -> list[int]:
+    tokens = stream(examined.model, list(prompt), how, cache or RingCache(examined.model.config))
     return [next(tokens) for _ in range(n)]
 
 
@@ -64,11 +67,42 @@ def test_top_p_keeps_the_likeliest_tokens_that_hold_the_mass() -> None:
     assert sampling(1.0, 1e-6).draw(logits) == 1
 
 
-@given(st.text())
+def streamed(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> str:
+    words = Detokenizer(decode, ByteTokenizer.bos_id)
+    return "".join([words.push(token) for token in tokens]) + words.pending
+
+
+@given(st.text() | st.text(alphabet="a\ufffd\u00e9\U0001f600"))
+@example("\ufffd" * 9)
 def test_text_streamed_token_by_token_is_the_text(text: str) -> None:
-    tokenizer = ByteTokenizer()
-    words = Detokenizer(tokenizer.decode, tokenizer.bos_id)
-    assert "".join(words.push(token) for token in tokenizer.encode(text)) == text
+    assert streamed(text.encode(), ByteTokenizer().decode) == text
+    assert streamed(text.encode(), one_mark_a_byte) == text
+
+
+def one_mark_a_byte(ids: Sequence[int]) -> str:
+    """As byte-fallback tokenizers decode: each byte of an incomplete character is a U+FFFD, three in this text."""
+    return "".join("\ufffd" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in bytes(ids).decode(errors="surrogateescape"))
+
+
+@given(st.lists(st.integers(1, 255), max_size=60))
+def test_bytes_that_are_no_text_are_streamed_as_they_are_decoded(tokens: list[int]) -> None:
+    assert streamed(tokens, ByteTokenizer().decode) == bytes(tokens).decode(errors="replace")
+
+
+def test_a_tokenizer_with_byte_tokens_streams_what_it_decodes() -> None:
+    tokenizer = train_tokenizer([" ".join(f"ship {i} came over the grey water" for i in range(400))], 330)
+    for text in ("ship 3 caf\u00e9 \U0001f600\U0001f600 x", "\ufffd" * 9, "at the end \U0001f600"):
+        ids = tokenizer.encode(text)
+        for n in range(len(ids) + 1):  # also up to the middle of a character
+            words = Detokenizer(tokenizer.decode, tokenizer.bos_id)
+            shown = "".join([words.push(token) for token in ids[:n]])
+            assert shown + words.pending == tokenizer.decode(ids[:n])
+
+
+def test_the_decoded_tokens_stay_few_in_an_endless_run_of_bytes_that_are_no_text() -> None:
+    words = Detokenizer(ByteTokenizer().decode, ByteTokenizer.bos_id)
+    assert sum(len(words.push(0x80)) for _ in range(1000)) == 997
+    assert len(words.ids) == 16
 
 
 @given(st.text(alphabet="abc"), st.integers(1, 4))
@@ -127,6 +161,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(examined: Examined) -> N
     whole = talk(examined)
     whole.say("calm sea")
     text = "".join(whole.answer(30))
+    assert text == ByteTokenizer().decode(take(examined, 30, sampling(0.0), prompt=b"\0calm sea"))
     short = talk(examined, (text[10:12],))
     short.say("calm sea")
     assert "".join(short.answer(30)) == text[: text.index(text[10:12])]
@@ -141,11 +176,11 @@ def test_a_model_of_another_kind_is_refused(examined: Examined) -> None:
 
 def test_a_text_that_can_not_be_spelled_is_refused(examined: Examined) -> None:
     with pytest.raises(
-        UserError, match=r"^the prompt is empty; give --prompt TEXT, a file or a line that says something$"
+        UserError, match=r"^the prompt is empty; give --prompt TEXT, or a file or a line with text in it$"
     ):
         talk(examined).say("")
     examined.tokenizer.encode = lambda text: [254 if c == "\u2603" else ord(c) for c in text]
-    with pytest.raises(UserError, match=r"^the prompt holds '\u2603', which the tokenizer of this model doesn't know"):
+    with pytest.raises(UserError, match=r"^the prompt contains '\u2603', which this model's tokenizer doesn't know"):
         talk(examined).say("snow \u2603 man")
 
 
@@ -160,12 +195,16 @@ def test_a_text_that_can_not_be_spelled_is_refused(examined: Examined) -> None:
         ("--stop=", "--stop '': an empty text stops before the first token"),
         ("--seed=-1", r"--seed -1: give 0 or more, and less than 2\^63"),
         ("--endless --max-tokens=3", "--endless --max-tokens 3: give one of the two"),
-        ("--device=nowhere", "--device nowhere: .*; leave it out, or give cpu or cuda"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_remedy(argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(["runs/x", *argument.split()])
+
+
+def test_a_device_that_this_machine_lacks_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^--device nowhere: .*; leave it out, or give cpu or cuda$"):
+        generate.check_device("nowhere")
 
 
 def test_a_prompt_that_can_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +235,9 @@ def test_a_line_that_can_not_be_read_ends_a_piped_text_but_not_one_at_a_terminal
     piped, typed = talk(examined), talk(examined)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
     with pytest.raises(UserError) as caught:
-        generate.converse(piped, generate.lines_of_stdin(), 3)
+        generate.converse(piped, 3)
     monkeypatch.setattr("sys.stdin", Terminal(io.BytesIO(lines)))
-    generate.converse(typed, generate.lines_of_stdin(), 3)
+    generate.converse(typed, 3)
     assert str(caught.value) == told
     assert (piped.turns, typed.turns) == (1, 2)
     assert capfd.readouterr().err == f"> > error: {told}\n> > "

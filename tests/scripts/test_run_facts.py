@@ -2,9 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from model.errors import UserError
 from scripts import run_facts
+from training.settings.config_file import load_settings
 
 
 def write_results(run: Path, h90: int | None) -> None:
@@ -29,9 +31,28 @@ def test_no_horizon_is_said_in_words(tmp_path: Path) -> None:
     assert "below 90 % at the shortest distance" in run_facts.headline(tmp_path)
 
 
-def test_a_missing_or_half_written_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recall.json: no such result; run `python -m eval.recall"):
-        run_facts.headline(tmp_path)
-    (tmp_path / "recall.json").write_text('{"window"')
-    with pytest.raises(UserError, match="is not whole JSON"):
-        run_facts.headline(tmp_path)
+def config_of(tmp_path: Path) -> str:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    settings = {"name": "x", "model": sizes | {"sliding_window": 4}, "training": {"max_steps": 1000}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return str(tmp_path / "config.yaml")
+
+
+def test_the_run_folder_follows_the_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for overrides, folder in ([], "runs/x"), (["name=y"], "runs/y"), ([f"run_dir={tmp_path}/z"], f"{tmp_path}/z"):
+        monkeypatch.setattr("sys.argv", ["run_facts.py", config_of(tmp_path), *overrides])
+        run_facts.main()
+        assert capsys.readouterr().out == f"{folder}\n"
+
+
+def test_a_run_folder_with_other_settings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = config_of(tmp_path), tmp_path / "run"
+    run.mkdir()
+    (run / "settings.yaml").write_text(yaml.safe_dump(load_settings(config).model_dump(mode="json")))
+    monkeypatch.setattr("sys.argv", ["run_facts.py", config, f"run_dir={run}"])
+    run_facts.main()
+    monkeypatch.setattr("sys.argv", ["run_facts.py", config, f"run_dir={run}", "model.sliding_window=8"])
+    with pytest.raises(UserError, match=r"model\.sliding_window: 4 there, 8 now"):
+        run_facts.main()

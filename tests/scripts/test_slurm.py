@@ -1,4 +1,4 @@
-"""The SLURM script without a cluster: `srun` and `scontrol` stand in for two machines, all else is real."""
+"""The SLURM script without a cluster: `srun` and `scontrol` are stubs for two machines, all else is real."""
 
 import os
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 JOB = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "123"}
 SRUN = """#!/bin/bash
-# The command of each task, one after another.
+# Runs the command of each task, one after another.
+echo "cores of a task: ${SRUN_CPUS_PER_TASK:-as SLURM likes}"
 while [[ $1 == --* ]]; do case $1 in *=*) shift;; *) shift 2;; esac; done
 for node in 0 1; do
   SLURM_NODEID=$node "$@"
@@ -46,7 +47,15 @@ def test_every_machine_launches_with_its_own_number_and_the_address_of_the_first
         "--main_process_ip 127.0.0.1 --main_process_port 20123 --machine_rank {} "
         "train.py configs/smoke.yaml data.train_files=[a b.txt] --dry-run"
     )
-    assert done.stdout.splitlines() == [common.format(0), common.format(1)], done.stderr
+    assert done.stdout.splitlines()[1:] == [common.format(0), common.format(1)], done.stderr
+
+
+def test_each_task_gets_the_cores_that_the_job_asked_for(cluster: Path) -> None:
+    (cluster / "accelerate").write_text(ACCELERATE)
+    (cluster / "accelerate").chmod(0o755)
+    for job, cores in ({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({"SLURM_CPUS_PER_TASK": ""}, "as SLURM likes"):
+        done = submit(cluster, "configs/smoke.yaml", **JOB, **job)
+        assert done.stdout.splitlines()[0] == f"cores of a task: {cores}", done.stderr
 
 
 def test_what_a_machine_launches_is_a_real_launch(cluster: Path) -> None:
