@@ -99,6 +99,12 @@ class FusedProjections(nn.Module):
         missing_keys += [key for key in absent if key != prefix + self.fused_name] + missing
 
 
+def row_sizes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The rows of each projection in every fused parameter of `module`, by the parameter's name."""
+    fused = ((name, part) for name, part in module.named_modules() if isinstance(part, FusedProjections))
+    return {f"{name}.{part.fused_name}": part.fused_sizes for name, part in fused}
+
+
 def fused_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors named as in files, named as the parameters in memory: three of q, k and v become one of `qkv_weight`.
 

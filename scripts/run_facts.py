@@ -47,7 +47,7 @@ def main() -> None:
     from training.run.folder import check_settings, run_dir
 
     run = run_dir(settings)
-    check_settings(run, run / "settings.yaml", settings)
+    check_settings(run, settings)
     print(headline(run) if arguments.headline else run)
 
 

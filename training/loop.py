@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
+from model.projections import row_sizes
 from model.windows import reach
 from training.curriculum import Curriculum
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
@@ -100,7 +101,9 @@ class Trainer:
         self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
         names = [objective.name for objective in self.objectives]
         muon_dtype = DTYPES[self.facts["precision"]]
-        self.optimizer = SummedOptimizer(self.scorer.named_parameters(), names, settings.training.optimizer, muon_dtype)
+        self.optimizer = SummedOptimizer(
+            self.scorer.named_parameters(), names, settings.training.optimizer, muon_dtype, row_sizes(self.scorer)
+        )
 
         # 6. Resume.
         if checkpoint is not None:
@@ -115,7 +118,7 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_checkpoint(path, saved, self.facts)
-        load_whole(self.decoder.state_dict(), hub.load(path / "hf").state_dict())
+        load_whole(dict(self.decoder.named_parameters()), dict(hub.load(path / "hf").named_parameters()))
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])

@@ -1,5 +1,7 @@
 """Muon for many small matrices: those of one shape are orthogonalised as one batch.
 
+A weight that holds several projections (`model.projections`) is orthogonalised projection by projection.
+
 The update is that of `torch.optim.Muon`, with its constants, scaled to the size of AdamW's (Liu and others, 2025).
 Matrix by matrix, the twenty or so calls for each of the quickstart's 224 matrices would take a third of a step.
 """
@@ -23,11 +25,16 @@ EPS = 1e-7
 
 
 class BatchedMuon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised in `dtype`; every parameter is a matrix. Decay is decoupled, as in AdamW."""
+    """Nesterov momentum, orthogonalised in `dtype`; every parameter is a matrix. Decay is decoupled, as in AdamW.
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float, dtype: torch.dtype):
+    row_sizes: for a parameter that holds several projections, the rows of each.
+    """
+
+    def __init__(
+        self, params: Iterable[dict[str, Any]], lr: float, dtype: torch.dtype, row_sizes: dict[Tensor, tuple[int, ...]]
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": MOMENTUM})
-        self.dtype = dtype
+        self.dtype, self.row_sizes = dtype, row_sizes
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -40,11 +47,13 @@ class BatchedMuon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for shape, members in _by_shape(sharded).items():
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+            alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # width and rows of each projection
+            for i, p in enumerate(sharded):
+                alike[p.shape[1], *self.row_sizes.get(p, (p.shape[0],))].append(i)
+            for (_, *rows), members in alike.items():
                 stacked = torch.stack([updates[i] for i in members]).to(self.dtype)
-                step = _orthogonal(stacked, sharded[members[0]]).float()
-                torch._foreach_add_([params[i] for i in members], list(step.unbind()), alpha=-rate)
+                step = _orthogonal(stacked, sharded[members[0]], rows)
+                torch._foreach_add_([params[i] for i in members], list(step.unbind()), alpha=-group["lr"])
 
     def _momentum(self, p: Tensor) -> Tensor:
         state: dict[str, Tensor] = self.state[p]
@@ -53,51 +62,49 @@ class BatchedMuon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _by_shape(params: list[Tensor]) -> dict[torch.Size, list[int]]:
-    """Indices of the parameters of each shape."""
-    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-    for i, p in enumerate(params):
-        by_shape[p.shape].append(i)
-    return by_shape
-
-
-def _orthogonal(updates: Tensor, like: Tensor) -> Tensor:
-    """`orthogonalise` for updates of parameters that are sharded as `like` is; the ranks share the work."""
+def _orthogonal(updates: Tensor, like: Tensor, row_sizes: list[int]) -> Tensor:
+    """`scaled_parts` for updates of parameters that are sharded as `like` is; the ranks share the work."""
     if not isinstance(like, DTensor):
-        return _shared_out(updates)
-    return _from_rows(updates, like.shape[0], like.device_mesh.get_group())
+        return _shared_out(updates, row_sizes)
+    return _from_rows(updates, row_sizes, like.device_mesh.get_group())
 
 
-def _from_rows(rows: Tensor, height: int, group: dist.ProcessGroup) -> Tensor:
-    """Orthogonalise N matrices of `height` rows that are sharded by rows: (N, own rows, B) in, the same rows out.
+def _from_rows(rows: Tensor, row_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """`scaled_parts` of N matrices that are sharded by rows: (N, own rows, B) in, the same rows out.
 
     Each rank receives N / ranks whole matrices and sends their rows back, so none ever holds more than its share.
     """
-    ranks, (n, own, width) = dist.get_world_size(group), rows.shape
+    ranks, (n, own, width), height = dist.get_world_size(group), rows.shape, sum(row_sizes)
     share, most = -(-n // ranks), -(-height // ranks)  # matrices and rows per rank; the last has fewer
     sent = F.pad(rows, (0, 0, 0, most - own, 0, share * ranks - n))
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
     matrices = got.view(ranks, share, most, width).transpose(0, 1).reshape(share, ranks * most, width)
-    done = F.pad(orthogonalise(matrices[:, :height]), (0, 0, 0, ranks * most - height))
+    done = F.pad(scaled_parts(matrices[:, :height], row_sizes), (0, 0, 0, ranks * most - height))
     back = done.view(share, ranks, most, width).transpose(0, 1).contiguous()
     got = torch.empty_like(back)
     dist.all_to_all_single(got, back, group=group)
     return got.view(ranks * share, most, width)[:n, :own]
 
 
-def _shared_out(matrices: Tensor) -> Tensor:
-    """`orthogonalise`, each rank a share of the matrices. Ranks have the same gradients, so none repeats work."""
+def _shared_out(matrices: Tensor, row_sizes: list[int]) -> Tensor:
+    """`scaled_parts`, each rank a share of the matrices. Ranks have the same gradients, so none repeats work."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     share = -(-len(matrices) // ranks)
     if ranks == 1 or len(matrices) < ranks:
-        return orthogonalise(matrices)
+        return scaled_parts(matrices, row_sizes)
     mine = matrices[dist.get_rank() * share :][:share]
-    done = mine.new_zeros(share, *matrices.shape[1:])
-    done[: len(mine)] = orthogonalise(mine)
+    done = mine.new_zeros(share, *matrices.shape[1:], dtype=torch.float32)
+    done[: len(mine)] = scaled_parts(mine, row_sizes)
     gathered = done.new_empty(ranks * share, *matrices.shape[1:])
     dist.all_gather_into_tensor(gathered, done)
     return gathered[: len(matrices)]
+
+
+def scaled_parts(matrices: Tensor, row_sizes: list[int]) -> Tensor:
+    """Matrices (N, A, B) whose projections are each orthogonalised and scaled to the size of AdamW's updates."""
+    parts = [orthogonalise(part).float() * 0.2 * max(part.shape[1:]) ** 0.5 for part in matrices.split(row_sizes, 1)]
+    return torch.cat(parts, 1)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

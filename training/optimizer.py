@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from model.projections import fused_names
 from training.muon import BatchedMuon
 from training.processes.parallel import as_placed, local
 from training.settings.schema import OptimizerSettings
@@ -37,7 +38,8 @@ class SummedOptimizer:
     """One optimizer per objective over the same parameters.
 
     `take` moves an objective's gradients off the parameters after its backward pass. Once all objectives have been
-    differentiated at the same weights, `step` updates them. Muon orthogonalises in `muon_dtype`.
+    differentiated at the same weights, `step` updates them. Muon orthogonalises in `muon_dtype`, and each projection of
+    a parameter alone: `row_sizes` are the rows of each.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class SummedOptimizer:
         objectives: Iterable[str],
         s: OptimizerSettings,
         muon_dtype: torch.dtype = torch.bfloat16,
+        row_sizes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         named = [(n, p) for n, p in parameters if p.requires_grad]
         self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
         self.weight_decay = s.weight_decay
-        self.optimizers = {name: _optimizers(named, s, muon_dtype) for name in objectives}
+        self.optimizers = {name: _optimizers(named, s, muon_dtype, row_sizes or {}) for name in objectives}
         self._gradients: dict[str, list[Tensor | None]] = {}
 
     def take(self, objective: str, max_norm: float) -> Tensor:
@@ -94,8 +97,9 @@ class SummedOptimizer:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The moments of `state_tensors`. Those of the first version have one name for each projection."""
         saved: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
-        for key, tensor in tensors.items():
+        for key, tensor in fused_names(tensors).items():
             if key.count("/") == 2:
                 objective, moment, name = key.split("/")
                 saved[objective, name][moment] = tensor
@@ -109,7 +113,9 @@ class SummedOptimizer:
                         }
 
 
-def _optimizers(named: Named, s: OptimizerSettings, muon_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    named: Named, s: OptimizerSettings, muon_dtype: torch.dtype, row_sizes: Mapping[str, tuple[int, ...]]
+) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the layers' matrices and AdamW over the rest."""
     muon = [p for n, p in named if s.kind == "muon" and orthogonalised(n, p)]
     rest = [(n, p) for n, p in named if s.kind != "muon" or not orthogonalised(n, p)]
@@ -122,5 +128,6 @@ def _optimizers(named: Named, s: OptimizerSettings, muon_dtype: torch.dtype) -> 
         torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
     ]
     if muon:
-        optimizers.append(BatchedMuon([{"params": muon, "decays": True}], lr=s.lr, dtype=muon_dtype))
+        sizes: dict[Tensor, tuple[int, ...]] = {p: row_sizes[n] for n, p in named if n in row_sizes}
+        optimizers.append(BatchedMuon([{"params": muon, "decays": True}], s.lr, muon_dtype, sizes))
     return optimizers

@@ -35,7 +35,7 @@ MAX_LENGTHS = 4096  # lengths that are tried for chunked layers
 
 def backend_names() -> list[str]:
     """The names of all attention backends, those that this machine lacks included."""
-    from model.attention.backends import BACKENDS
+    from model.attention import BACKENDS
 
     return list(BACKENDS)
 

@@ -90,7 +90,7 @@ def open_items(examined: Examined, haystack: Haystack, order: Order) -> list[Tas
         options_by_name = {task.name: trained}
         if task.option in order.sizes:
             options_by_name = {
-                f"{task.name}-{n}": replace(trained, **{task.option: n}) for n in order.sizes[task.option]
+                f"{task.name}-{n}": trained.model_copy(update={task.option: n}) for n in order.sizes[task.option]
             }
         for name, options in options_by_name.items():
             vocabulary = _vocabulary(examined, task, options)

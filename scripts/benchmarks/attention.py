@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.mistral.modeling_mistral import eager_attention_forward
 
-from model.attention.plan import attend, prepare, tiles_from
-from model.places import Places
+from model.attention import plan_attention
+from model.packing import Packing
 from model.windows import LayerSpec, visible
 from scripts.benchmarks.timing import OURS, Row, Setup, Work, check_scores, compare, curves, peak_bytes
 from training.processes.precision import DTYPES, Machine
@@ -97,14 +97,10 @@ def bench_lengths(setup: Setup, lengths: list[int], window: int = 256) -> list[R
 
 
 def our_attention(spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Callable[[], Tensor]:
-    """Our attention as a function without arguments. Its first call makes what depends only on the shape."""
-    positions = torch.arange(q.shape[2], device=q.device)
-
-    @cache
-    def places() -> Places:
-        return prepare(spec, Places(positions[None]), backend, tiles=tiles_from(q.dtype, q.shape[-1]))
-
-    return lambda: attend(q, k, v, spec, places(), backend, None)
+    """Our attention as a function without arguments."""
+    plan = plan_attention(spec, q.shape[-1], backend, q.device.type, q.dtype, q.requires_grad)
+    packing = Packing.of_whole_rows(q.shape[2], q.device)
+    return lambda: plan.prepare(packing, len(q))(q, k, v, None)
 
 
 def attention_works(shape: Shape, backward: bool, precision: str, device: torch.device) -> dict[str, Work]:

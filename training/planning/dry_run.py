@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from model.attention.backends import choose_backend, serving
+from model.attention import check_backend, plan_attention
 from model.config import WindreachConfig
 from model.flops import cache_bytes, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
@@ -53,27 +53,23 @@ def plan_text(settings: Settings) -> str:
     """
     config = model_config(settings, vocab_size(settings))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layers = list(_layer_lines(config, _backend(config, device), settings.data.seq_len))
+    check_backend(config.attention_backend, config.specs, config.head_dim)
+    layers = list(_layer_lines(config, device, settings.data.seq_len))
     lines = [*layers, *_work_lines(settings, config, ranks=1), *_machine_lines(settings, config, device)]
     return f"plan of {settings.name}; nothing was trained\n{_aligned(lines)}"
 
 
-def _backend(config: WindreachConfig, device: torch.device) -> str:
-    """The attention backend of the layers on this device, and who chose it."""
-    name = choose_backend(config.attention_backend, config.specs, config.head_dim)
-    why = f"auto on {device.type}" if name == "auto" else "model.attention_backend"
-    return f"{serving(name, device)} ({why})"
-
-
-def _layer_lines(config: WindreachConfig, backend: str, seq_len: int) -> Lines:
-    """Each kind of layer, and the reach of all."""
+def _layer_lines(config: WindreachConfig, device: torch.device, seq_len: int) -> Lines:
+    """Each kind of layer with its attention backend and the reason for it, and the reach of all."""
     for spec in dict.fromkeys(config.specs):
         count = config.specs.count(spec)
         alone = copy.copy(config)
         alone.layers, alone.num_hidden_layers = [vars(spec)] * count, count
         cache = f"{size(cache_bytes(alone, length=seq_len))} of cache"
         cache += "" if spec.window else f" at {seq_len:,} tokens, growing"
-        yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; backend {backend}; {cache} (bf16, one sequence)"
+        plan = plan_attention(spec, config.head_dim, config.attention_backend, device.type, torch.float32, True)
+        backend = f"backend {plan.backend} ({plan.reason})"
+        yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; {backend}; {cache} (bf16, one sequence)"
     farthest, headline = reach(config.specs), window_times_layers(config.specs)
     yield "reach", "unbounded" if farthest is None else f"R = {farthest:,} tokens back, exactly"
     if farthest is not None and headline is not None:

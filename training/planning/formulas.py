@@ -209,9 +209,8 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
         + 4 * i * s  # gate, up, silu(gate), and its product with up
     )
     scratch_per_token = h * scratch_scores + 2 * i * s  # gradients of the scores, and of gate and up
-    joined = e * ((h + 2 * g) * d + 2 * i)  # training concatenates the weights of q, k, v, and those of gate and up
     autocast = s < setup.stream_bytes  # casts every matrix, and keeps the copy
-    copies = s * (joined + e * (h * d + i) if autocast else joined)
+    copies = s * e * ((2 * h + 2 * g) * d + 3 * i) if autocast else 0
     largest_gradient = 2 * e * i * setup.stream_bytes
     return rows * seq_len * kept_per_token + copies, rows * seq_len * scratch_per_token + largest_gradient
 
