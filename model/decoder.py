@@ -136,7 +136,8 @@ class WindreachModel(nn.Module):
             if any(kind.grew for kind in cache.slots.values()):
                 self._make_room(x, cache)
             slots = list(cache.slots.values())
-            streams = self._decode(x, packing, slots, cache.layers, output_hidden_states, self._structure)
+            run = self._decode if self._structure else self._run_one_token
+            streams = run(x, packing, slots, cache.layers, output_hidden_states, self._structure)
             cache.end()
         else:
             streams = self._run_chunk(tokens, packing, cache, output_hidden_states, positions_to_keep)
@@ -245,9 +246,11 @@ class WindreachModel(nn.Module):
         return x
 
     def _describe_modules(self) -> str:
-        """Changes with every module that is replaced, every hook, and every dtype or device."""
-        modules = [(id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in self.modules()]
-        return str(hash((*modules, *((p.dtype, p.device, p.shape) for p in self.parameters()))))
+        """Changes with every module, dtype and device. Empty where a module has a hook, which must see every call."""
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
+            return ""
+        parameters = [(p.dtype, p.device, p.shape) for p in self.parameters()]
+        return str(hash((*((id(m), type(m)) for m in self.modules()), *parameters)))
 
     def plans(self, x: Tensor) -> list[AttentionPlan]:
         """The plan of each kind of layer for a residual stream like `x`."""

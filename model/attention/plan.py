@@ -217,7 +217,7 @@ class AttentionPlan:
         device, documents = packing.positions.device, []
         for (first, end), rows in document_spans(packing.documents).items():
             documents.append((first, end, rows, self.prepare(Packing.of_whole_rows(end - first, device))))
-        return ByDocument(tuple(documents))
+        return ByDocument(tuple(documents)) if documents else Dense.of(self.spec, packing, packing)
 
 
 @lru_cache(maxsize=8)

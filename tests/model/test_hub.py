@@ -141,7 +141,7 @@ def test_dtype_is_the_one_asked_for_and_the_one_written(tmp_path: Path, dtype: t
 
 
 def test_backend_is_the_one_asked_for(tmp_path: Path) -> None:
-    assert load(saved(tmp_path), backend="reference").model.layers[0].self_attn.backend == "reference"
+    assert load(saved(tmp_path), backend="reference").config.attention_backend == "reference"
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, -1])

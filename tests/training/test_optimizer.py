@@ -159,9 +159,8 @@ def test_orthogonalising_keeps_the_precision_it_is_given() -> None:
 def test_matrices_decay_and_norms_embeddings_and_sinks_do_not() -> None:
     model = tiny_model([{"window": 5, "sink": True}], qk_norm=True)
     names = {name for name, p in model.named_parameters() if decayed(name, p)}
-    matrices = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
-    assert names == {f"model.layers.0.{m}.weight" for m in matrices} | {"lm_head.weight"}
+    matrices = ("self_attn.qkv_weight", "self_attn.o_proj.weight", "mlp.gate_up_weight", "mlp.down_proj.weight")
+    assert names == {f"model.layers.0.{m}" for m in matrices} | {"lm_head.weight"}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = SummedOptimizer(model.named_parameters(), ["text"], SETTINGS)
     for p in model.parameters():
