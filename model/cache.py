@@ -173,10 +173,13 @@ class RingLayer(CacheLayerMixin):
         self.keys, self.values = key_values.transpose(1, 2).chunk(2, dim=1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for all slots, in the dtype and on the device of the keys. Full layers grow from time to time."""
+        self.make_room(key_states, 2 * key_states.shape[1], key_states.shape[3])
+
+    def make_room(self, like: Tensor, heads: int, head_dim: int) -> None:
+        """Make room for all slots, in the dtype and on the device of `like`. Full layers grow from time to time."""
         b, slots = self.slots.positions.shape
         if not self.is_initialized:
-            self._set(key_states.new_zeros(b, 0, 2 * key_states.shape[1], key_states.shape[3]))
+            self._set(like.new_zeros(b, 0, heads, head_dim))
             self.is_initialized = True
         if self.key_values.shape[1] < slots:
             self._set(F.pad(self.key_values, (0, 0, 0, 0, 0, slots - self.key_values.shape[1])))
@@ -231,6 +234,7 @@ class RingCache(Cache):
     """
 
     def __init__(self, config: WindreachConfig) -> None:
+        self.head_shape = 2 * config.num_key_value_heads, config.head_dim
         self.slots = {spec: Slots(spec) for spec in config.specs}
         super().__init__(layers=[RingLayer(self.slots[spec]) for spec in config.specs])
         self._release()
@@ -257,9 +261,13 @@ class RingCache(Cache):
         packing, self.ends = count_positions(documents, ends)
         return packing
 
-    def begin(self, chunk: Packing, in_slots: bool) -> None:
+    def begin(self, chunk: Packing, like: Tensor | None = None) -> None:
+        """Make room for a chunk. With `like`, a tensor of the keys' dtype and device, it attends over the slots."""
         for slots in self.slots.values():
-            slots.begin(chunk, in_slots)
+            slots.begin(chunk, in_slots=like is not None)
+        if like is not None and any(slots.grew for slots in self.slots.values()):
+            for layer in self.layers:
+                layer.make_room(like, *self.head_shape)
 
     def end(self) -> None:
         for slots in self.slots.values():

@@ -12,7 +12,7 @@ class WindreachConfig(MistralConfig):
     """`MistralConfig` plus `layers`: one dict of `LayerSpec` fields per layer (default: all sliding).
 
     qk_norm: RMSNorm of each head's queries and keys before they are rotated, as in Qwen3.
-    attention_backend: `auto`, or one of `model.attention.backends.BACKENDS`.
+    attention_backend: `auto`, or one of `model.attention.BACKENDS`.
     Raises UserError for shapes that can't be built.
     """
 
@@ -40,8 +40,7 @@ class WindreachConfig(MistralConfig):
                 f"{self.num_hidden_layers}; change one of them"
             )
         self._refuse_what_the_decoder_lacks()
-        for i, layer in enumerate(self.layers):
-            _spec(i, layer)
+        _ = self.specs  # raises for a layer that can't be built
 
     def _refuse_what_the_decoder_lacks(self) -> None:
         """Settings of other Mistral-like models that would else be ignored in silence."""

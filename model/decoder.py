@@ -9,6 +9,7 @@ Legend: B batch, T positions, H heads, G kv heads, D head size, E hidden size.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -89,6 +90,9 @@ class DecoderLayer(nn.Module):
         return x_bte + self.mlp(self.post_attention_layernorm(x_bte))
 
 
+Call = tuple[nn.Module, Rotary | None, Attend, RingLayer | None]  # a layer and its arguments after the stream
+
+
 class WindreachModel(nn.Module):
     """Embedding, layers and final norm: token ids (B, T) to hidden states (B, T, E)."""
 
@@ -99,14 +103,15 @@ class WindreachModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, spec) for spec in config.specs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.kinds = tuple(dict.fromkeys(config.specs))
-        self.kind_of_layer = [self.kinds.index(spec) for spec in config.specs]
+        self.specs = config.specs
+        self.kinds = tuple(dict.fromkeys(self.specs))
+        self.kind_of_layer = [self.kinds.index(spec) for spec in self.specs]
         # transformers' activation_checkpointing_enable sets these two.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
-        self._decode: Callable[..., list[Tensor]] = self._run_one_token
-        self._run_region: Callable[..., Tensor] | None = None
-        self._structure = ""
+        self._decode: Callable[..., Tensor] = self._run_one_token
+        self._run_region: Callable[..., Tensor] = _run_region
+        self._structure = ""  # of the modules when they were compiled; empty: not compiled
 
     def forward(
         self,
@@ -130,14 +135,11 @@ class WindreachModel(nn.Module):
         packing = _pack(tokens, documents, attention_mask, position_ids, cache)
         if cache is None:
             streams = self._run_whole_rows(self._embed(tokens), packing, output_hidden_states)
-        elif tokens.shape[1] == 1 and not torch.is_grad_enabled() and self.config.attention_backend != "reference":
-            cache.begin(packing, in_slots=True)
+        elif self._fits_slots(tokens, output_hidden_states):
             x = self._embed(tokens)
-            if any(kind.grew for kind in cache.slots.values()):
-                self._make_room(x, cache)
-            slots = list(cache.slots.values())
+            cache.begin(packing, x.new_empty(0, dtype=product_dtype(x)))
             run = self._decode if self._structure else self._run_one_token
-            streams = run(x, packing, slots, cache.layers, output_hidden_states, self._structure)
+            streams = [run(x, packing, list(cache.slots.values()), cache.layers, self._structure)]
             cache.end()
         else:
             streams = self._run_chunk(tokens, packing, cache, output_hidden_states, positions_to_keep)
@@ -155,7 +157,7 @@ class WindreachModel(nn.Module):
             raise UserError("there is no input; give input_ids or inputs_embeds")
         if tokens.shape[1] == 0:
             raise UserError("the input is empty; give at least one token a row")
-        if cache is not None and cache.claim(self, self.config.specs) and self._run_region is not None:
+        if cache is not None and cache.claim(self, self.specs) and self._structure:
             self._structure = self._describe_modules()
         return cache
 
@@ -176,7 +178,7 @@ class WindreachModel(nn.Module):
         skip = tokens.shape[1] - last if last else 0
         for part, part_packing in zip(tokens.split(PREFILL_TOKENS, 1), packing.split(PREFILL_TOKENS)):
             x = self._embed(part)
-            cache.begin(part_packing, in_slots=False)
+            cache.begin(part_packing)
             attends = [slots.attend_behind(plan) for slots, plan in zip(cache.slots.values(), self.plans(x))]
             streams = self._run_layers(x, part_packing, attends, cache.layers, keep_all)
             cache.end()
@@ -185,65 +187,57 @@ class WindreachModel(nn.Module):
             skip -= part.shape[1]
         return [torch.cat(stream, 1) for stream in zip(*parts)]
 
+    def _fits_slots(self, tokens: Tensor, keep_all: bool) -> bool:
+        """Whether the input is a single token a row that may attend over the slots of a cache themselves."""
+        oracle = self.config.attention_backend == "reference"
+        return tokens.shape[1] == 1 and not (keep_all or oracle or torch.is_grad_enabled())
+
     def _run_one_token(
-        self,
-        x: Tensor,
-        token: Packing,
-        slots: Sequence[Slots],
-        rings: Sequence[RingLayer],
-        keep_all: bool,
-        structure: str,
-    ) -> list[Tensor]:
-        """The same for one token a row behind a cache. `compile_decoding` compiles it, for each `structure` anew."""
+        self, x: Tensor, token: Packing, slots: Sequence[Slots], rings: Sequence[RingLayer], structure: str
+    ) -> Tensor:
+        """The stream after the last layer for one token a row. `compile_decoding` compiles it for each `structure`."""
         attends = [kind.attend_in_slots(product_dtype(x)) for kind in slots]
-        return self._run_layers(x, token, attends, rings, keep_all)
+        calls = self._calls(token, attends, rings)
+        for first in range(0, len(calls), REGION):
+            x = self._run_region(x, calls[first : first + REGION])
+        return x
 
     def _run_layers(
         self, x: Tensor, packing: Packing, attends: Sequence[Attend], rings: Sequence[RingLayer | None], keep_all: bool
     ) -> list[Tensor]:
-        """`attends` is the attention of each kind of layer, `rings` the cache of each layer."""
-        rotary, streams = self._rotary(packing), [x]
-        if self._run_region is not None and packing.positions.shape[1] == 1 and not keep_all:
-            return [self._run_regions(x, rotary, attends, rings)]
-        for layer, kind, ring in zip(self.layers, self.kind_of_layer, rings, strict=True):
+        streams = [x]
+        for layer, rotary, attend, ring in self._calls(packing, attends, rings):
             if self.gradient_checkpointing and self.training and ring is None:
-                x = self._gradient_checkpointing_func(layer, x, rotary[kind], attends[kind])
+                x = self._gradient_checkpointing_func(layer, x, rotary, attend)
             else:
-                x = layer(x, rotary[kind], attends[kind], ring)
+                x = layer(x, rotary, attend, ring)
             streams = [*streams, x] if keep_all else [x]
         return streams
 
+    def _calls(self, packing: Packing, attends: Sequence[Attend], rings: Sequence[RingLayer | None]) -> list[Call]:
+        """What each layer is called with: the rotary tables and the attention of its kind, and its cache."""
+        thetas = [(spec.rope_theta or self.config.rope_base) if spec.rope else 0.0 for spec in self.kinds]
+        tables = {theta: rotary_tables(packing, self.config.head_dim, theta) for theta in thetas if theta}
+        return [
+            (layer, tables.get(thetas[kind]), attends[kind], ring)
+            for layer, kind, ring in zip(self.layers, self.kind_of_layer, rings, strict=True)
+        ]
+
     def compile_decoding(self) -> None:
-        """Compile `_run_one_token`, a region of layers once for all regions.
+        """Compile `_run_one_token`, and `_run_region` once for all regions.
 
         Checking the modules at each token would cost a tenth of it. Instead `_describe_modules` describes them when a
         cache is new, and another description is another compilation.
         """
         grows = any(spec.ring_slots is None for spec in self.kinds)  # then sizes are variables, which costs some speed
         self._run_region = torch.compiler.nested_compile_region(_run_region)
+        self._structure = self._describe_modules()
         self._decode = torch.compile(
             self._run_one_token,
             dynamic=None if grows else False,
             fullgraph=True,
             options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
         )
-
-    def _run_regions(
-        self, x: Tensor, rotary: Sequence[Rotary | None], attends: Sequence[Attend], rings: Sequence[RingLayer | None]
-    ) -> Tensor:
-        assert self._run_region is not None
-        layers = list(
-            zip(
-                self.layers,
-                (rotary[kind] for kind in self.kind_of_layer),
-                (attends[kind] for kind in self.kind_of_layer),
-                rings,
-                strict=True,
-            )
-        )
-        for first in range(0, len(layers), REGION):
-            x = self._run_region(x, layers[first : first + REGION])
-        return x
 
     def _describe_modules(self) -> str:
         """Changes with every module, dtype and device. Empty where a module has a hook, which must see every call."""
@@ -258,21 +252,9 @@ class WindreachModel(nn.Module):
         device, dtype = x.device.type, product_dtype(x)
         return [plan_attention(spec, head_dim, backend, device, dtype, gradients) for spec in self.kinds]
 
-    def _rotary(self, packing: Packing) -> list[Rotary | None]:
-        """Rotary tables for each kind of layer. Kinds of the same theta share one."""
-        thetas = [(spec.rope_theta or self.config.rope_base) if spec.rope else 0.0 for spec in self.kinds]
-        tables = {theta: rotary_tables(packing, self.config.head_dim, theta) for theta in thetas if theta}
-        return [tables.get(theta) for theta in thetas]
 
-    def _make_room(self, x: Tensor, cache: RingCache) -> None:
-        """Give the rings of a new cache their slots, which a layer can't do for a single token."""
-        keys = x.new_empty(len(x), self.config.num_key_value_heads, 0, self.config.head_dim, dtype=product_dtype(x))
-        for ring in cache.layers:
-            ring.lazy_initialization(keys, keys)
-
-
-def _run_region(x: Tensor, layers: Sequence[tuple[nn.Module, Rotary | None, Attend, RingLayer | None]]) -> Tensor:
-    for layer, rotary, attend, ring in layers:
+def _run_region(x: Tensor, calls: Sequence[Call]) -> Tensor:
+    for layer, rotary, attend, ring in calls:
         x = layer(x, rotary, attend, ring)
     return x
 
@@ -318,6 +300,13 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = WindreachModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "WindreachForCausalLM":
+        """The checkpoint in `folder`: `model.hub.load`. The library's own loader can't fill joined projections."""
+        from model import hub
+
+        return hub.load(folder, dtype=dtype)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, MinistralConfig, MinistralForCausalLM, MistralConfig, MistralForCausalLM
 
+from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.hub import is_mistral, load, load_config, save_hf
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
@@ -138,6 +139,12 @@ def test_dtype_is_the_one_asked_for_and_the_one_written(tmp_path: Path, dtype: t
     model = load(saved(tmp_path / "first"), dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert written_config(saved(tmp_path / "second", model))["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_the_librarys_way_to_load_is_ours(tmp_path: Path) -> None:
+    model, ids = tiny_model(), token_ids(1, 20)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(WindreachForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_backend_is_the_one_asked_for(tmp_path: Path) -> None:
