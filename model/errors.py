@@ -1,4 +1,4 @@
-"""Mistakes of the user, told as a sentence: what, where, the value, the remedy."""
+"""A user's mistakes, reported in a sentence: what, where, the value, the remedy."""
 
 import errno
 import os
@@ -12,18 +12,17 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """The user's input is wrong; the message names it and says how to mend it."""
+    """The user's input is wrong. The message says what is wrong and how to correct it."""
 
 
 def cli(main: Callable[[], int | None]) -> int:
-    """Run an entry point and return its exit code: 2 with a message for a `UserError`, 130 for Ctrl-C.
+    """Run an entry point and return its exit code: 2 with a message for a `UserError` or a full disk, 130 for Ctrl-C.
 
-    A full disk, wherever it is met, is a sentence too. Where the output's reader has left (`... | head`), 141 without
-    a word, as a shell says of other programs.
+    141 without a message if the reader of the output has closed it (`... | head`), as other programs do.
     """
     try:
         code = main() or 0
-        sys.stdout.flush()  # not at exit, where a reader that has left would be an exception that nobody catches
+        sys.stdout.flush()  # at exit, nobody would catch the exception for a closed output
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,7 +40,7 @@ def cli(main: Callable[[], int | None]) -> int:
 
 
 def _silenced() -> bool:
-    """Whether standard output or error has lost its reader; such a one writes to nowhere from now on."""
+    """Whether standard output or error was closed by its reader. A closed one is redirected to nowhere."""
     lost = [stream for stream in (sys.stdout, sys.stderr) if _has_lost_its_reader(stream)]
     for stream in lost:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,11 +1,11 @@
-"""What a configuration costs: parameters, FLOPs and cache bytes, without allocating a weight."""
+"""Parameters, FLOPs and cache bytes of a configuration, computed without building the model."""
 
 from model.config import WindreachConfig
 from model.windows import cache_slots, keys_per_query
 
 
 def parameters(config: WindreachConfig) -> dict[str, int]:
-    """Parameters by part; tied embeddings are counted once.
+    """Number of parameters by part. Tied embeddings count once.
 
     >>> parameters(WindreachConfig())["embedding"] == 32000 * 4096
     True
@@ -25,7 +25,7 @@ def parameters(config: WindreachConfig) -> dict[str, int]:
 
 
 def count_parameters(config: WindreachConfig) -> int:
-    """Parameters of the model, tied embeddings counted once.
+    """Number of parameters of the model. Tied embeddings count once.
 
     >>> count_parameters(WindreachConfig())
     7241732096
@@ -34,11 +34,11 @@ def count_parameters(config: WindreachConfig) -> int:
 
 
 def forward_flops(config: WindreachConfig, seq_len: int) -> dict[str, float]:
-    """FLOPs of a forward pass by part, per token of a document of `seq_len` tokens, 2 per multiply-add.
+    """FLOPs of a forward pass by part, per token of a document of `seq_len` tokens. A multiply-add is 2 FLOPs.
 
-    Matrices: 2 per weight; the embedding look-up costs none. `attention`: 4 * H * D per *visible* key (scores and
-    mixture). A backend may multiply more pairs than are visible (blocks twice to three times as many, the reference
-    all T x T): that is its waste, not work of the model.
+    Matrices cost 2 per weight, the embedding nothing, attention 4 * H * D per *visible* key (scores and weighted sum).
+    A backend may compute more pairs than are visible: blocks two to three times as many, the reference all T x T.
+    These do not count as work of the model.
     """
     e, i, d = config.hidden_size, config.intermediate_size, config.head_dim
     h, g, k = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
@@ -52,11 +52,11 @@ def forward_flops(config: WindreachConfig, seq_len: int) -> dict[str, float]:
 
 
 def flops_per_token(config: WindreachConfig, seq_len: int, training: bool = True) -> float:
-    """FLOPs per token by the count of `forward_flops`. A training step costs three forward passes."""
+    """FLOPs per token, the sum of `forward_flops`. A training step costs three forward passes."""
     return sum(forward_flops(config, seq_len).values()) * (3 if training else 1)
 
 
 def cache_bytes(config: WindreachConfig, dtype_bytes: int = 2, batch: int = 1, length: int | None = None) -> int:
-    """Bytes of keys and values that generation holds; `length` is needed when a layer is full."""
+    """Bytes of keys and values in the cache after `length` tokens, which matters only if a layer is full."""
     per_slot = 2 * batch * config.num_key_value_heads * config.head_dim * dtype_bytes
     return per_slot * sum(cache_slots(spec, length or 0) for spec in config.specs)

@@ -1,7 +1,7 @@
-"""A deep stack that starts as a shallower trained one, its layers repeated (stacking: Gong and others, 2019).
+"""A deep stack that starts from a shallower trained one by repeating its layers (stacking: Gong et al., 2019).
 
-What one layer of a relay has learned, to hand a value on by W - 1 tokens, the layer above it needs too. So a stack
-grown from a trained relay recalls farther than that one did before it has been trained for a single step.
+A layer of a relay has learned to move a value by W - 1 tokens, and the layer above it needs the same. So the grown
+stack recalls farther than the shallow one before its first training step.
 """
 
 import re
@@ -13,25 +13,25 @@ from model.errors import UserError
 
 
 def grown_from(shallow: int, deep: int) -> list[int]:
-    """For each layer of the deep stack the layer that it starts as.
+    """For each layer of the deep stack, the layer of the shallow one whose weights it starts from.
 
-    The two ends do work of their own: they find the value and say it. Those between stay as they are, and are followed
-    by as many of themselves as are missing, the last ones, so that what each layer reads is what it was trained
-    on, or near it. Raises ValueError below three layers.
+    The first and the last layer do work of their own: they find the value and output it. The middle layers stay, and
+    the last of them are repeated, so that each layer reads what it was trained on or something close.
+    Raises ValueError for fewer than three layers.
 
     >>> grown_from(5, 7), grown_from(4, 9)
     ([0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 2, 1, 2, 1, 2, 3])
     """
     if not 3 <= shallow <= deep:
-        raise ValueError(f"{shallow} layers can't grow to {deep}; give at least 3, and no more than there are here")
-    between, missing = shallow - 2, deep - shallow
-    return [*range(shallow - 1), *(1 + i % between for i in range(-missing, 0)), shallow - 1]
+        raise ValueError(f"{shallow} layers can't grow to {deep}; start from at least 3 layers, and at most {deep}")
+    middle, missing = shallow - 2, deep - shallow
+    return [*range(shallow - 1), *(1 + i % middle for i in range(-missing, 0)), shallow - 1]
 
 
 def grow(model: WindreachForCausalLM, trained: WindreachForCausalLM) -> None:
-    """Overwrite the weights of `model` with those of `trained`, in place; windows and kinds of layers may differ.
+    """Overwrite the weights of `model` with those of `trained`, in place. Windows and kinds of layers may differ.
 
-    Raises UserError where a weight has another shape there, or is missing.
+    Raises UserError where `trained` lacks a weight or has another shape.
     """
     theirs, ours = trained.state_dict(), model.state_dict()
     try:

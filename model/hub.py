@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's formats: a stack that Mistral can express is saved as Mistral, and only that one."""
+"""Checkpoints in Hugging Face's formats. A stack is saved as Mistral or Qwen3 exactly if that can express it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -21,12 +21,12 @@ _ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM", 
 
 
 def is_mistral(config: WindreachConfig) -> bool:
-    """Whether every layer is the same plain sliding (or full) layer, which is all that a Mistral config can say."""
+    """Whether all layers are the same plain sliding or full layer, which is all that a Mistral config can express."""
     return not config.qk_norm and _is_plain(config.specs) and len(set(config.specs)) == 1
 
 
 def is_qwen3(config: WindreachConfig) -> bool:
-    """Whether heads are normalised, and layers plain, sliding with one window or full, which a Qwen3 config can say."""
+    """Whether heads are normalised and all layers are full or slide with one window, as a Qwen3 config can express."""
     windows = {spec.window for spec in config.specs if spec.kind == "sliding"}
     return config.qk_norm and _is_plain(config.specs) and len(windows) <= 1
 
@@ -38,9 +38,9 @@ def _is_plain(specs: Iterable[LayerSpec]) -> bool:
 def save_hf(
     model: WindreachForCausalLM, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write `config.json` and `model.safetensors` (tied output matrix left out, as transformers does).
+    """Write `config.json` and `model.safetensors`. A tied output matrix is left out, as `transformers` does.
 
-    `state_dict` replaces the model's own weights, where these are sharded over processes.
+    `state_dict`: the whole weights, where those of `model` are sharded over processes.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -105,11 +105,11 @@ def _spec_of(layer_type: str, window: int) -> dict[str, object]:
 
 
 def load(path: str | Path, backend: str = "auto", dtype: torch.dtype = torch.float32) -> WindreachForCausalLM:
-    """Load a checkpoint folder, in evaluation mode. Raises UserError when a file is missing, cut short or another's."""
+    """Load a checkpoint folder, in evaluation mode. Raises UserError for a missing, damaged or unsuitable file."""
     path = Path(path)
     config = load_config(path, backend)
     weights: dict[str, torch.Tensor] = {}
-    files = sorted(path.glob("model*.safetensors"))  # Mistral's own consolidated.safetensors lies beside them at times
+    files = sorted(path.glob("model*.safetensors"))  # not Mistral's own consolidated.safetensors
     if not files:
         raise UserError(f"{path} holds no model*.safetensors file; give the folder of a checkpoint")
     for file in files:
