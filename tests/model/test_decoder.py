@@ -309,13 +309,20 @@ def test_layers_default_to_the_sliding_window_of_the_configuration() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's tracer warns about its own code
-def test_compiled_layers_compute_the_same_and_keep_the_names_of_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_with = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda layer: compile_with(layer, backend="eager")
-    )  # seconds, not minutes
-    model, ids = tiny_model(num_hidden_layers=2), token_ids(2, T)
-    names, expected = list(model.state_dict()), model(ids).logits
+@pytest.mark.parametrize("layers", [[{"window": W}] * 2, [{"window": 130}, {"kind": "full"}]], ids=["blocks", "tiles"])
+def test_compiled_layers_compute_the_same_and_keep_the_names_of_their_weights(
+    layers: list,
+) -> None:
+    """Compiled by Inductor, as in training: packed and whole rows."""
+    model, ids = tiny_model(layers).train(), token_ids(2, 150)
+    documents = torch.arange(150)[None].expand(2, -1) // 60
+    names, weights = list(model.state_dict()), list(model.parameters())
+    inputs = ({"input_ids": ids}, {"input_ids": ids, "documents": documents})
+    expected = [(model(**x).logits, gradients(model(**x).logits, weights)) for x in inputs]
     model.compile_layers()
-    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    for x, (logits, grads) in zip(inputs, expected, strict=True):
+        compiled = model(**x).logits
+        torch.testing.assert_close(compiled, logits, atol=1e-5, rtol=1e-4)
+        for ours, theirs in zip(gradients(compiled, weights), grads, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
     assert list(model.state_dict()) == names

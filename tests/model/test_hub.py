@@ -175,8 +175,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_file_in_the_format_of_mistral_beside_the_weights_is_left_alone(tmp_path: Path) -> None:
-    save_file({"tok_embeddings.weight": torch.zeros(2)}, saved(tmp_path) / "consolidated.safetensors")
-    load(tmp_path)
+    expected = tiny_model(seed=3)
+    save_file({"tok_embeddings.weight": torch.zeros(2)}, saved(tmp_path, expected) / "consolidated.safetensors")
+    got = load(tmp_path).state_dict()
+    assert got.keys() == expected.state_dict().keys()
+    assert all(torch.equal(got[name], weight) for name, weight in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.model.tiny import tiny_model
+from model.decoder import WindreachForCausalLM
+from model.projections import FUSED, row_sizes
+from tests.model.tiny import tiny_model, token_ids
 from training.muon import orthogonalise
 from training.optimizer import SummedOptimizer, decayed
 from training.settings.schema import OptimizerSettings
@@ -181,3 +183,57 @@ def test_dropped_gradients_leave_weights_and_moments_alone() -> None:
     optimizer.step(0.01, {"text": 1.0})
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert optimizer.state_tensors() == {}
+
+
+def joined(kind: str) -> tuple[WindreachForCausalLM, SummedOptimizer]:
+    model = tiny_model()
+    settings = OptimizerSettings(kind=kind, lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
+    return model, SummedOptimizer(model.named_parameters(), ["text"], settings, torch.float32, row_sizes(model))
+
+
+def decoder_steps(model: WindreachForCausalLM, optimizer: SummedOptimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        ids = token_ids(2, 17, seed=step)
+        model(ids, labels=ids).loss.backward()
+        optimizer.take("text", 1.0)
+        optimizer.step(0.01, {"text": 1.0})
+
+
+def test_muon_orthogonalises_each_projection_of_a_joined_parameter_alone() -> None:
+    model, optimizer = joined("muon")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ids = token_ids(2, 17)
+    model(ids, labels=ids).loss.backward()
+    layer = model.model.layers[1].self_attn
+    gradient = layer.qkv_weight.grad.clone()
+    optimizer.take("text", 1e9)
+    optimizer.step(0.01, {"text": 1.0})
+    rows = dict(zip(("q_proj", "k_proj", "v_proj"), gradient.split(layer.fused_sizes), strict=True))
+    for name, part in rows.items():
+        key = f"model.layers.1.self_attn.{name}.weight"
+        alone = nn.Parameter(before[key].clone())
+        alone.grad = part.clone()
+        torch.optim.Muon([alone], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+        torch.testing.assert_close(model.state_dict()[key], alone.detach(), atol=2e-4, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_of_single_projections_as_the_first_version_saved_them_continue_bit_for_bit(kind: str) -> None:
+    (whole, of_whole), (halves, first) = joined(kind), joined(kind)
+    decoder_steps(whole, of_whole, 0, 6)
+    decoder_steps(halves, first, 0, 3)
+    saved = {}
+    for key, tensor in first.state_tensors().items():
+        stem, _, parameter = key.rpartition(".")
+        names = FUSED.get(parameter, ())
+        sizes = row_sizes(halves)[key.rpartition("/")[2]] if names else ()
+        parts = tensor.split(sizes) if names and tensor.ndim else [tensor] * len(names)
+        saved |= {f"{stem}.{n}.weight": part.clone() for n, part in zip(names, parts, strict=True)} or {key: tensor}
+    assert any("q_proj" in name for name in saved)
+    second = SummedOptimizer(
+        halves.named_parameters(), ["text"], OptimizerSettings(kind=kind, lr=0.01, weight_decay=0.1), torch.float32,
+        row_sizes(halves),
+    )  # type: ignore[arg-type]  # fmt: skip
+    second.load_state_tensors(saved)
+    decoder_steps(halves, second, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
