@@ -282,10 +282,10 @@ class RingCache(Cache):
             part.select_rows(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens of each row, as if they had never come.
+        """Remove the newest tokens of each row, as if they had never come. `tokens_to_remove` is minus their number.
 
-        Raises UserError where the keys that a shorter sequence needs are overwritten (a ring can go back one token, or
-        any number before its first turn), and where a row would return to an earlier document.
+        Raises UserError where the keys that a shorter sequence needs are overwritten (any number of tokens can be removed
+        before a ring is full, and one afterwards), and where a row would return to an earlier document.
         """
         tokens, seen = -tokens_to_remove, self.get_seq_length()
         if not 0 <= tokens <= seen:

@@ -28,7 +28,7 @@ from model.projections import FusedProjections
 from model.rope import Rotary, rotary_tables, rotate
 from model.windows import LayerSpec
 
-REGION = 4  # layers that are compiled once and called again and again: more take longer to compile, fewer to call
+REGION = 4  # layers compiled as one unit, which is then called in turn: more compile longer, fewer need more calls
 PREFILL_TOKENS = 1024  # of a chunk behind a cache that pass through the layers at a time; any number gives the same
 
 

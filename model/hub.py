@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's formats. A stack is saved as Mistral or Qwen3 exactly if that can express it."""
+"""Hugging Face checkpoints: saved as Mistral or Qwen3 if such a config can express the stack, else as Windreach."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -106,7 +106,7 @@ def row_sizes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fused_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors named as in files, named as the parameters in memory: three of q, k and v become one of `qkv_weight`.
+    """Renames tensors from files to the parameters in memory: those of q, k and v are joined to one `qkv_weight`.
 
     Serves weights and what an optimizer keeps for each weight, whatever stands before the projection's name.
     """

@@ -1,8 +1,9 @@
 """Short windows as batched matrix products: O(T * W) time and memory, forward and backward, on any device.
 
-The sequence is cut into blocks of C = W tokens. Query i of a block sees keys 0…i of its own block and keys i+1…C−1 of
-the block before. So for each j it sees key j of exactly one of the two blocks, and one C x C square of scores holds
-everything a block needs: two products, one softmax. The second block with W = C = 3:
+The sequence is cut into blocks of C tokens: W, or MIN_BLOCK if that is more. Take C = W. Then query i of a block sees
+keys 0…i of its own block and keys i+1…C−1 of the block before. So for each j it sees key j of exactly one of the two
+blocks, and one C x C square of scores holds everything a block needs: two products, one softmax. Where C > W, the
+bias hides the keys of the square that are outside the window. The second block with W = C = 3:
 
     key       0 1 2 | 3 4 5        the keys in the square
     query 3   . x x | x . .        3 1 2

@@ -134,7 +134,7 @@ def _tile_window(head_size: int, dtype: torch.dtype, gradients: bool) -> int:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How layers of one kind are computed: by which `backend`, for which `reason`, and from which window on in tiles.
+    """How layers of one kind are computed: by which `backend`, for which `reason`, in tiles if W >= `tile_window`.
 
     `prepare` and `prepare_cached` build what all layers of the kind share for a batch. They return the function that a
     layer calls.

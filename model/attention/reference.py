@@ -1,6 +1,6 @@
 """Dense attention with an explicit mask: the oracle, and the forms that read a cache of few keys.
 
-Legend: B batch, T query positions, S key positions, H heads, G kv heads, R = H / G, D head size.
+Legend: B batch, T query positions, S key positions, H heads, G kv heads, R = H / G (not the reach), D head size.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from model.windows import LayerSpec
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 QUERIES_PER_MASK = 256  # of a chunk behind a cache: the mask has a column for every key in the cache
-LOOP_KEYS = 256  # keys up to which a compiled single query is faster as sums in the surrounding loop than as a call
+LOOP_KEYS = 256  # for one compiled query: up to this many keys, sums in generated loops are faster than a kernel
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

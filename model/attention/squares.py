@@ -1,8 +1,8 @@
 """The two triangles at the edges of a long window, as squares of scores: see `model.attention.tiles`.
 
 Query i of a block sees keys 0…i of its own block and keys i+1…C−1 of the block W tokens earlier: key j of exactly one
-of the two. So one square of scores holds both triangles (as in `model.attention.blocks`), with the log-sum-exp and the
-gradients that are needed to merge other tiles.
+of the two. So one square of scores holds both triangles (as in `model.attention.blocks`). Its log-sum-exp is kept, so
+that other tiles can be merged into it, and so are the parts of the gradients.
 
 Legend: X rows and kv heads, T tokens, N blocks, C tokens of a block, D head size.
 """
@@ -76,7 +76,7 @@ class Squares:
         return torch.where(self._own_block(x), x @ k.mT, x @ k_back.mT if self.back else unseen).to(dtype)
 
     def _split(self, square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The part of the own block, and that of the block before. Overwrites `square`."""
+        """The part of the own block, and that of the block W tokens earlier. Overwrites `square`."""
         square = square.to(dtype)
         own = square * self._own_block(square) if self.back else square
         return own, square.sub_(own) if self.back else own

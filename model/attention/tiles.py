@@ -1,13 +1,14 @@
 """Long windows on a CPU without a mask: squares and rectangles of scores, merged by their log-sum-exp.
 
-A query sees all of the last W tokens. For a row of query blocks of C = 2^m * LEAF <= W tokens, the visible keys are a
-lower triangle in each block, an upper triangle W tokens earlier, and a rectangle of W - C whole columns between them.
+A query sees all of the last W tokens. Cut the row into blocks of C tokens, where C <= W is LEAF times a power of 2.
+The keys that a block of queries sees are a lower triangle in the block itself, an upper triangle W tokens earlier,
+and a rectangle between them: W - C keys that all queries of the block see.
 Each triangle is again a rectangle between two triangles of half its side. At side LEAF the recursion ends: the lower
 triangle of a block and the upper one W tokens earlier form one square of scores (`model.attention.squares`). Rectangles
 need no mask, and all rectangles of one size are one call of the flash kernel. W = 4, LEAF = 2:
 
     key       0 1 2 3 4 5 6 7
-    query 4   . s r r | s            s: squares (of queries 4 and 5: keys 4 and 5; query 4 sees key 1 and not key 5)
+    query 4   . s r r | s            s: squares (queries 4 and 5: keys 4 and 5, but for query 4 key 1 instead of 5)
     query 5   . . r r | s s          r: rectangles
     query 6   . . . s | r r s
     query 7   . . . . | r r s s
