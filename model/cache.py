@@ -284,7 +284,7 @@ class RingCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens of each row, as if they had never come. `tokens_to_remove` is minus their number.
 
-        Raises UserError where the keys that a shorter sequence needs are overwritten (any number of tokens can be removed
+        Raises UserError where keys that a shorter sequence needs are overwritten (any number of tokens can be removed
         before a ring is full, and one afterwards), and where a row would return to an earlier document.
         """
         tokens, seen = -tokens_to_remove, self.get_seq_length()
