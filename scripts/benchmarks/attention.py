@@ -3,6 +3,7 @@
 Legend: n tokens, W window, B batch, H heads, G kv heads, D head size.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,7 +17,7 @@ from transformers.models.mistral.modeling_mistral import eager_attention_forward
 from model.attention import plan_attention
 from model.packing import Packing
 from model.windows import LayerSpec, visible
-from scripts.benchmarks.timing import OURS, Row, Setup, Work, check_scores, compare, curves, peak_bytes
+from scripts.benchmarks.timing import OURS, Row, Setup, Work, compare, peak_bytes
 from training.processes.precision import DTYPES, Machine
 
 WINDOW = 64  # of the cases that differ in length
@@ -55,35 +56,33 @@ def bench_attention(setup: Setup, lengths: list[int], windows: list[int]) -> lis
     """All peers, forward and forward + backward: several lengths at one window, several windows at one length."""
     middle = LENGTH if LENGTH in lengths else lengths[-1]
     shapes = [Shape(n, WINDOW) for n in lengths] + [Shape(middle, w) for w in windows if w != WINDOW and w < middle]
-    return [row for shape in shapes for backward in (False, True) for row in _bench_shape(setup, shape, backward)]
-
-
-def _bench_shape(setup: Setup, shape: Shape, backward: bool) -> list[Row]:
-    works = attention_works(shape, backward, setup.precision, setup.device)
-
-    def bytes_of(work: Work) -> int | None:
-        return None if work is works[FLEX] else peak_bytes(work)  # tensors in compiled code can't be watched
-
-    case = f"{'forward+backward' if backward else 'forward'} n={shape.n} W={shape.window}"
-    return compare("attention", case, works, setup.rounds, setup.precision, bytes_of=bytes_of)
-
-
-def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
-    """The shapes whose ratio to a peer has an aim; the case names the most that a window can gain."""
     rows: list[Row] = []
-    for precision in precisions(machine):
-        for shape, peer, limit in AIMS:
-            works = attention_works(shape, True, precision, setup.device)
-            case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
-            case += f", at most {shape.gain:.2f} x causal"
-            pair = {name: works[name] for name in (OURS, peer)}
-            rows += compare("attention, forward+backward", case, pair, min(setup.rounds, 5), precision, {peer: limit})
+    for shape, direction in itertools.product(shapes, ("forward", "forward+backward")):
+        works = attention_works(shape, direction != "forward", setup.precision, setup.device)
+        sizes = partial(_bytes_unless, works[FLEX])
+        case = f"{direction} n={shape.n} W={shape.window}"
+        rows += compare("attention", case, works, setup.rounds, setup.precision, bytes_of=sizes)
     return rows
 
 
-def precisions(machine: Machine) -> tuple[str, ...]:
-    """The precisions that the machine computes fast. Times in emulated bf16 would say nothing about either side."""
-    return ("bf16", "fp32") if machine.bf16_flops > machine.fp32_flops else ("fp32",)
+def _bytes_unless(compiled: Work, work: Work) -> int | None:
+    return None if work is compiled else peak_bytes(work)  # tensors in compiled code can't be watched
+
+
+def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
+    """The shapes whose ratio to a peer has an aim; the case names the most that a window can gain.
+
+    bf16 is timed only where it is faster: times in emulated bf16 would say nothing about either side.
+    """
+    rows: list[Row] = []
+    precisions = ("bf16", "fp32") if machine.bf16_flops > machine.fp32_flops else ("fp32",)
+    for precision, (shape, peer, limit) in itertools.product(precisions, AIMS):
+        works = attention_works(shape, True, precision, setup.device)
+        case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
+        case += f", at most {shape.gain:.2f} x causal"
+        pair = {name: works[name] for name in (OURS, peer)}
+        rows += compare("attention, forward+backward", case, pair, min(setup.rounds, 5), precision, {peer: limit})
+    return rows
 
 
 def bench_lengths(setup: Setup, lengths: list[int], window: int = 256) -> list[Row]:
@@ -118,7 +117,8 @@ def attention_works(shape: Shape, backward: bool, precision: str, device: torch.
 
     @cache
     def mask() -> Tensor:
-        check_scores(shape.batch * shape.heads * shape.n**2 * 4, SCORES_LIMIT)
+        if (size := shape.batch * shape.heads * shape.n**2 * 4) > SCORES_LIMIT:
+            raise MemoryError(f"its dense scores need {size / 2**30:.1f} GiB, more than this benchmark allows")
         positions = torch.arange(shape.n, device=device)
         return visible(spec, positions[:, None], positions[None, :])
 
@@ -158,26 +158,3 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, ours: Callable[[], T
 
 def _backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> None:
     torch.autograd.grad(forward().float().square().sum(), leaves)
-
-
-def plot_attention(rows: list[Row], file: str) -> None:
-    """Plot seconds and bytes of forward + backward against n and against W; all axes are logarithmic."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row.case.startswith("forward+backward")]
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col")
-    for column, axis in enumerate(("n", "W")):
-        for axes, quantity, unit in zip(grid[:, column], ("s", "bytes"), (1, 2**20)):
-            for name, points in curves(rows, axis, quantity).items():
-                values = [value / unit for value in points.values()]
-                axes.loglog(list(points), values, "o-", label=name, linewidth=2.5 if name == OURS else 1.2)
-            axes.grid(alpha=0.3)
-        ticks = list(curves(rows, axis, "s")[OURS])
-        grid[1, column].set_xticks(ticks, [f"{x:,}" for x in ticks])
-        grid[1, column].set_xticks([], minor=True)
-        grid[1, column].set_xlabel(f"{axis}, tokens")
-    grid[0, 0].set_ylabel("seconds, forward + backward")
-    grid[1, 0].set_ylabel("peak memory, MiB")
-    grid[0, 1].legend(frameon=False)
-    figure.savefig(file, dpi=150)
