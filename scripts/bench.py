@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rich.console import Console
+from rich.table import Table
+
 from model.errors import UserError, cli
 from scripts.benchmarks import TRAINING_PEERS
+from training.settings.config_file import load_settings
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from scripts.benchmarks.timing import Row, Setup
     from training.processes.precision import Machine
 
@@ -38,11 +40,8 @@ LONG = [4096, 8192, 16384, 32768, 65536]  # lengths of ours alone
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
-    from training.settings.config_file import load_settings
-
     settings = load_settings(arguments.config, arguments.overrides)
     import torch
-    from rich.console import Console
     from transformers.utils import logging
 
     from scripts.benchmarks.timing import Setup
@@ -84,14 +83,12 @@ def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine"
     if "decode" in chosen:
         yield decode.bench_decode(few, 48, arguments.new_tokens, arguments.batches)
     if "prefill" in chosen:
-        yield decode.bench_prefill(few, 16_384, LONG)
+        yield decode.bench_prefill(few, LONG, beside=16_384)
     if "stream" in chosen:
         yield decode.bench_stream(setup, arguments.tokens)
 
 
-def table_of(rows: "list[Row]") -> "Table":
-    from rich.table import Table
-
+def table_of(rows: "list[Row]") -> Table:
     def size(count: int | None) -> str:
         return "" if count is None else f"{count / 2**20:,.2f} MiB"
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.models import Examined, load_model
 from model.errors import UserError, cli
 
 if TYPE_CHECKING:
     import torch
 
-    from eval.models import Examined
     from model.cache import RingCache
     from model.decoder import WindreachForCausalLM
 
@@ -95,7 +95,7 @@ def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 class Conversation:
     """One text that the user and the model write in turns; the cache is kept from turn to turn."""
 
-    def __init__(self, examined: "Examined", draw_from: "Callable[[torch.Tensor], int]", stops: Sequence[str]) -> None:
+    def __init__(self, examined: Examined, draw_from: "Callable[[torch.Tensor], int]", stops: Sequence[str]) -> None:
         from model.cache import RingCache
 
         if not examined.ours:
@@ -210,8 +210,7 @@ def check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {reason}; leave it out, or give cpu or cuda") from error
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; leave it out, or give cpu or cuda") from error
 
 
 def opening(arguments: argparse.Namespace) -> str | None:
@@ -240,8 +239,6 @@ def _utf8(text: bytes, where: str) -> str:
 def main() -> None:
     arguments = parse(sys.argv[1:])
     text = opening(arguments)
-    from eval.models import load_model
-
     if arguments.device:
         check_device(arguments.device)
     examined = load_model(arguments.model, arguments.device)

@@ -13,7 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rich.console import Console
+from rich.table import Table
+
+from data.token_store import fingerprint, prepare_tokens
+from data.tokenizer import prepare_tokenizer
 from model.errors import UserError, cli
+from training.settings.config_file import load_settings
 
 
 def main() -> None:
@@ -22,15 +28,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.tokenizer.vocab_size=4096")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="train the tokenizer alone and save it in DIR")
     arguments = parser.parse_intermixed_args()
-    from training.settings.config_file import load_settings
-
     settings = load_settings(arguments.config, arguments.overrides)
-    from rich.console import Console
-    from rich.table import Table
-
-    from data.token_store import fingerprint, prepare_tokens
-    from data.tokenizer import prepare_tokenizer
-
     console, tokenizer = Console(), prepare_tokenizer(settings)
     facts = f"tokenizer: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:16]}"
     if arguments.tokenizer:

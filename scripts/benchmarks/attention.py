@@ -38,12 +38,6 @@ class Shape:
     kv_heads: int = 4
     head_dim: int = 32
 
-    @property
-    def gain(self) -> float:
-        """Pairs that a causal mask scores, divided by those that the window scores: the most that a window can gain."""
-        n, w = self.n, min(self.window, self.n)
-        return (n * (n + 1) / 2) / (n * w - w * (w - 1) / 2)
-
 
 AIMS = (  # shape, peer, least ratio of forward + backward that is aimed at
     (Shape(16_384, 4096, heads=2, kv_heads=2, head_dim=128), CAUSAL, 2.0),
@@ -59,14 +53,10 @@ def bench_attention(setup: Setup, lengths: list[int], windows: list[int]) -> lis
     rows: list[Row] = []
     for shape, direction in itertools.product(shapes, ("forward", "forward+backward")):
         works = attention_works(shape, direction != "forward", setup.precision, setup.device)
-        sizes = partial(_bytes_unless, works[FLEX])
         case = f"{direction} n={shape.n} W={shape.window}"
-        rows += compare("attention", case, works, setup.rounds, setup.precision, bytes_of=sizes)
+        not_flex = lambda work, flex=works[FLEX]: None if work is flex else peak_bytes(work)  # noqa: E731
+        rows += compare("attention", case, works, setup.rounds, setup.precision, bytes_of=not_flex)
     return rows
-
-
-def _bytes_unless(compiled: Work, work: Work) -> int | None:
-    return None if work is compiled else peak_bytes(work)  # tensors in compiled code can't be watched
 
 
 def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
@@ -79,7 +69,8 @@ def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
     for precision, (shape, peer, limit) in itertools.product(precisions, AIMS):
         works = attention_works(shape, True, precision, setup.device)
         case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
-        case += f", at most {shape.gain:.2f} x causal"
+        visible_pairs = sum(min(n, shape.window) for n in range(1, shape.n + 1))
+        case += f", at most {shape.n * (shape.n + 1) / 2 / visible_pairs:.2f} x causal"
         pair = {name: works[name] for name in (OURS, peer)}
         rows += compare("attention, forward+backward", case, pair, min(setup.rounds, 5), precision, {peer: limit})
     return rows
@@ -128,32 +119,25 @@ def attention_works(shape: Shape, backward: bool, precision: str, device: torch.
         return zeros.masked_fill(~mask(), torch.finfo(dtype).min)
 
     ours = our_attention(spec, q, k, v, "blocked")
-    forwards: dict[str, Callable[[], Tensor]] = {
-        OURS: ours,
-        DENSE: lambda: F.scaled_dot_product_attention(q, k, v, mask(), enable_gqa=gqa),
-        CAUSAL: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
-        FLEX: _flex(q, k, v, spec, ours),
-        EAGER: lambda: eager_attention_forward(module, q, k, v, bias(), shape.head_dim**-0.5)[0],
-    }
-    return {name: partial(_backward, f, (q, k, v)) if backward else torch.no_grad()(f) for name, f in forwards.items()}
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, ours: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """FlexAttention. Its first call makes the block mask, compiles, and checks the output against ours."""
 
     @cache
-    def compiled() -> Callable[[], Tensor]:
-        n = q.shape[2]
-        mask = create_block_mask(lambda b, h, i, j: visible(spec, i, j), None, None, n, n, device=q.device)
-        kernel = torch.compile(flex_attention, dynamic=False)
-        run = partial(kernel, q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    def compiled_flex() -> Callable[[], Tensor]:
+        mask = create_block_mask(lambda b, h, i, j: visible(spec, i, j), None, None, shape.n, shape.n, device=device)
+        run = partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask, enable_gqa=gqa)
         with torch.no_grad():
             difference = (run() - ours()).abs().max().item()
         if difference > 0.05:
             raise RuntimeError(f"its output is off by {difference:.2g}")
         return run
 
-    return lambda: compiled()()
+    forwards: dict[str, Callable[[], Tensor]] = {
+        OURS: ours,
+        DENSE: lambda: F.scaled_dot_product_attention(q, k, v, mask(), enable_gqa=gqa),
+        CAUSAL: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
+        FLEX: lambda: compiled_flex()(),
+        EAGER: lambda: eager_attention_forward(module, q, k, v, bias(), shape.head_dim**-0.5)[0],
+    }
+    return {name: partial(_backward, f, (q, k, v)) if backward else torch.no_grad()(f) for name, f in forwards.items()}
 
 
 def _backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,6 @@
 """Generation beside the caches of `transformers`: decoding, the prompt (prefill), and a long stream."""
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from model.cache import RingCache
-from model.config import WindreachConfig
 from model.decoder import build_model
 from model.errors import UserError
 from scripts.benchmarks.timing import OURS, Row, Setup, Work, compare, peak_bytes
@@ -21,6 +19,7 @@ from scripts.benchmarks.train import mistral_twin, plain_config
 from scripts.generate import stream
 
 PEERS = ("transformers, dynamic cache", "transformers, static cache")
+SDPA = "transformers sdpa"
 PREFILL_WINDOW, PREFILL_LAYERS = 256, 4  # with more layers transformers takes minutes at n = 16,384
 THOUSAND = 1000  # tokens whose median time is reported
 
@@ -33,7 +32,6 @@ class Generation:
     new_cache: Callable[[], Any]
     prompt: Tensor  # (batch, tokens)
     new_tokens: int
-    tokens: Tensor | None = None
 
     def __call__(self) -> None:
         self.cache = self.new_cache()
@@ -62,43 +60,40 @@ def bench_decode(setup: Setup, prompt_tokens: int, new_tokens: int, batches: lis
     }
     rows: list[Row] = []
     for batch in batches:
-        prompt = _ids(setup, config, batch, prompt_tokens)
+        prompt = _ids(setup, config.vocab_size, batch, prompt_tokens)
         runs = {name: Generation(*contestant, prompt, new_tokens) for name, contestant in contestants.items()}
         case = f"{settings.name}: {batch} x {new_tokens} tokens after {prompt_tokens}, W {config.sliding_window}"
         limits = dict.fromkeys(PEERS, 3.0)
         for row in compare("decode", case, runs, setup.rounds, "fp32", limits, Generation.cache_bytes):
-            expected, theirs = runs[OURS].tokens, runs[row.peer].tokens
-            if expected is not None and theirs is not None:
-                case_and_tokens = f"{case}, {'same' if torch.equal(expected, theirs) else 'OTHER'} tokens"
-                row = replace(row, case=case_and_tokens)
-            rows.append(row)
+            same = row.peer_s and torch.equal(runs[OURS].tokens, runs[row.peer].tokens)
+            rows.append(replace(row, case=case if row.note else f"{case}, {'same' if same else 'OTHER'} tokens"))
     return rows
 
 
-def _ids(setup: Setup, config: WindreachConfig, *shape: int) -> Tensor:
-    return torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(setup.device)
+def _ids(setup: Setup, vocab_size: int, *shape: int) -> Tensor:
+    return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(setup.device)
 
 
-def bench_prefill(setup: Setup, beside: int, alone: list[int]) -> list[Row]:
-    """A prompt read into the cache, W = 256: `beside` tokens beside sdpa; and ours alone at several lengths."""
+def bench_prefill(setup: Setup, lengths: list[int], beside: int) -> list[Row]:
+    """A prompt read into the cache, W = 256: ours alone at several lengths, with sdpa at `beside` tokens."""
     settings, smaller = setup.settings, {"sliding_window": PREFILL_WINDOW, "num_hidden_layers": PREFILL_LAYERS}
     config = plain_config(settings.model_copy(update={"model": settings.model.model_copy(update=smaller)}))
     ours = build_model(config, seed=settings.seed).to(setup.device).eval()
     peer = mistral_twin(ours, "sdpa").eval()
-
-    def reads(model: Any, new_cache: Callable[[], Any], n: int) -> Work:
-        ids = _ids(setup, config, 1, n)
-        read = lambda: model(input_ids=ids, past_key_values=new_cache(), use_cache=True, logits_to_keep=1)  # noqa: E731
-        return torch.inference_mode()(read)
-
-    def timed(n: int, peers: dict[str, Work], bytes_of: Callable[[Work], int | None]) -> list[Row]:
-        works = {OURS: reads(ours, lambda: RingCache(config), n)} | peers
+    rows: list[Row] = []
+    for n in lengths:
+        ids = _ids(setup, config.vocab_size, 1, n)
+        works: dict[str, Work] = {OURS: partial(_prefill, ours, lambda: RingCache(config), ids)}
+        if n == beside:
+            works[SDPA] = partial(_prefill, peer, lambda: DynamicCache(config=peer.config), ids)
         case = f"{settings.name} with {PREFILL_LAYERS} layers, W {PREFILL_WINDOW}, n={n}"
-        return compare("prefill", case, works, setup.rounds, "fp32", {"transformers sdpa": 5.0}, bytes_of)
+        rows += compare("prefill", case, works, setup.rounds, "fp32", {SDPA: 5.0}, peak_bytes)
+    return rows
 
-    theirs = reads(peer, lambda: DynamicCache(config=peer.config), beside)
-    rows = timed(beside, {"transformers sdpa": theirs}, lambda work: None)
-    return rows + [row for n in alone for row in timed(n, {}, peak_bytes)]
+
+@torch.inference_mode()
+def _prefill(model: Any, new_cache: Callable[[], Any], ids: Tensor) -> None:
+    model(input_ids=ids, past_key_values=new_cache(), use_cache=True, logits_to_keep=1)
 
 
 def bench_stream(setup: Setup, tokens: int) -> list[Row]:
@@ -113,23 +108,14 @@ def bench_stream(setup: Setup, tokens: int) -> list[Row]:
         raise UserError(f"--tokens {tokens}: give at least {end + THOUSAND:,}, to compare late tokens with early ones")
     model = build_model(config, seed=settings.seed).to(setup.device).eval()
     model.compile_decoding()
-    cache = RingCache(config)
+    cache, process, resident = RingCache(config), psutil.Process(), []
     text, other = (stream(model, [1], lambda logits: int(logits.argmax()), c) for c in (cache, RingCache(config)))
-
-    def resident_after(count: int, of_text: Iterator[int]) -> int:
-        deque(islice(of_text, count), maxlen=0)
-        return int(psutil.Process().memory_info().rss)
-
-    resident = [resident_after(end, text)]
-    resident += [resident_after(min(THOUSAND, tokens - n), text) for n in range(end, tokens, THOUSAND)]
-    resident_after(first, other)
-    works: dict[str, Work] = {
-        OURS: partial(next, text),
-        (peer := f"tokens {first} to {end} of another text"): partial(next, other),
-    }
+    for n, _ in enumerate(islice(text, tokens), 1):
+        if n >= end and (n - end) % THOUSAND == 0:
+            resident.append(process.memory_info().rss)
+    next(islice(other, first - 1, None))
     case = f"{settings.name}: token {tokens:,}, W {window}, cache {cache.bytes:,} bytes"
-
-    def bytes_of(work: Work) -> int:
-        return max(resident) if work is works[OURS] else resident[0]
-
-    return compare("stream", case, works, THOUSAND, "fp32", {peer: 1 / 1.05}, bytes_of)
+    peer = f"tokens {first} to {end} of another text"
+    works: dict[str, Work] = {OURS: partial(next, text), peer: partial(next, other)}
+    (row,) = compare("stream", case, works, THOUSAND, "fp32", {peer: 1 / 1.05})
+    return [replace(row, ours_bytes=max(resident), peer_bytes=resident[0])]

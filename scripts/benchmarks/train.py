@@ -30,9 +30,7 @@ def plain_config(settings: Settings) -> WindreachConfig:
     """The model config of a run. Raises UserError where `MistralForCausalLM` can't compute the same function."""
     config = model_config(settings, settings.model.vocab_size or settings.data.tokenizer.vocab_size)
     if not hub.is_mistral(config):
-        raise UserError(
-            f"{settings.name}: its layers are not all alike, so Mistral can't be compared; give another config"
-        )
+        raise UserError(f"{settings.name}: its layers are not all alike, as Mistral's are; give another config")
     return config
 
 
