@@ -105,7 +105,7 @@ class Conversation:
             )
         self.model, self.tokenizer, self.draw_from, self.stops = examined.model, examined.tokenizer, draw_from, stops
         self.cache = RingCache(self.model.config)
-        self.unread: list[int] = []  # tokens that are not yet in the cache
+        self.unread = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]  # tokens not yet in the cache
         self.read = self.written = self.turns = 0
         self.seconds = {"reading": 0.0, "writing": 0.0}
 
@@ -117,8 +117,6 @@ class Conversation:
         if self.tokenizer.unk_id in ids:
             unknown = next((c for c in text if self.tokenizer.unk_id in self.tokenizer.encode(c)), text)
             raise UserError(f"the prompt contains {unknown!r}, which this model's tokenizer doesn't know; leave it out")
-        if not self.turns and not self.unread and self.tokenizer.bos_id is not None:
-            self.unread.append(self.tokenizer.bos_id)
         self.unread += ids
 
     def answer(self, max_tokens: int | None) -> Iterator[str]:

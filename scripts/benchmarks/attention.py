@@ -54,8 +54,7 @@ def bench_attention(setup: Setup, lengths: list[int], windows: list[int]) -> lis
     for shape, direction in itertools.product(shapes, ("forward", "forward+backward")):
         works = attention_works(shape, direction != "forward", setup.precision, setup.device)
         case = f"{direction} n={shape.n} W={shape.window}"
-        not_flex = lambda work, flex=works[FLEX]: None if work is flex else peak_bytes(work)  # noqa: E731
-        rows += compare("attention", case, works, setup.rounds, setup.precision, bytes_of=not_flex)
+        rows += compare("attention", case, works, setup.rounds, setup.precision, {}, peak_bytes, unwatched=FLEX)
     return rows
 
 
@@ -86,52 +85,42 @@ def bench_lengths(setup: Setup, lengths: list[int], window: int = 256) -> list[R
     return rows
 
 
-def our_attention(spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Callable[[], Tensor]:
-    """Our attention as a function without arguments."""
-    plan = plan_attention(spec, q.shape[-1], backend, q.device.type, q.dtype, q.requires_grad)
-    packing = Packing.of_whole_rows(q.shape[2], q.device)
-    return lambda: plan.prepare(packing, len(q))(q, k, v, None)
-
-
 def attention_works(shape: Shape, backward: bool, precision: str, device: torch.device) -> dict[str, Work]:
     """Ours and all peers on the same random q, k and v, as functions without arguments."""
-    dtype, generator = DTYPES[precision], torch.Generator().manual_seed(shape.n + shape.window)
+    n, dtype, generator = shape.n, DTYPES[precision], torch.Generator().manual_seed(shape.n + shape.window)
     q, k, v = (
-        torch.randn(shape.batch, h, shape.n, shape.head_dim, generator=generator)
-        .to(device, dtype)
-        .requires_grad_(backward)
+        torch.randn(shape.batch, h, n, shape.head_dim, generator=generator).to(device, dtype).requires_grad_(backward)
         for h in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
     spec, gqa = LayerSpec("sliding", shape.window), shape.heads != shape.kv_heads
+    plan = plan_attention(spec, shape.head_dim, "blocked", device.type, dtype, backward)
+    packing = Packing.of_whole_rows(n, device)
     module = nn.Module().eval()  # eager attention reads the size of a group from its module
     module.num_key_value_groups = shape.heads // shape.kv_heads  # type: ignore[assignment]
 
     @cache
     def mask() -> Tensor:
-        if (size := shape.batch * shape.heads * shape.n**2 * 4) > SCORES_LIMIT:
+        if (size := shape.batch * shape.heads * n**2 * 4) > SCORES_LIMIT:
             raise MemoryError(f"its dense scores need {size / 2**30:.1f} GiB, more than this benchmark allows")
-        positions = torch.arange(shape.n, device=device)
+        positions = torch.arange(n, device=device)
         return visible(spec, positions[:, None], positions[None, :])
 
     @cache
     def bias() -> Tensor:
-        zeros = torch.zeros(1, 1, shape.n, shape.n, dtype=dtype, device=device)
-        return zeros.masked_fill(~mask(), torch.finfo(dtype).min)
-
-    ours = our_attention(spec, q, k, v, "blocked")
+        return torch.zeros(1, 1, n, n, dtype=dtype, device=device).masked_fill(~mask(), torch.finfo(dtype).min)
 
     @cache
     def compiled_flex() -> Callable[[], Tensor]:
-        mask = create_block_mask(lambda b, h, i, j: visible(spec, i, j), None, None, shape.n, shape.n, device=device)
+        mask = create_block_mask(lambda b, h, i, j: visible(spec, i, j), None, None, n, n, device=device)
         run = partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask, enable_gqa=gqa)
         with torch.no_grad():
-            difference = (run() - ours()).abs().max().item()
+            difference = (run() - forwards[OURS]()).abs().max().item()
         if difference > 0.05:
             raise RuntimeError(f"its output is off by {difference:.2g}")
         return run
 
     forwards: dict[str, Callable[[], Tensor]] = {
-        OURS: ours,
+        OURS: lambda: plan.prepare(packing, shape.batch)(q, k, v, None),
         DENSE: lambda: F.scaled_dot_product_attention(q, k, v, mask(), enable_gqa=gqa),
         CAUSAL: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
         FLEX: lambda: compiled_flex()(),

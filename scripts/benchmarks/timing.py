@@ -57,11 +57,12 @@ def compare(
     dtype: str,
     limits: Mapping[str, float] | None = None,
     bytes_of: Callable[[Any], int | None] = lambda work: None,
+    unwatched: str = "",
 ) -> list[Row]:
     """Time the functions of one case in turns; returns a row for each peer, or one row if ours runs alone.
 
-    `limits` holds the least ratio aimed at, by peer. `bytes_of` is called with each function that could run. The note
-    of a row says why its peer can't run here. Raises RuntimeError if ours can't.
+    `limits` holds the least ratio aimed at, by peer. `bytes_of` is called with each function that could run, except
+    that of `unwatched`. The note of a row says why its peer can't run here. Raises RuntimeError if ours can't.
     """
     notes = {name: why_not(work) for name, work in works.items()}
     if notes[OURS]:
@@ -77,7 +78,7 @@ def compare(
             synchronize()
             times.append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    sizes = {name: bytes_of(works[name]) for name in seconds}
+    sizes = {name: bytes_of(works[name]) for name in seconds if name != unwatched}
     ours, limits, threads = medians[OURS], limits or {}, torch.get_num_threads()
     rows = []
     for peer in [name for name in works if name != OURS] or [ALONE]:
