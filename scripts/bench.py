@@ -92,8 +92,8 @@ def table_of(rows: "list[Row]") -> Table:
     def size(count: int | None) -> str:
         return "" if count is None else f"{count / 2**20:,.2f} MiB"
 
-    columns = ("case", "peer", "precision", "ours", "peer's", "ratio", "ours", "peer's", "note")
-    table = Table(*columns, title=rows[0].bench, title_justify="left")
+    columns = ("case", "peer", "precision", "ours", "peer's", "ratio", "our bytes", "its bytes", "note")
+    table = Table(*columns, title=rows[0].bench)
     for row in rows:
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x"
         if row.ratio is not None and row.limit is not None:

@@ -4,7 +4,6 @@
 
 Writes config.json, model.safetensors and the tokenizer's files, which `AutoModelForCausalLM.from_pretrained` reads.
 A stack that Mistral can express is written as a Mistral checkpoint, any other one with the type "windreach".
-Exit codes: 0 done, 2 the input is wrong.
 """
 
 import argparse

@@ -85,8 +85,7 @@ def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
         if starts := [held.find(stop) for stop in stops if stop in held]:
             yield held[: min(starts)]
             return
-        keep = max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
-        end = len(held) - keep
+        end = len(held) - max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
         yield held[:end]
         held = held[end:]
     yield held

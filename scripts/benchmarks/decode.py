@@ -102,8 +102,8 @@ def bench_stream(setup: Setup, tokens: int) -> list[Row]:
     Bytes are the resident memory of the process: the most while the first text is written, and after its first tokens.
     """
     settings, config = setup.settings, plain_config(setup.settings)
-    window = config.sliding_window or 0
-    first, end = 2 * window, 2 * window + THOUSAND
+    first = 2 * (config.sliding_window or 0)
+    end = first + THOUSAND
     if tokens < end + THOUSAND:
         raise UserError(f"--tokens {tokens}: give at least {end + THOUSAND:,}, to compare late tokens with early ones")
     model = build_model(config, seed=settings.seed).to(setup.device).eval()
@@ -114,7 +114,7 @@ def bench_stream(setup: Setup, tokens: int) -> list[Row]:
         if n >= end and (n - end) % THOUSAND == 0:
             resident.append(process.memory_info().rss)
     next(islice(other, first - 1, None))
-    case = f"{settings.name}: token {tokens:,}, W {window}, cache {cache.bytes:,} bytes"
+    case = f"{settings.name}: token {tokens:,}, W {config.sliding_window}, cache {cache.bytes:,} bytes"
     peer = f"tokens {first} to {end} of another text"
     works: dict[str, Work] = {OURS: partial(next, text), peer: partial(next, other)}
     (row,) = compare("stream", case, works, THOUSAND, "fp32", {peer: 1 / 1.05})
