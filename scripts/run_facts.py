@@ -21,10 +21,8 @@ def headline(run: Path) -> str:
     facts = {}
     for name, task in recall["tasks"].items():
         share = f" = {task['h90'] / recall['window']:.1f} W, U90 = {task['u90']:.2f} of R" if task["u90"] else ""
-        horizon = (
-            f"H90 = {task['h90']} tokens{share}" if task["h90"] else "H90 = 0: below 90 % at the shortest distance"
-        )
-        facts[f"recall ({name})"] = horizon
+        horizon = f"{task['h90']} tokens{share}" if task["h90"] else "0: below 90 % at the shortest distance"
+        facts[f"recall ({name})"] = f"H90 = {horizon}"
     facts["held-out text"] = f"{loss['bits_per_byte']:.3f} bits per byte"
     reach, nominal = recall["reach"], recall["window_times_layers"]
     facts["exact reach"] = f"R = {reach:,} tokens, headline W·k = {nominal:,} tokens" if reach else "unbounded"
