@@ -2,7 +2,7 @@
 
     python scripts/bench.py train                                  a training step of configs/quickstart.yaml
     python scripts/bench.py train --config configs/small.yaml --rows 1 --seq-lens 1024,8192,16384
-    python scripts/bench.py attention --plot attention.png         several lengths and windows, with fitted exponents
+    python scripts/bench.py attention                              several lengths and windows
     python scripts/bench.py decode                                 token-by-token generation
     python scripts/bench.py prefill                                a prompt read into the cache, W = 256
     python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
@@ -17,30 +17,31 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rich.console import Console
+from rich.table import Table
+
 from model.errors import UserError, cli
 from scripts.benchmarks import TRAINING_PEERS
+from training.settings.config_file import load_settings
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from scripts.benchmarks.timing import Row, Setup
     from training.processes.precision import Machine
+
+LONG = [4096, 8192, 16384, 32768, 65536]  # lengths of ours alone
 
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
-    from training.settings.config_file import load_settings
-
     settings = load_settings(arguments.config, arguments.overrides)
     import torch
-    from rich.console import Console
     from transformers.utils import logging
 
     from scripts.benchmarks.timing import Setup
@@ -54,67 +55,52 @@ def main() -> None:
     console, device, threads = Console(width=160), torch.device(arguments.device), set_up_threads(arguments.threads, 1)
     machine = measure(device)
     precision = machine.choose(arguments.precision or settings.training.precision)
-    setup = Setup(settings, device, precision, arguments.rounds)
     console.print(
         f"{threads} threads; matmul fp32 {machine.fp32_flops / 1e9:,.0f}, "
         f"bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s -> {precision}; torch {torch.__version__}"
     )
     rows: list[Row] = []
-    for more, lines in benchmarks(arguments, setup, machine):
-        console.print(table_of(more), *lines, sep="\n")
+    for more in benchmarks(arguments, Setup(settings, device, precision, arguments.rounds), machine):
+        console.print(table_of(more))
         rows += more
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def benchmarks(
-    arguments: argparse.Namespace, setup: "Setup", machine: "Machine"
-) -> "Iterator[tuple[list[Row], Iterable[str]]]":
-    """Run what was asked for; gives the rows of each table, and the lines to print below it."""
+def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine") -> "Iterator[list[Row]]":
+    """Run the chosen benchmarks; yields the rows of each table."""
     from scripts.benchmarks import attention, decode, train
-    from scripts.benchmarks.timing import exponents
 
     chosen = ["train", "attention", "decode", "prefill"] if arguments.bench == "all" else [arguments.bench]
+    few = replace(setup, rounds=min(setup.rounds, 3))
     if "train" in chosen:
         for seq_len in arguments.seq_lens or [None]:
-            rows = train.bench_train(setup, arguments.rows, seq_len, arguments.peer)
-            yield rows, train.speeds(rows, setup)
-        if len(arguments.seq_lens) > 1:
-            yield train.bench_long_rows(setup, arguments.rows or 1, arguments.seq_lens), []
+            yield train.bench_train(setup, arguments.rows, seq_len, arguments.peer)
     if "attention" in chosen:  # the peers with dense scores leave gigabytes of free memory behind, so they come last
-        yield attention.bench_aims(setup, machine), []
-        rows = attention.bench_lengths(setup, arguments.long_lengths)
-        yield rows, exponents(rows, "forward+backward")
-        rows = attention.bench_attention(setup, arguments.lengths, arguments.windows)
-        by_direction = {d: [row for row in rows if row.case.split()[0] == d] for d in ("forward", "forward+backward")}
-        yield rows, [line for direction, part in by_direction.items() for line in exponents(part, direction)]
-        if arguments.plot:
-            attention.plot_attention(rows, arguments.plot)
-    few = replace(setup, rounds=min(setup.rounds, 3))
+        yield attention.bench_aims(setup, machine)
+        yield attention.bench_lengths(setup, LONG)
+        yield attention.bench_attention(setup, arguments.lengths, arguments.windows)
     if "decode" in chosen:
-        yield decode.bench_decode(few, arguments.prompt_tokens, arguments.new_tokens, arguments.batches), []
+        yield decode.bench_decode(few, 48, arguments.new_tokens, arguments.batches)
     if "prefill" in chosen:
-        beside_sdpa, alone = decode.bench_prefill(few, arguments.prefill, arguments.prefill_lengths)
-        yield beside_sdpa + alone, exponents(alone, "prefill")
+        yield decode.bench_prefill(few, LONG, beside=16_384)
     if "stream" in chosen:
-        yield decode.bench_stream(setup, arguments.tokens), []
+        yield decode.bench_stream(setup, arguments.tokens)
 
 
-def table_of(rows: "list[Row]") -> "Table":
-    from rich.table import Table
-
+def table_of(rows: "list[Row]") -> Table:
     def size(count: int | None) -> str:
         return "" if count is None else f"{count / 2**20:,.2f} MiB"
 
-    columns = ("case", "peer", "precision", "ours", "peer's", "ratio", "ours", "peer's")
-    table = Table(*columns, title=rows[0].bench, title_justify="left")
+    columns = ("case", "peer", "precision", "ours", "peer's", "ratio", "our bytes", "its bytes", "note")
+    table = Table(*columns, title=rows[0].bench)
     for row in rows:
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x"
         if row.ratio is not None and row.limit is not None:
             ratio += f" (aim: {row.limit:.3g})"
-        theirs = row.note or f"{(row.peer_s or 0) * 1e3:,.2f} ms"
-        times, sizes = (f"{row.ours_s * 1e3:,.2f} ms", theirs), (size(row.ours_bytes), size(row.peer_bytes))
-        table.add_row(row.case, row.peer, row.dtype, *times, ratio, *sizes)
+        ours, theirs = ("–" if s is None else f"{s * 1e3:,.2f} ms" for s in (row.ours_s, row.peer_s))
+        sizes = size(row.ours_bytes), size(row.peer_bytes)
+        table.add_row(row.case, row.peer, row.dtype, ours, theirs, ratio, *sizes, row.note)
     return table
 
 
@@ -125,8 +111,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="settings, as for train.py: model.hidden_size=128")
     add("--config", default="configs/quickstart.yaml", help="model to time, except in attention; default: %(default)s")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    add("--json", metavar="FILE", help="write the rows to FILE")
-    add("--plot", metavar="FILE", help="attention: plot time and memory against n and W")
+    add("--json", metavar="FILE", type=Path, help="write the rows to FILE")
     add("--threads", type=_count, help="default: all cores of this process")
     add("--precision", choices=["fp32", "bf16"], help="default: training.precision of the config")
     add("--rows", type=_count, help="train: batch size; default: tokens_per_step / seq_len of the config")
@@ -134,23 +119,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seq-lens", type=_counts, default=[], help="train: sequence lengths; default: seq_len of the config")
     for option, number_or_list, default, what in (
         ("--rounds", _count, "7", "timed runs of each function"),
-        ("--lengths", _counts, "512,1024,2048,4096", "attention: sequence lengths, beside peers"),
-        ("--long-lengths", _counts, "4096,8192,16384,32768,65536", "attention: sequence lengths, ours alone"),
+        ("--lengths", _counts, "512,1024,2048,4096", "attention: sequence lengths"),
         ("--windows", _counts, "16,32,64,128,256,512", "attention: windows"),
-        ("--prompt-tokens", _count, "48", "decode: tokens of the prompt"),
         ("--new-tokens", _count, "128", "decode: tokens to generate"),
         ("--batches", _counts, "1,8", "decode: batch sizes"),
-        ("--prefill", _count, "16384", "prefill: tokens of the prompt, beside sdpa"),
-        ("--prefill-lengths", _counts, "4096,8192,16384,32768,65536", "prefill: tokens of the prompt, ours alone"),
         ("--tokens", _count, "131072", "stream: tokens of the text"),
     ):
-        metavar = "N" if number_or_list is _count else "N,N"
-        add(option, type=number_or_list, default=default, metavar=metavar, help=f"{what}; default: %(default)s")
+        add(option, type=number_or_list, default=default, metavar="N", help=f"{what}; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
-    for option in ("json", "plot"):
-        file = Path(getattr(arguments, option) or "none")
-        if file.is_dir() or not os.access(file.parent, os.W_OK):
-            raise UserError(f"--{option} {file}: can't be written; name a file in a folder that exists")
+    file = arguments.json
+    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
     return arguments
 
 

@@ -4,39 +4,29 @@
 
 Writes config.json, model.safetensors and the tokenizer's files, which `AutoModelForCausalLM.from_pretrained` reads.
 A stack that Mistral can express is written as a Mistral checkpoint, any other one with the type "windreach".
-Exit codes: 0 done, 2 the input is wrong.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.models import Examined, HubTokenizer, load_model
 from model.errors import UserError, cli
 
-if TYPE_CHECKING:
+
+def export(examined: Examined, out: Path, dtype: str) -> str:
+    """Write the model and its tokenizer into the folder `out`; returns the model type written."""
     import torch
 
-    from eval.models import Examined
-
-
-def export(examined: "Examined", out: Path, dtype: "torch.dtype") -> str:
-    """Write the model and its tokenizer into the folder `out`; returns the model type written."""
-    from eval.models import HubTokenizer
     from model import hub
 
     if not examined.ours:
         raise UserError(f"MODEL {examined.name!r} is already a Hugging Face {examined.model.config.model_type} model")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        occupied = any(out.iterdir())
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; name a folder that can be written") from error
-    if occupied:
+    if any(examined.out_dir(str(out)).iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder, nothing is overwritten")
-    hub.save_hf(examined.model.to(dtype), out)
+    hub.save_hf(examined.model.to(getattr(torch, dtype)), out)
     if isinstance(examined.tokenizer, HubTokenizer):
         examined.tokenizer.hf.save_pretrained(out)
     else:
@@ -56,12 +46,7 @@ def main() -> None:
             "--format gguf can't be written: its runtimes apply no sliding window to this architecture, "
             "so the exported model would see farther than the one that was trained; use --format hf"
         )
-    from eval.models import load_model
-
-    examined = load_model(arguments.model, "cpu")
-    import torch
-
-    model_type = export(examined, arguments.out, getattr(torch, arguments.dtype))
+    model_type = export(load_model(arguments.model, "cpu"), arguments.out, arguments.dtype)
     print(f"{arguments.out}: a {model_type} checkpoint in {arguments.dtype}, with its tokenizer")
 
 

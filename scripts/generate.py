@@ -17,101 +17,84 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.models import Examined, load_model
 from model.errors import UserError, cli
 
 if TYPE_CHECKING:
     import torch
 
-    from eval.models import Examined
     from model.cache import RingCache
     from model.decoder import WindreachForCausalLM
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens of that total mass."""
-
-    temperature: float
-    top_p: float
-    generator: "torch.Generator"
-
-    def draw(self, logits_v: "torch.Tensor") -> int:
-        """One token id from logits (V,)."""
-        if self.temperature == 0:
-            return int(logits_v.argmax())
-        probabilities, ids = (logits_v.float().cpu() / self.temperature).softmax(-1).sort(descending=True)
-        mass_before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(mass_before >= self.top_p, 0.0)
-        return int(ids[probabilities.multinomial(1, generator=self.generator)])
+def draw(logits_v: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> int:
+    """One token id from logits (V,). Temperature 0 is greedy. `top_p` keeps the likeliest tokens of that total mass."""
+    if temperature == 0:
+        return int(logits_v.argmax())
+    probabilities, ids = (logits_v.float().cpu() / temperature).softmax(-1).sort(descending=True)
+    mass_before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)
+    return int(ids[probabilities.multinomial(1, generator=generator)])
 
 
 def stream(
-    model: "WindreachForCausalLM", prompt: Sequence[int], sampling: Sampling, cache: "RingCache"
+    model: "WindreachForCausalLM", prompt: Sequence[int], draw_from: "Callable[[torch.Tensor], int]", cache: "RingCache"
 ) -> Iterator[int]:
     """Yield new token ids without end. The cache stays at the last W tokens of each layer."""
     import torch
 
-    ids = torch.tensor([prompt], device=model.device)
+    ids = list(prompt)
     while True:
         with torch.inference_mode():
-            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            token = sampling.draw(logits[0, -1])
-        yield token
-        ids = torch.tensor([[token]], device=model.device)
+            batch = torch.tensor([ids], device=model.device)
+            logits = model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            ids = [draw_from(logits[0, -1])]
+        yield ids[0]
 
 
-class Detokenizer:
-    """Turns tokens into text one by one. What is shown and what is pending make up the decoded whole.
+def texts_of(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], before: int) -> Iterator[str]:
+    """Yield the text that each token completes, then the rest. Together they are what all tokens decode to.
 
-    A token decoded alone loses its leading space, so the tokens before it are decoded with it. A character of several
-    tokens decodes to at most three U+FFFD until it is complete, so up to three at the end of the text are pending.
+    A token decoded alone loses its leading space, so the token before it (`before` at first) is decoded with it. A
+    character of several tokens decodes to at most three U+FFFD until it is complete, so these are held back.
     """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], before: int) -> None:
-        self.decode, self.ids, self.pending = decode, [before], ""
-        self.shown = len(decode([before]))  # characters of the decoded ids
-
-    def push(self, token: int) -> str:
-        """Returns the text that this token completes."""
-        self.ids.append(token)
-        text = self.decode(self.ids)
-        unsure = min(3, len(text) - len(text.rstrip("\ufffd")))
-        end = max(self.shown, len(text) - unsure)
-        new, self.pending = text[self.shown : end], text[end:]
-        self.ids = self.ids[-16:] if self.pending else [token]  # three characters of four bytes, and some before them
-        self.shown = len(self.decode(self.ids)) - len(self.pending)
-        return new
+    ids, pending = [before], ""
+    shown = len(decode(ids))  # characters of the decoded ids
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        end = max(shown, len(text) - min(3, len(text) - len(text.rstrip("\ufffd"))))
+        yield text[shown:end]
+        pending = text[end:]
+        ids = ids[-16:] if pending else [token]  # three characters of four bytes, and some tokens before them
+        shown = len(decode(ids)) - len(pending)
+    yield pending
 
 
-class Stops:
-    """Holds text back while it may be the beginning of a stop string."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops, self.held, self.found = tuple(stops), "", False
-
-    def push(self, text: str) -> str:
-        """Returns what may be shown now. Sets `found` once a stop string is complete, which is not shown."""
-        self.held += text
-        starts = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if starts:
-            self.found, shown, self.held = True, self.held[: min(starts)], ""
-            return shown
-        keep = max((n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])), default=0)
-        end = len(self.held) - keep
-        shown, self.held = self.held[:end], self.held[end:]
-        return shown
+def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Yield the texts up to the first stop string. Text is held back while it may be the beginning of one."""
+    held = ""
+    for text in texts:
+        held += text
+        if starts := [held.find(stop) for stop in stops if stop in held]:
+            yield held[: min(starts)]
+            return
+        end = len(held) - max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[:end]
+        held = held[end:]
+    yield held
 
 
 class Conversation:
     """One text that the user and the model write in turns; the cache is kept from turn to turn."""
 
-    def __init__(self, examined: "Examined", sampling: Sampling, stops: Sequence[str]) -> None:
+    def __init__(self, examined: Examined, draw_from: "Callable[[torch.Tensor], int]", stops: Sequence[str]) -> None:
         from model.cache import RingCache
 
         if not examined.ours:
@@ -119,9 +102,9 @@ class Conversation:
                 f"MODEL {examined.name!r} is a {examined.model.config.model_type} model, which brings its own cache; "
                 "give a Windreach run or a checkpoint of type mistral, ministral, qwen3 or windreach"
             )
-        self.model, self.tokenizer, self.sampling, self.stops = examined.model, examined.tokenizer, sampling, stops
+        self.model, self.tokenizer, self.draw_from, self.stops = examined.model, examined.tokenizer, draw_from, stops
         self.cache = RingCache(self.model.config)
-        self.unread: list[int] = []  # tokens that are not yet in the cache
+        self.unread = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]  # tokens not yet in the cache
         self.read = self.written = self.turns = 0
         self.seconds = {"reading": 0.0, "writing": 0.0}
 
@@ -133,28 +116,23 @@ class Conversation:
         if self.tokenizer.unk_id in ids:
             unknown = next((c for c in text if self.tokenizer.unk_id in self.tokenizer.encode(c)), text)
             raise UserError(f"the prompt contains {unknown!r}, which this model's tokenizer doesn't know; leave it out")
-        if not self.turns and not self.unread and self.tokenizer.bos_id is not None:
-            self.unread.append(self.tokenizer.bos_id)
         self.unread += ids
 
     def answer(self, max_tokens: int | None) -> Iterator[str]:
-        """Yield the continuation up to its end, a stop string or `max_tokens`; without end if that is None."""
+        """The continuation up to its end, a stop string or `max_tokens`; without end if that is None."""
+        return until(texts_of(self._tokens(max_tokens), self.tokenizer.decode, self.unread[-1]), self.stops)
+
+    def _tokens(self, max_tokens: int | None) -> Iterator[int]:
         self.read += len(self.unread)
         self.turns += 1
-        words, stops = Detokenizer(self.tokenizer.decode, self.unread[-1]), Stops(self.stops)
-        before = time.perf_counter()
-        for count, token in enumerate(stream(self.model, self.unread, self.sampling, self.cache), 1):
-            self.seconds["reading" if count == 1 else "writing"] += time.perf_counter() - before
-            before = time.perf_counter()
+        phase, before = "reading", time.perf_counter()
+        for token in itertools.islice(stream(self.model, self.unread, self.draw_from, self.cache), max_tokens):
+            self.seconds[phase] += time.perf_counter() - before
+            phase, before = "writing", time.perf_counter()
             self.unread, self.written = [token], self.written + 1
             if token == self.tokenizer.eos_id and max_tokens is not None:
-                break
-            yield stops.push(words.push(token))
-            if stops.found:
                 return
-            if count == max_tokens:
-                break
-        yield stops.push(words.pending) + stops.held
+            yield token
 
     def summary(self) -> str:
         """Speed and memory. The time of a turn's first token counts as reading the prompt."""
@@ -166,9 +144,9 @@ class Conversation:
         )
 
 
-def show(parts: Iterable[str]) -> None:
-    for part in parts:
-        print(part, end="", flush=True)
+def show(texts: Iterable[str]) -> None:
+    for text in texts:
+        print(text, end="", flush=True)
     print(flush=True)
 
 
@@ -201,10 +179,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     length.add_argument("--endless", action="store_true", help="continue until Ctrl-C, SIGTERM or a stop string")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="length of a continuation; default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default: %(default)s")
-    parser.add_argument(
-        "--top-p", type=float, default=0.95, help="mass of the tokens to draw from; default: %(default)s"
-    )
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--greedy", action="store_const", const=0.0, dest="temperature", help="same as --temperature 0")
+    parser.add_argument("--top-p", type=float, default=0.95, help="mass of the likeliest tokens; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     parser.add_argument("--compile", action="store_true", help="compile first: about 15 s, then about twice as fast")
@@ -231,8 +207,7 @@ def check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {reason}; leave it out, or give cpu or cuda") from error
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; leave it out, or give cpu or cuda") from error
 
 
 def opening(arguments: argparse.Namespace) -> str | None:
@@ -261,15 +236,13 @@ def _utf8(text: bytes, where: str) -> str:
 def main() -> None:
     arguments = parse(sys.argv[1:])
     text = opening(arguments)
-    from eval.models import load_model
-
     if arguments.device:
         check_device(arguments.device)
     examined = load_model(arguments.model, arguments.device)
     import torch
 
-    temperature = 0.0 if arguments.greedy else arguments.temperature
-    sampling = Sampling(temperature, arguments.top_p, torch.Generator().manual_seed(arguments.seed))
+    generator = torch.Generator().manual_seed(arguments.seed)
+    sampling = partial(draw, temperature=arguments.temperature, top_p=arguments.top_p, generator=generator)
     talk = Conversation(examined, sampling, arguments.stop)
     if arguments.compile:
         talk.model.compile_decoding()

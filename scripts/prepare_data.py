@@ -1,8 +1,10 @@
 """Fetches the text of a config, trains its tokenizer, stores its tokens, and prints a summary.
 
     python scripts/prepare_data.py CONFIG.yaml [key=value ...]
+    python scripts/prepare_data.py CONFIG.yaml --tokenizer DIR      trains the tokenizer alone and saves it
 
-The results are cached in data.cache_dir. `train.py` does the same if they are not there yet.
+The results are cached in data.cache_dir. `train.py` does the same if they are not there yet. DIR gets tokenizer.model
+(for data.tokenizer.model_file) and the files that `AutoTokenizer.from_pretrained` reads.
 """
 
 import argparse
@@ -11,34 +13,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.errors import cli
+from rich.console import Console
+from rich.table import Table
+
+from data.token_store import fingerprint, prepare_tokens
+from data.tokenizer import prepare_tokenizer
+from model.errors import UserError, cli
+from training.settings.config_file import load_settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.tokenizer.vocab_size=4096")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="train the tokenizer alone and save it in DIR")
     arguments = parser.parse_intermixed_args()
-    from training.settings.config_file import load_settings
-
     settings = load_settings(arguments.config, arguments.overrides)
-    from rich.console import Console
-    from rich.table import Table
-
-    from data.token_store import fingerprint, prepare_tokens
-    from data.tokenizer import prepare_tokenizer
-
-    tokenizer = prepare_tokenizer(settings)
+    console, tokenizer = Console(), prepare_tokenizer(settings)
+    facts = f"tokenizer: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:16]}"
+    if arguments.tokenizer:
+        try:
+            tokenizer.save(arguments.tokenizer)
+        except OSError as error:
+            raise UserError(f"--tokenizer {arguments.tokenizer}: can't be written: {error.strerror}") from error
+        return console.print(f"{facts}, in {arguments.tokenizer}")
     train, heldout = prepare_tokens(settings, tokenizer)
     table = Table("split", "documents", "tokens", "bytes", "bytes per token")
     for split, store in {"train": train, "heldout": heldout}.items():
         n_bytes, tokens = store.bytes_of(0, len(store.tokens)), len(store.tokens)
         table.add_row(split, f"{len(store.names):,}", f"{tokens:,}", f"{n_bytes:,}", f"{n_bytes / tokens:.3f}")
-    console = Console()
-    console.print(table)
-    console.print(f"tokenizer: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:16]}")
     sources = fingerprint([train.source_sha256, heldout.source_sha256], tokenizer)
-    console.print(f"tokens: fingerprint {sources[:16]}, in {settings.data.cache_dir}")
+    console.print(table, facts, f"tokens: fingerprint {sources[:16]}, in {settings.data.cache_dir}", sep="\n")
 
 
 if __name__ == "__main__":

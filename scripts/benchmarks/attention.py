@@ -3,6 +3,7 @@
 Legend: n tokens, W window, B batch, H heads, G kv heads, D head size.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,7 +17,7 @@ from transformers.models.mistral.modeling_mistral import eager_attention_forward
 from model.attention import plan_attention
 from model.packing import Packing
 from model.windows import LayerSpec, visible
-from scripts.benchmarks.timing import OURS, Row, Setup, Work, check_scores, compare, curves, peak_bytes
+from scripts.benchmarks.timing import OURS, Row, Setup, Work, compare, peak_bytes
 from training.processes.precision import DTYPES, Machine
 
 WINDOW = 64  # of the cases that differ in length
@@ -37,12 +38,6 @@ class Shape:
     kv_heads: int = 4
     head_dim: int = 32
 
-    @property
-    def gain(self) -> float:
-        """Pairs that a causal mask scores, divided by those that the window scores: the most that a window can gain."""
-        n, w = self.n, min(self.window, self.n)
-        return (n * (n + 1) / 2) / (n * w - w * (w - 1) / 2)
-
 
 AIMS = (  # shape, peer, least ratio of forward + backward that is aimed at
     (Shape(16_384, 4096, heads=2, kv_heads=2, head_dim=128), CAUSAL, 2.0),
@@ -55,35 +50,29 @@ def bench_attention(setup: Setup, lengths: list[int], windows: list[int]) -> lis
     """All peers, forward and forward + backward: several lengths at one window, several windows at one length."""
     middle = LENGTH if LENGTH in lengths else lengths[-1]
     shapes = [Shape(n, WINDOW) for n in lengths] + [Shape(middle, w) for w in windows if w != WINDOW and w < middle]
-    return [row for shape in shapes for backward in (False, True) for row in _bench_shape(setup, shape, backward)]
-
-
-def _bench_shape(setup: Setup, shape: Shape, backward: bool) -> list[Row]:
-    works = attention_works(shape, backward, setup.precision, setup.device)
-
-    def bytes_of(work: Work) -> int | None:
-        return None if work is works[FLEX] else peak_bytes(work)  # tensors in compiled code can't be watched
-
-    case = f"{'forward+backward' if backward else 'forward'} n={shape.n} W={shape.window}"
-    return compare("attention", case, works, setup.rounds, setup.precision, bytes_of=bytes_of)
-
-
-def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
-    """The shapes whose ratio to a peer has an aim; the case names the most that a window can gain."""
     rows: list[Row] = []
-    for precision in precisions(machine):
-        for shape, peer, limit in AIMS:
-            works = attention_works(shape, True, precision, setup.device)
-            case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
-            case += f", at most {shape.gain:.2f} x causal"
-            pair = {name: works[name] for name in (OURS, peer)}
-            rows += compare("attention, forward+backward", case, pair, min(setup.rounds, 5), precision, {peer: limit})
+    for shape, direction in itertools.product(shapes, ("forward", "forward+backward")):
+        works = attention_works(shape, direction != "forward", setup.precision, setup.device)
+        case = f"{direction} n={shape.n} W={shape.window}"
+        rows += compare("attention", case, works, setup.rounds, setup.precision, {}, peak_bytes, unwatched=FLEX)
     return rows
 
 
-def precisions(machine: Machine) -> tuple[str, ...]:
-    """The precisions that the machine computes fast. Times in emulated bf16 would say nothing about either side."""
-    return ("bf16", "fp32") if machine.bf16_flops > machine.fp32_flops else ("fp32",)
+def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
+    """The shapes whose ratio to a peer has an aim; the case names the most that a window can gain.
+
+    bf16 is timed only where it is faster: times in emulated bf16 would say nothing about either side.
+    """
+    rows: list[Row] = []
+    precisions = ("bf16", "fp32") if machine.bf16_flops > machine.fp32_flops else ("fp32",)
+    for precision, (shape, peer, limit) in itertools.product(precisions, AIMS):
+        works = attention_works(shape, True, precision, setup.device)
+        case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
+        visible_pairs = sum(min(n, shape.window) for n in range(1, shape.n + 1))
+        case += f", at most {shape.n * (shape.n + 1) / 2 / visible_pairs:.2f} x causal"
+        pair = {name: works[name] for name in (OURS, peer)}
+        rows += compare("attention, forward+backward", case, pair, min(setup.rounds, 5), precision, {peer: limit})
+    return rows
 
 
 def bench_lengths(setup: Setup, lengths: list[int], window: int = 256) -> list[Row]:
@@ -96,88 +85,49 @@ def bench_lengths(setup: Setup, lengths: list[int], window: int = 256) -> list[R
     return rows
 
 
-def our_attention(spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Callable[[], Tensor]:
-    """Our attention as a function without arguments."""
-    plan = plan_attention(spec, q.shape[-1], backend, q.device.type, q.dtype, q.requires_grad)
-    packing = Packing.of_whole_rows(q.shape[2], q.device)
-    return lambda: plan.prepare(packing, len(q))(q, k, v, None)
-
-
 def attention_works(shape: Shape, backward: bool, precision: str, device: torch.device) -> dict[str, Work]:
     """Ours and all peers on the same random q, k and v, as functions without arguments."""
-    dtype, generator = DTYPES[precision], torch.Generator().manual_seed(shape.n + shape.window)
+    n, dtype, generator = shape.n, DTYPES[precision], torch.Generator().manual_seed(shape.n + shape.window)
     q, k, v = (
-        torch.randn(shape.batch, h, shape.n, shape.head_dim, generator=generator)
-        .to(device, dtype)
-        .requires_grad_(backward)
+        torch.randn(shape.batch, h, n, shape.head_dim, generator=generator).to(device, dtype).requires_grad_(backward)
         for h in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
     spec, gqa = LayerSpec("sliding", shape.window), shape.heads != shape.kv_heads
+    plan = plan_attention(spec, shape.head_dim, "blocked", device.type, dtype, backward)
+    packing = Packing.of_whole_rows(n, device)
     module = nn.Module().eval()  # eager attention reads the size of a group from its module
     module.num_key_value_groups = shape.heads // shape.kv_heads  # type: ignore[assignment]
 
     @cache
     def mask() -> Tensor:
-        check_scores(shape.batch * shape.heads * shape.n**2 * 4, SCORES_LIMIT)
-        positions = torch.arange(shape.n, device=device)
+        if (size := shape.batch * shape.heads * n**2 * 4) > SCORES_LIMIT:
+            raise MemoryError(f"its dense scores need {size / 2**30:.1f} GiB, more than this benchmark allows")
+        positions = torch.arange(n, device=device)
         return visible(spec, positions[:, None], positions[None, :])
 
     @cache
     def bias() -> Tensor:
-        zeros = torch.zeros(1, 1, shape.n, shape.n, dtype=dtype, device=device)
-        return zeros.masked_fill(~mask(), torch.finfo(dtype).min)
+        return torch.zeros(1, 1, n, n, dtype=dtype, device=device).masked_fill(~mask(), torch.finfo(dtype).min)
 
-    ours = our_attention(spec, q, k, v, "blocked")
+    @cache
+    def compiled_flex() -> Callable[[], Tensor]:
+        mask = create_block_mask(lambda b, h, i, j: visible(spec, i, j), None, None, n, n, device=device)
+        run = partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask, enable_gqa=gqa)
+        with torch.no_grad():
+            difference = (run() - forwards[OURS]()).abs().max().item()
+        if difference > 0.05:
+            raise RuntimeError(f"its output is off by {difference:.2g}")
+        return run
+
     forwards: dict[str, Callable[[], Tensor]] = {
-        OURS: ours,
+        OURS: lambda: plan.prepare(packing, shape.batch)(q, k, v, None),
         DENSE: lambda: F.scaled_dot_product_attention(q, k, v, mask(), enable_gqa=gqa),
         CAUSAL: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
-        FLEX: _flex(q, k, v, spec, ours),
+        FLEX: lambda: compiled_flex()(),
         EAGER: lambda: eager_attention_forward(module, q, k, v, bias(), shape.head_dim**-0.5)[0],
     }
     return {name: partial(_backward, f, (q, k, v)) if backward else torch.no_grad()(f) for name, f in forwards.items()}
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, ours: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """FlexAttention. Its first call makes the block mask, compiles, and checks the output against ours."""
-
-    @cache
-    def compiled() -> Callable[[], Tensor]:
-        n = q.shape[2]
-        mask = create_block_mask(lambda b, h, i, j: visible(spec, i, j), None, None, n, n, device=q.device)
-        kernel = torch.compile(flex_attention, dynamic=False)
-        run = partial(kernel, q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        with torch.no_grad():
-            difference = (run() - ours()).abs().max().item()
-        if difference > 0.05:
-            raise RuntimeError(f"its output is off by {difference:.2g}")
-        return run
-
-    return lambda: compiled()()
-
-
 def _backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> None:
     torch.autograd.grad(forward().float().square().sum(), leaves)
-
-
-def plot_attention(rows: list[Row], file: str) -> None:
-    """Plot seconds and bytes of forward + backward against n and against W; all axes are logarithmic."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row.case.startswith("forward+backward")]
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col")
-    for column, axis in enumerate(("n", "W")):
-        for axes, quantity, unit in zip(grid[:, column], ("s", "bytes"), (1, 2**20)):
-            for name, points in curves(rows, axis, quantity).items():
-                values = [value / unit for value in points.values()]
-                axes.loglog(list(points), values, "o-", label=name, linewidth=2.5 if name == OURS else 1.2)
-            axes.grid(alpha=0.3)
-        ticks = list(curves(rows, axis, "s")[OURS])
-        grid[1, column].set_xticks(ticks, [f"{x:,}" for x in ticks])
-        grid[1, column].set_xticks([], minor=True)
-        grid[1, column].set_xlabel(f"{axis}, tokens")
-    grid[0, 0].set_ylabel("seconds, forward + backward")
-    grid[1, 0].set_ylabel("peak memory, MiB")
-    grid[0, 1].legend(frameon=False)
-    figure.savefig(file, dpi=150)

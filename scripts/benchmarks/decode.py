@@ -1,14 +1,7 @@
-"""Generation beside the caches of `transformers`: decoding, the prompt (prefill), and a long stream.
+"""Generation beside the caches of `transformers`: decoding, the prompt (prefill), and a long stream."""
 
-Legend: B batch, T tokens.
-"""
-
-import statistics
-import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,18 +12,38 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from model.cache import RingCache
-from model.config import WindreachConfig
 from model.decoder import build_model
 from model.errors import UserError
-from scripts.benchmarks.peers import mistral_twin, plain_config
 from scripts.benchmarks.timing import OURS, Row, Setup, Work, compare, peak_bytes
-from scripts.generate import Sampling, stream
+from scripts.benchmarks.train import mistral_twin, plain_config
+from scripts.generate import stream
 
 PEERS = ("transformers, dynamic cache", "transformers, static cache")
-UNCOMPILED = "ours, not compiled"
 SDPA = "transformers sdpa"
 PREFILL_WINDOW, PREFILL_LAYERS = 256, 4  # with more layers transformers takes minutes at n = 16,384
 THOUSAND = 1000  # tokens whose median time is reported
+
+
+@dataclass
+class Generation:
+    """A call of `generate` with a new cache; keeps the tokens and the cache of the last call."""
+
+    model: Any
+    new_cache: Callable[[], Any]
+    prompt: Tensor  # (batch, tokens)
+    new_tokens: int
+
+    def __call__(self) -> None:
+        self.cache = self.new_cache()
+        self.tokens = self.model.generate(
+            self.prompt, attention_mask=torch.ones_like(self.prompt), past_key_values=self.cache, do_sample=False,
+            min_new_tokens=self.new_tokens, max_new_tokens=self.new_tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values in the cache."""
+        tensors = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+        return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
 def bench_decode(setup: Setup, prompt_tokens: int, new_tokens: int, batches: list[int]) -> list[Row]:
@@ -43,67 +56,39 @@ def bench_decode(setup: Setup, prompt_tokens: int, new_tokens: int, batches: lis
         OURS: (ours, lambda: RingCache(config)),
         PEERS[0]: (peer, lambda: DynamicCache(config=peer.config)),
         PEERS[1]: (peer, lambda: StaticCache(config=peer.config, max_cache_len=prompt_tokens + new_tokens)),
-        UNCOMPILED: (uncompiled, lambda: RingCache(config)),
+        "ours, not compiled": (uncompiled, lambda: RingCache(config)),
     }
     rows: list[Row] = []
     for batch in batches:
-        prompt = _ids(setup, config, batch, prompt_tokens)
+        prompt = _ids(setup, config.vocab_size, batch, prompt_tokens)
         runs = {name: Generation(*contestant, prompt, new_tokens) for name, contestant in contestants.items()}
         case = f"{settings.name}: {batch} x {new_tokens} tokens after {prompt_tokens}, W {config.sliding_window}"
         limits = dict.fromkeys(PEERS, 3.0)
-        timed = compare("decode", case, runs, setup.rounds, "fp32", limits, Generation.cache_bytes)
-        rows += [replace(row, case=f"{case}{_agreement(runs[OURS], runs[row.peer])}") for row in timed]
+        for row in compare("decode", case, runs, setup.rounds, "fp32", limits, Generation.cache_bytes):
+            same = row.peer_s and torch.equal(runs[OURS].tokens, runs[row.peer].tokens)
+            rows.append(replace(row, case=case if row.note else f"{case}, {'same' if same else 'OTHER'} tokens"))
     return rows
 
 
-def _ids(setup: Setup, config: WindreachConfig, *shape: int) -> Tensor:
-    return torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(setup.device)
+def _ids(setup: Setup, vocab_size: int, *shape: int) -> Tensor:
+    return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(setup.device)
 
 
-class Generation:
-    """A call of `generate` with a new cache; keeps the tokens and the cache of the last call."""
-
-    def __init__(self, model: Any, new_cache: Callable[[], Any], prompt: Tensor, new_tokens: int) -> None:
-        self.model, self.new_cache, self.prompt, self.new_tokens = model, new_cache, prompt, new_tokens
-        self.tokens: Tensor | None = None
-
-    def __call__(self) -> None:
-        self.cache = self.new_cache()
-        self.tokens = self.model.generate(
-            self.prompt, attention_mask=torch.ones_like(self.prompt), past_key_values=self.cache, do_sample=False,
-            min_new_tokens=self.new_tokens, max_new_tokens=self.new_tokens, pad_token_id=0,
-        )  # fmt: skip
-
-    def cache_bytes(self) -> int:
-        """Bytes of the keys and values in the cache."""
-        tensors = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
-        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
-
-
-def _agreement(ours: Generation, peer: Generation) -> str:
-    if ours.tokens is None or peer.tokens is None:
-        return ""
-    return ", same tokens" if torch.equal(ours.tokens, peer.tokens) else ", OTHER tokens"
-
-
-def bench_prefill(setup: Setup, beside: int, alone: list[int]) -> tuple[list[Row], list[Row]]:
-    """A prompt read into the cache, W = 256: `beside` tokens beside sdpa; and ours alone at several lengths."""
+def bench_prefill(setup: Setup, lengths: list[int], beside: int) -> list[Row]:
+    """A prompt read into the cache, W = 256: ours alone at several lengths, with sdpa at `beside` tokens."""
     settings, smaller = setup.settings, {"sliding_window": PREFILL_WINDOW, "num_hidden_layers": PREFILL_LAYERS}
     config = plain_config(settings.model_copy(update={"model": settings.model.model_copy(update=smaller)}))
     ours = build_model(config, seed=settings.seed).to(setup.device).eval()
     peer = mistral_twin(ours, "sdpa").eval()
-    case = f"{settings.name} with {PREFILL_LAYERS} layers, W {PREFILL_WINDOW}, n="
-
-    def ours_on(n: int) -> Work:
-        return partial(_prefill, ours, lambda: RingCache(config), _ids(setup, config, 1, n))
-
-    theirs: Work = partial(_prefill, peer, lambda: DynamicCache(config=peer.config), _ids(setup, config, 1, beside))
-    works = {OURS: ours_on(beside), SDPA: theirs}
-    compared = compare("prefill", f"{case}{beside}", works, setup.rounds, "fp32", {SDPA: 5.0})
-    single: list[Row] = []
-    for n in alone:
-        single += compare("prefill", f"{case}{n}", {OURS: ours_on(n)}, setup.rounds, "fp32", bytes_of=peak_bytes)
-    return compared, single
+    rows: list[Row] = []
+    for n in lengths:
+        ids = _ids(setup, config.vocab_size, 1, n)
+        works: dict[str, Work] = {OURS: partial(_prefill, ours, lambda: RingCache(config), ids)}
+        if n == beside:
+            works[SDPA] = partial(_prefill, peer, lambda: DynamicCache(config=peer.config), ids)
+        case = f"{settings.name} with {PREFILL_LAYERS} layers, W {PREFILL_WINDOW}, n={n}"
+        rows += compare("prefill", case, works, setup.rounds, "fp32", {SDPA: 5.0}, peak_bytes)
+    return rows
 
 
 @torch.inference_mode()
@@ -112,52 +97,25 @@ def _prefill(model: Any, new_cache: Callable[[], Any], ids: Tensor) -> None:
 
 
 def bench_stream(setup: Setup, tokens: int) -> list[Row]:
-    """One text of `tokens` tokens: time of the last thousand beside the thousand from token 2W on, and memory.
+    """Tokens after `tokens` tokens of one text, in turns with tokens of another text from token 2W on.
 
-    Bytes are the resident memory of the process: the most after the early tokens, and right after them. The second
-    row times late tokens in turns with early tokens of another text, because the machine's speed drifts in between.
+    Bytes are the resident memory of the process: the most while the first text is written, and after its first tokens.
     """
     settings, config = setup.settings, plain_config(setup.settings)
-    window = config.sliding_window or 0
-    first, end = 2 * window, 2 * window + THOUSAND
+    first = 2 * (config.sliding_window or 0)
+    end = first + THOUSAND
     if tokens < end + THOUSAND:
         raise UserError(f"--tokens {tokens}: give at least {end + THOUSAND:,}, to compare late tokens with early ones")
     model = build_model(config, seed=settings.seed).to(setup.device).eval()
     model.compile_decoding()
-    cache, sampling = RingCache(config), Sampling(0.0, 1.0, torch.Generator())
-    text, other = (stream(model, [1], sampling, ring) for ring in (cache, RingCache(config)))
-    process, resident = psutil.Process(), array("q")
-
-    def watch(n: int) -> None:
+    cache, process, resident = RingCache(config), psutil.Process(), []
+    text, other = (stream(model, [1], lambda logits: int(logits.argmax()), c) for c in (cache, RingCache(config)))
+    for n, _ in enumerate(islice(text, tokens), 1):
         if n >= end and (n - end) % THOUSAND == 0:
             resident.append(process.memory_info().rss)
-
-    (seconds,) = token_times(text, tokens=tokens, after_each=watch)
-    deque(islice(other, first), maxlen=0)
-    case = f"{settings.name}: token {tokens:,}, W {window}, cache {cache.bytes:,} bytes"
-
-    def row(peer: str, late: Sequence[float], early: Sequence[float], most: int | None, least: int | None) -> Row:
-        ours, theirs, threads = statistics.median(late), statistics.median(early), torch.get_num_threads()
-        return Row("stream", case, peer, ours, theirs, theirs / ours, 1 / 1.05, most, least, "fp32", threads)
-
-    late, early = token_times(text, other, tokens=THOUSAND + 1)
-    peer = f"tokens {first} to {end}"
-    return [
-        row(peer, seconds[-THOUSAND:], seconds[first:end], max(resident), resident[0]),
-        row(f"{peer} of another text, in turns", late[1:], early[1:], None, None),
-    ]
-
-
-def token_times(*texts: Iterator[int], tokens: int, after_each: Callable[[int], None] = lambda n: None) -> list[array]:
-    """Seconds of each of the next `tokens` tokens of each text; the texts take turns, token by token.
-
-    `after_each` is called with the number of tokens so far; its time is not counted.
-    """
-    seconds = [array("d") for _ in texts]
-    for n in range(1, tokens + 1):
-        for text, times in zip(texts, seconds, strict=True):
-            before = time.perf_counter()
-            next(text)
-            times.append(time.perf_counter() - before)
-        after_each(n)
-    return seconds
+    next(islice(other, first - 1, None))
+    case = f"{settings.name}: token {tokens:,}, W {config.sliding_window}, cache {cache.bytes:,} bytes"
+    peer = f"tokens {first} to {end} of another text"
+    works: dict[str, Work] = {OURS: partial(next, text), peer: partial(next, other)}
+    (row,) = compare("stream", case, works, THOUSAND, "fp32", {peer: 1 / 1.05})
+    return [replace(row, ours_bytes=max(resident), peer_bytes=resident[0])]

@@ -46,8 +46,7 @@ def test_what_is_no_number_of_at_least_one_is_refused(option: str, capsys: pytes
     assert "give a whole number of at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_file_that_can_not_be_written_is_refused_before_anything_is_timed(option: str, tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
     for file in (tmp_path, tmp_path / "none/bench.json"):
-        with pytest.raises(UserError, match=rf"^{option} .*: can't be written; name a file in a folder that exists$"):
-            bench.parse(["attention", option, str(file)])
+        with pytest.raises(UserError, match=r"^--json .*: can't be written; name a file in a folder that exists$"):
+            bench.parse(["attention", "--json", str(file)])

@@ -1,4 +1,4 @@
-"""The two data scripts, on a small corpus."""
+"""The data script, on a small corpus."""
 
 import sys
 
@@ -7,7 +7,7 @@ import yaml
 
 from data.tokenizer import load_tokenizer
 from model.errors import UserError
-from scripts import prepare_data, train_tokenizer
+from scripts import prepare_data
 
 
 @pytest.fixture
@@ -35,13 +35,15 @@ def test_prepare_data_shows_documents_tokens_and_bytes(config, monkeypatch, caps
     assert "tokenizer: 320 tokens" in out
 
 
-def test_train_tokenizer_writes_a_model_that_loads(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", config, "--out", str(tmp_path / "out")])
-    train_tokenizer.main()
+def test_a_tokenizer_alone_is_saved_and_loads(config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "--tokenizer", str(tmp_path / "out")])
+    prepare_data.main()
     assert load_tokenizer(tmp_path / "out").vocab_size == 320
+    assert capsys.readouterr().out.startswith("tokenizer: 320 tokens, sha256 ")
+    assert not list((tmp_path / "cache").glob("tokens*"))
 
 
 def test_a_folder_that_can_not_be_written_is_refused(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", config, "--out", str(tmp_path / "train.txt")])
-    with pytest.raises(UserError, match=r"--out '.*train\.txt' can't be written: File exists"):
-        train_tokenizer.main()
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "--tokenizer", str(tmp_path / "train.txt")])
+    with pytest.raises(UserError, match=r"--tokenizer .*train\.txt: can't be written: File exists"):
+        prepare_data.main()

@@ -23,7 +23,7 @@ def trained(config: WindreachConfig) -> Examined:
 def test_the_export_is_a_mistral_with_the_same_logits(tiny_config: WindreachConfig, tmp_path: Path) -> None:
     tiny_config.vocab_size = 330
     examined = trained(tiny_config)
-    assert export.export(examined, tmp_path / "out", torch.float32) == "mistral"
+    assert export.export(examined, tmp_path / "out", "float32") == "mistral"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(theirs, MistralForCausalLM)
     ids = torch.tensor([examined.tokenizer.encode(TEXT[:200])])
@@ -36,7 +36,7 @@ def test_the_export_is_a_mistral_with_the_same_logits(tiny_config: WindreachConf
 def test_nothing_is_overwritten(examined: Examined, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("")
     with pytest.raises(UserError, match="is not empty; name a new folder, nothing is overwritten"):
-        export.export(examined, tmp_path, torch.float32)
+        export.export(examined, tmp_path, "float32")
 
 
 def test_gguf_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,19 +23,20 @@ from model.decoder import build_model
 from model.errors import UserError, cli
 from model.hub import save_hf
 from scripts import generate
-from scripts.generate import Conversation, Detokenizer, Sampling, Stops, parse, stream
+from scripts.generate import Conversation, draw, parse, stream, texts_of, until
 from tests.scripts.conftest import ByteTokenizer
 
 PROMPT = list(b"the sea was calm and a ship came slowly")  # 39 tokens, more than 3 W
 
 
-def sampling(temperature: float, top_p: float = 1.0, seed: int = 0) -> Sampling:
-    return Sampling(temperature, top_p, torch.Generator().manual_seed(seed))
+def sampling(temperature: float, top_p: float = 1.0, seed: int = 0) -> Callable[[torch.Tensor], int]:
+    return partial(draw, temperature=temperature, top_p=top_p, generator=torch.Generator().manual_seed(seed))
 
 
 def take(
-    examined: Examined, n: int, how: Sampling, cache: RingCache | None = None, prompt: Sequence[int] = PROMPT
-) -> list[int]:
+    examined: Examined, n: int, how: Callable[[torch.Tensor], int], cache: RingCache | None = None,
+    prompt: Sequence[int] = PROMPT,
+) -> list[int]:  # fmt: skip
     tokens = stream(examined.model, list(prompt), how, cache or RingCache(examined.model.config))
     return [next(tokens) for _ in range(n)]
 
@@ -63,13 +65,12 @@ def test_the_seed_decides_the_sample(examined: Examined) -> None:
 
 def test_top_p_keeps_the_likeliest_tokens_that_hold_the_mass() -> None:
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
-    assert {sampling(1.0, 0.79, seed).draw(logits) for seed in range(50)} == {1, 3}
-    assert sampling(1.0, 1e-6).draw(logits) == 1
+    assert {sampling(1.0, 0.79, seed)(logits) for seed in range(50)} == {1, 3}
+    assert sampling(1.0, 1e-6)(logits) == 1
 
 
 def streamed(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> str:
-    words = Detokenizer(decode, ByteTokenizer.bos_id)
-    return "".join([words.push(token) for token in tokens]) + words.pending
+    return "".join(texts_of(tokens, decode, ByteTokenizer.bos_id))
 
 
 @given(st.text() | st.text(alphabet="a\ufffd\u00e9\U0001f600"))
@@ -94,28 +95,41 @@ def test_a_tokenizer_with_byte_tokens_streams_what_it_decodes() -> None:
     for text in ("ship 3 caf\u00e9 \U0001f600\U0001f600 x", "\ufffd" * 9, "at the end \U0001f600"):
         ids = tokenizer.encode(text)
         for n in range(len(ids) + 1):  # also up to the middle of a character
-            words = Detokenizer(tokenizer.decode, tokenizer.bos_id)
-            shown = "".join([words.push(token) for token in ids[:n]])
-            assert shown + words.pending == tokenizer.decode(ids[:n])
+            assert "".join(texts_of(ids[:n], tokenizer.decode, tokenizer.bos_id)) == tokenizer.decode(ids[:n])
 
 
 def test_the_decoded_tokens_stay_few_in_an_endless_run_of_bytes_that_are_no_text() -> None:
-    words = Detokenizer(ByteTokenizer().decode, ByteTokenizer.bos_id)
-    assert sum(len(words.push(0x80)) for _ in range(1000)) == 997
-    assert len(words.ids) == 16
+    most = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal most
+        most = max(most, len(ids))
+        return ByteTokenizer().decode(ids)
+
+    *shown, rest = texts_of(itertools.repeat(0x80, 1000), decode, ByteTokenizer.bos_id)
+    assert (len("".join(shown)), len(rest), most) == (997, 3, 17)
 
 
 @given(st.text(alphabet="abc"), st.integers(1, 4))
 def test_a_stop_string_is_found_however_the_text_arrives(text: str, size: int) -> None:
-    stops = Stops(["ab", "cca"])
-    shown = ""
-    for start in range(0, len(text), size):
-        shown += stops.push(text[start : start + size])
-        if stops.found:
-            break
-    ends = [at for stop in stops.stops if (at := text.find(stop)) >= 0]
-    assert stops.found == bool(ends)
-    assert shown + stops.held == text[: min(ends, default=len(text))]
+    stops, read = ["ab", "cca"], 0
+
+    def parts() -> Iterator[str]:
+        nonlocal read
+        for start in range(0, len(text), size):
+            read = start + size
+            yield text[start:read]
+
+    shown = "".join(until(parts(), stops))
+    starts = [at for stop in stops if (at := text.find(stop)) >= 0]
+    assert shown == text[: min(starts, default=len(text))]
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    assert not ends or read < min(ends) + size  # nothing is read after a stop string
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    texts = until(iter(["xa", "cc", "y", "c"]), ["ab", "cca"])
+    assert list(texts) == ["x", "a", "ccy", "", "c"]
 
 
 def talk(examined: Examined, stops: tuple[str, ...] = (), temperature: float = 0.0) -> Conversation:
@@ -125,7 +139,7 @@ def talk(examined: Examined, stops: tuple[str, ...] = (), temperature: float = 0
 def test_an_answer_comes_in_pieces_and_the_summary_tells_speed_and_memory(examined: Examined) -> None:
     talking = talk(examined)
     talking.say("calm sea")
-    assert len(list(talking.answer(20))) == 21  # and what was held back
+    assert len(list(talking.answer(20))) == 22  # and what was held back, by the decoder and for stop strings
     assert re.fullmatch(
         r"9 prompt tokens in \d+\.\d\d s, then 20 tokens at [\d,.]+ tokens/s; cache 1,280 bytes", talking.summary()
     )
