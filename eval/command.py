@@ -5,15 +5,17 @@ This module imports neither torch nor matplotlib, so that `--help` and a mistake
 
 import json
 import time
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from eval.haystack import Haystack, open_haystack
+from eval.models import Examined, load_model
 from model.errors import UserError
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
@@ -66,16 +68,22 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     return listed
 
 
+def prepare(args: Namespace, max_tokens: int | None = None) -> tuple[Examined, Path, Haystack]:
+    """The model, the folder for results and the held-out text, of which at most `max_tokens` are read."""
+    examined = load_model(args.model, args.device)
+    return examined, examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
+
+
 @contextmanager
-def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of steps just finished.
 
     It moves a bar on a terminal. Elsewhere it prints a line with the remaining time every half minute.
     """
     start = last_line = time.monotonic()
-    done = 0
+    done, terminal = 0, rich.get_console().is_terminal
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, transient=True, disable=not terminal) as bar:
         task = bar.add_task(title, total=total)
 
         def advance(steps: int) -> None:
@@ -83,9 +91,9 @@ def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int
             done += steps
             bar.advance(task, steps)
             now = time.monotonic()
-            if not console.is_terminal and now - last_line >= SECONDS_BETWEEN_LINES:
+            if not terminal and now - last_line >= SECONDS_BETWEEN_LINES:
                 last_line, minutes = now, (now - start) * (total / done - 1) / 60
-                console.print(f"{title}: {done / total:.0%} done, about {minutes:.1f} minutes left", highlight=False)
+                print(f"{title}: {done / total:.0%} done, about {minutes:.1f} minutes left", flush=True)
 
         yield advance
 
@@ -100,10 +108,10 @@ def read_result(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
 
 
-def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[], Any], console: Console) -> None:
-    """Write NAME.json, and the figure of `draw` as NAME.png, into `folder`; print the paths."""
-    from eval.plots import save
+def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[Any], Any]) -> None:
+    """Write NAME.json, and what `draw` makes of the module `eval.plots` as NAME.png, into `folder`; print the paths."""
+    from eval import plots
 
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
-    save(draw(), folder / f"{name}.png")
-    console.print(f"Written: {folder / name}.json and {name}.png", highlight=False, soft_wrap=True)
+    plots.save(draw(plots), folder / f"{name}.png")
+    print(f"Written: {folder / name}.json and {name}.png")

@@ -5,7 +5,6 @@ see. Torch and transformers are imported only after the path has been checked, s
 """
 
 import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError
 
-from eval.architectures import nominal_reach, smallest_window, specs_of
 from model import windows
 from model.errors import UserError
 from model.windows import LayerSpec
@@ -25,6 +23,49 @@ if TYPE_CHECKING:
     import torch
 
     from training.settings.schema import Settings
+
+
+def specs_of(config: Any) -> tuple[LayerSpec, ...]:
+    """One `LayerSpec` per layer, bottom layer first, from the config of our decoder or of a Hugging Face model.
+
+    W counts the current token in all of them: query i sees key j iff i - W < j <= i. A layer that is neither sliding
+    nor chunked (full attention, recurrence, convolution) is described as `full`, because no window limits it.
+
+    >>> from transformers import MistralConfig
+    >>> specs_of(MistralConfig(num_hidden_layers=1, sliding_window=4096))[0].window
+    4096
+    """
+    if hasattr(config, "specs"):
+        return tuple(config.specs)
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if getattr(config, "attention_layers", None):  # gpt_neo
+        layer_types, window = config.attention_layers, config.window_size
+    elif getattr(config, "layer_types", None) and config.model_type != "mistral":  # whose code ignores layer_types
+        layer_types = config.layer_types
+    else:
+        uses_window = getattr(config, "use_sliding_window", True) is not False
+        layer_types = ["sliding_attention" if uses_window else "full_attention"] * config.num_hidden_layers
+    sliding = LayerSpec("sliding", window) if window else LayerSpec("full")
+    chunked = LayerSpec("chunked", chunk) if chunk else LayerSpec("full")
+    known = {"sliding_attention": sliding, "local": sliding, "chunked_attention": chunked}
+    return tuple(known.get(layer_type, LayerSpec("full")) for layer_type in layer_types)
+
+
+def smallest_window(specs: Sequence[LayerSpec]) -> int | None:
+    """The smallest window of the stack in tokens; None if all layers are full."""
+    return min((spec.window for spec in specs if spec.window and spec.kind != "full"), default=None)
+
+
+def nominal_reach(specs: Sequence[LayerSpec], window: int) -> int:
+    """The reach in tokens by which distances are chosen: R, or layers x (W - 1) where full layers make R infinite.
+
+    >>> nominal_reach([LayerSpec("sliding", 16), LayerSpec("full")], window=16)
+    30
+    """
+    reach = windows.reach(specs)
+    return len(specs) * (window - 1) if reach is None else reach
 
 
 class HubTokenizer:
@@ -58,6 +99,7 @@ class Examined:
     folder: Path | None  # holds config.json and the weights
     run_dir: Path | None
     settings: dict[str, Any] = field(default_factory=dict)  # of the run; empty for other models
+    facts: dict[str, Any] = field(default_factory=dict)  # run.json, as training wrote it
     sha256: str = ""
 
     @property
@@ -69,7 +111,7 @@ class Examined:
 
     @property
     def device(self) -> "torch.device":
-        device: torch.device = next(self.model.parameters()).device
+        device: torch.device = self.model.device
         return device
 
     @property
@@ -81,7 +123,7 @@ class Examined:
     @property
     def precision(self) -> str:
         """`bf16` or `fp32`: the precision of training, in which the model is also evaluated; fp32 for other models."""
-        return str(_run_facts(self.run_dir).get("precision", "fp32"))
+        return str(self.facts.get("precision", "fp32"))
 
     @property
     def recall(self) -> dict[str, Any]:
@@ -138,17 +180,17 @@ class Examined:
         import torch
         import transformers
 
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
         return {
             "model": self.name,
             "checkpoint_sha256": self.sha256,
             "settings": self.settings,
-            "versions": {"python": platform.python_version(), **versions},
+            "versions": versions | {"transformers": transformers.__version__},
             "window": self.window,
             "layers": self.layers,
             "reach": self.reach,
             "window_times_layers": self.window_times_layers,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.model.num_parameters(),
         }
 
 
@@ -160,9 +202,12 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
     run_dir, folder = _locate(Path(name))
     import torch
 
+    from training.run.folder import read_facts
+
     model = _load_weights(folder, name, backend)
     tokenizer = _load_tokenizer(folder, name, run_dir)
-    _check_tokenizer(tokenizer, model, name, run_dir)
+    facts = read_facts(run_dir) if run_dir else {}
+    _check_tokenizer(tokenizer, model, name, facts)
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     file = run_dir / "settings.yaml" if run_dir else None
     return Examined(
@@ -173,6 +218,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
         folder=folder,
         run_dir=run_dir,
         settings=dict(yaml.safe_load(file.read_text()) or {}) if file and file.exists() else {},
+        facts=facts,
         sha256=_weights_sha256(folder) if folder else "",
     )
 
@@ -183,8 +229,6 @@ def _locate(path: Path) -> tuple[Path | None, Path | None]:
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
             raise UserError(f"MODEL {str(path)!r}: no such folder; give a run folder, a checkpoint or a hub name")
         return None, None
-    if path.is_file():
-        raise UserError(f"MODEL {str(path)!r} is a file; give the folder that holds it")
     run_above = next((parent for parent in path.resolve().parents if (parent / "settings.yaml").exists()), None)
     if (path / "config.json").exists():
         return run_above, path
@@ -224,11 +268,7 @@ def _our_decoder_can_run(folder: Path) -> bool:
     """False for other families, and for a feature that our decoder lacks, such as scaled RoPE."""
     from model import hub
 
-    try:
-        model_type = dict(json.loads((folder / "config.json").read_text())).get("model_type")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
-    if model_type == "windreach":  # transformers does not know this type: show what is wrong, don't pass it on
+    if '"windreach"' in (folder / "config.json").read_text():  # transformers does not know this type
         return True
     try:
         hub.load_config(folder)
@@ -254,7 +294,7 @@ def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None) -> Any
         ) from error
 
 
-def _check_tokenizer(tokenizer: Any, model: Any, name: str, run_dir: Path | None) -> None:
+def _check_tokenizer(tokenizer: Any, model: Any, name: str, facts: dict[str, Any]) -> None:
     """Raise UserError if the tokenizer has more tokens than the model, or is not the one of the run's training."""
     embeddings = int(model.config.get_text_config().vocab_size)
     if tokenizer.vocab_size > embeddings:
@@ -262,19 +302,12 @@ def _check_tokenizer(tokenizer: Any, model: Any, name: str, run_dir: Path | None
             f"MODEL {name!r}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {embeddings:,} "
             "embeddings; they do not belong together"
         )
-    trained_with = _run_facts(run_dir).get("tokenizer_sha256")
-    sha256 = getattr(tokenizer, "sha256", None)
+    sha256, trained_with = getattr(tokenizer, "sha256", None), facts.get("tokenizer_sha256")
     if sha256 and trained_with and sha256 != trained_with:
         raise UserError(
             f"MODEL {name!r}: its tokenizer has the sha256 {sha256[:12]}…, but the run was trained with "
             f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
         )
-
-
-def _run_facts(run_dir: Path | None) -> dict[str, Any]:
-    """What training wrote into run.json; empty if there is none."""
-    file = run_dir / "run.json" if run_dir else None
-    return dict(json.loads(file.read_text())) if file and file.exists() else {}
 
 
 def _weights_sha256(folder: Path) -> str:

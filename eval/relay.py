@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+import rich
 
-from eval.architectures import nominal_reach
-from eval.command import at_least, new_parser, write_result
-from eval.haystack import Haystack, open_haystack
-from eval.models import Examined, load_model
+from eval.command import at_least, new_parser, prepare, write_result
+from eval.haystack import Haystack
+from eval.models import Examined, nominal_reach
+from eval.report.tables import relay_table
 from model import windows
 from model.errors import UserError, cli
 
@@ -61,13 +61,7 @@ def pace(fronts: Sequence[int]) -> float | None:
 
 
 def measure(
-    examined: Examined,
-    haystack: Haystack,
-    n: int = 400,
-    seed: int = 0,
-    how: str = "auto",
-    max_offset: int = 4096,
-    console: Console | None = None,
+    examined: Examined, haystack: Haystack, n: int = 400, seed: int = 0, how: str = "auto", max_offset: int = 4096
 ) -> dict[str, Any]:
     """Everything that relay.json holds. Raises UserError if `how` is `head` and the run has none."""
     from data.tasks.vocabulary import recall_vocabulary
@@ -88,7 +82,7 @@ def measure(
         )
     read = streams.linear_probe(texts.labels, n_values) if head is None else streams.head_reader(examined, head)
     limits = frontier(examined)
-    shares, same, beyond = streams.read_map(examined, texts, offsets, limits, read, console or Console(quiet=True))
+    shares, same, beyond = streams.read_map(examined, texts, offsets, limits, read)
     fronts = front(shares.tolist(), offsets)
     return examined.header() | {
         "seed": seed,
@@ -126,24 +120,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("relay", __doc__)
     parser.add_argument("--n", type=at_least(4), default=400, help="texts; a probe is fitted on half of them")
     parser.add_argument("--read", choices=("auto", "head", "probe"), default="auto", help="auto: head if there is one")
-    parser.add_argument(
-        "--max-offset", type=at_least(1), default=4096, help="longest offset in tokens; default %(default)s"
-    )
+    parser.add_argument("--max-offset", type=at_least(1), default=4096, help="longest offset; default 4096 tokens")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    console = Console()
-    examined = load_model(args.model, args.device)
-
-    from eval.plots import relay_figure
-
-    out = examined.out_dir(args.out)
-    text = open_haystack(examined, args.text, args.data)
-    result = measure(examined, text, args.n, args.seed, args.read, args.max_offset, console)
-    write_result("relay", result, out, lambda: relay_figure(result), console)
-    console.print(finding(result), highlight=False)
+    examined, out, text = prepare(args)
+    result = measure(examined, text, args.n, args.seed, args.read, args.max_offset)
+    write_result("relay", result, out, lambda plots: plots.relay_figure(result))
+    relay_table(result).print(rich.get_console())
+    print(finding(result))
     if result["identical_beyond_frontier"] is False:
         raise SystemExit("a stream beyond its frontier changed with the value: the attention sees too far")
 

@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness runs
 
 from data.tasks.layout import RecallItem, item
 from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
-from eval.architectures import nominal_reach, smallest_window, specs_of
 from eval.haystack import read_haystack
-from eval.models import HubTokenizer
+from eval.models import HubTokenizer, nominal_reach, smallest_window, specs_of
 from eval.recall.order import protocol_distances
 from model.errors import UserError
 

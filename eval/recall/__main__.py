@@ -25,15 +25,16 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+import rich
 
 from data.tasks import TASKS
-from eval.command import at_least, names, new_parser, numbers, read_result, write_result
-from eval.haystack import open_haystack
-from eval.models import load_model
+from eval.command import at_least, names, new_parser, numbers, prepare, read_result, write_result
 from eval.recall.order import CONTROLS, NEEDLES, SIZE_NAMES, Order, default_distances, parse_distances
-from eval.recall.table import print_result
+from eval.report.runs import Run
+from eval.report.sentences import controls, finding, identity
+from eval.report.tables import recall_table
 from model.errors import UserError, cli
 
 SIZES = {"pairs": "pairs in the haystack", "hops": "copies to follow", "span_pairs": "pairs in the span"}
@@ -69,32 +70,45 @@ def check_sizes(sizes: dict[str, tuple[int, ...]], tasks: Iterable[str]) -> None
             raise UserError(f"--{SIZE_NAMES[task.option]} is for the task {task.name}; add it to --tasks")
 
 
+def print_result(result: dict[str, Any]) -> None:
+    """Print a table for each task, and what it and the controls show in sentences."""
+    for task, entry in result["tasks"].items():
+        one = result | {"tasks": {task: entry}}
+        run, rows = Run(Path(), {"recall": one}), entry["rows"]
+        recall_table(task, entry).print(rich.get_console())
+        sentences = [finding(run), identity(one)[0], *controls(run)]
+        if entry["chance_in_context"] < 1:
+            sentences.append(f"Naming any of the values in the text would give {entry['chance_in_context']:.0%}.")
+        if "accuracy_with_distractors" in rows[0]:
+            older = [row["accuracy_with_distractors"] for row in rows]
+            sentences.append(f"With four older needles: right in {min(older):.1%} to {max(older):.1%} of cases.")
+        if "untrained" in entry:
+            right, n = (sum(row[key] for row in entry["untrained"]) for key in ("correct", "n"))
+            sentences.append(f"Before training, the model answered {right / n:.1%} of {n:,} items right.")
+        print(*sentences, "", sep="\n")
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
-    console = Console()
     check_sizes(args.sizes, args.tasks or TASKS)
     if args.distances is not None:
         parse_distances(args.distances, window=1 << 20, reach=1 << 20)  # a mistake is answered before loading the model
     others = [read_result(Path(run) / "recall.json") for run in args.compare]
-    examined = load_model(args.model, args.device)
+    examined, out, haystack = prepare(args)
 
-    from eval import plots
     from eval.recall.measure import measure
 
-    out = examined.out_dir(args.out)
     distances = default_distances(examined, args.max_distance)
     if args.distances is not None:
         distances = parse_distances(args.distances, examined.window, examined.nominal_reach)
     tasks = args.tasks or tuple(task for task in TASKS if task in examined.recall.get("tasks", {})) or NEEDLES
     check_sizes(args.sizes, tasks)
-    order = Order(
-        args.model, args.device, args.text, args.data, tasks, tuple(distances), args.n, args.seed,
-        examined.precision if args.precision == "auto" else args.precision, args.sizes, args.controls,
-    )  # fmt: skip
-    result = measure(examined, open_haystack(examined, args.text, args.data), order, console)
+    precision = examined.precision if args.precision == "auto" else args.precision
+    order = Order(tasks, tuple(distances), args.n, args.seed, precision, args.sizes, args.controls)
+    result = measure(examined, haystack, order)
     reach = read_result(out / "reach.json") if (out / "reach.json").exists() else None
-    write_result("recall", result, out, lambda: plots.hero_figure([result, *others], reach), console)
-    print_result(result, console)
+    write_result("recall", result, out, lambda plots: plots.hero_figure([result, *others], reach))
+    print_result(result)
     if any(entry["identical_beyond_reach"] is False for entry in result["tasks"].values()):
         raise SystemExit("pairs beyond the reach differ: the model sees farther than its windows allow")
 

@@ -19,12 +19,8 @@ SCREENING = 200  # items per distance at first; more follow only where recall ch
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be measured. Another process can repeat the work from it, because it names files, not objects."""
+    """What is to be measured."""
 
-    model: str
-    device: str | None
-    text: str | None  # the file to use as haystack
-    data: str | None  # the config whose held-out text is used
     tasks: tuple[str, ...]
     distances: tuple[int, ...]  # tokens
     n: int  # items per distance

@@ -2,13 +2,11 @@
 
 import copy
 import dataclasses
-import io
 import json
 import shutil
 import sys
 
 import pytest
-from rich.console import Console
 
 from data.tasks import TASKS
 from eval import loss, stats
@@ -16,10 +14,10 @@ from eval.haystack import open_haystack
 from eval.models import load_model
 from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
-from eval.recall import batches
+from eval.recall import measure as measuring
+from eval.recall.__main__ import print_result
 from eval.recall.measure import measure
 from eval.recall.order import Order, default_distances, parse_distances
-from eval.recall.table import print_result
 from model.errors import UserError, cli
 from model.windows import LayerSpec
 
@@ -31,8 +29,8 @@ def examined(untrained_run):
     return load_model(str(untrained_run), "cpu")
 
 
-def order(tasks, distances, n, model="", **more):
-    return Order(model, "cpu", None, None, tuple(tasks), tuple(distances), n, seed=0, precision="fp32", **more)
+def order(tasks, distances, n, **more):
+    return Order(tuple(tasks), tuple(distances), n, seed=0, precision="fp32", **more)
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +168,13 @@ def test_the_same_seed_gives_the_same_result_whatever_else_is_asked(examined, re
     assert alone["tasks"]["needle"] == result["tasks"]["needle"]
 
 
-def test_the_table_and_the_paragraph_say_what_the_controls_found(all_tasks):
-    console = Console(width=140, file=io.StringIO())
-    print_result(all_tasks, console)
-    said = " ".join(console.file.getvalue().split())
-    assert "older" in said
-    assert "Naming any of the values in the text would give 33 %." in said
-    assert said.count("Before training, the model answered") == len(all_tasks["tasks"])
-    assert said.count("all gave the same logits with another value") == len(all_tasks["tasks"])
+def test_the_table_and_the_sentences_say_what_the_controls_found(all_tasks, capsys):
+    print_result(all_tasks)
+    said = capsys.readouterr().out
+    assert said.count("With four older needles: right in") == len(all_tasks["tasks"]) - 2
+    assert "Naming any of the values in the text would give 33%." in said
+    for sentence in ("Before training, the model answered", "counterfactual pairs are bit-identical"):
+        assert said.count(sentence) == len(all_tasks["tasks"])
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -257,11 +254,12 @@ def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, untrained
     assert said in message
 
 
-def test_processes_find_what_one_process_finds(untrained_run, examined, monkeypatch):
-    asked = order(["needle"], DISTANCES, 12, model=str(untrained_run))
+def test_threads_and_compiled_layers_find_what_one_eager_thread_finds(untrained_run, examined, monkeypatch):
+    asked = order(["needle"], DISTANCES, 60)
+    monkeypatch.setattr(measuring.torch, "get_num_threads", lambda: 1)
     alone = measure(examined, open_haystack(examined), asked)
-    monkeypatch.setattr(batches, "LONG_WORK", 0)
-    monkeypatch.setattr(batches.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(measuring, "LONG_WORK", 0)
+    monkeypatch.setattr(measuring.torch, "get_num_threads", lambda: 2)
     shared = measure(load_model(str(untrained_run), "cpu"), open_haystack(examined), asked)
     for a, b in zip(alone["tasks"]["needle"]["rows"], shared["tasks"]["needle"]["rows"], strict=True):
         assert {k: v for k, v in a.items() if "bits" not in k} == {k: v for k, v in b.items() if "bits" not in k}
