@@ -209,7 +209,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
     facts = read_facts(run_dir) if run_dir else {}
     _check_tokenizer(tokenizer, model, name, facts)
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    file = run_dir / "settings.yaml" if run_dir else None
+    written = run_dir and run_dir / "settings.yaml"
     return Examined(
         name=run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/"),
         model=model,
@@ -217,7 +217,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
         specs=specs_of(model.config),
         folder=folder,
         run_dir=run_dir,
-        settings=dict(yaml.safe_load(file.read_text()) or {}) if file and file.exists() else {},
+        settings=dict(yaml.safe_load(written.read_text()) or {}) if written and written.exists() else {},
         facts=facts,
         sha256=_weights_sha256(folder) if folder else "",
     )
@@ -261,7 +261,7 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
     except SafetensorError as error:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
+        raise UserError(f"MODEL {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _our_decoder_can_run(folder: Path) -> bool:
@@ -289,9 +289,8 @@ def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None) -> Any
     try:
         return HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"MODEL {name!r}: no tokenizer beside the weights ({_first_line(error)}); copy the tokenizer files there"
-        ) from error
+        line = str(error).splitlines()[0]
+        raise UserError(f"MODEL {name!r}: no tokenizer beside the weights ({line}); copy its files there") from error
 
 
 def _check_tokenizer(tokenizer: Any, model: Any, name: str, facts: dict[str, Any]) -> None:
@@ -316,7 +315,3 @@ def _weights_sha256(folder: Path) -> str:
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         digest.update(np.memmap(file, mode="r").data)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import rich
 
+from data.tasks.vocabulary import recall_vocabulary
 from eval.command import at_least, new_parser, prepare, write_result
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
+from eval.recall.order import VALUES
 from eval.report.tables import relay_table
 from model import windows
 from model.errors import UserError, cli
@@ -64,11 +66,9 @@ def measure(
     examined: Examined, haystack: Haystack, n: int = 400, seed: int = 0, how: str = "auto", max_offset: int = 4096
 ) -> dict[str, Any]:
     """Everything that relay.json holds. Raises UserError if `how` is `head` and the run has none."""
-    from data.tasks.vocabulary import recall_vocabulary
-    from eval import streams
-    from eval.recall.items import n_values_of
+    from eval import streams  # imports torch
 
-    n_values = n_values_of(examined)
+    n_values = examined.recall.get("values", VALUES)
     vocabulary = recall_vocabulary(examined.tokenizer, n_values)
     lead = examined.window or 16
     longest = (examined.max_tokens or 1 << 40) - lead - len(vocabulary.needle) - 1

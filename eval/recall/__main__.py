@@ -98,13 +98,15 @@ def main() -> None:
 
     from eval.recall.measure import measure
 
-    distances = default_distances(examined, args.max_distance)
     if args.distances is not None:
         distances = parse_distances(args.distances, examined.window, examined.nominal_reach)
+    else:
+        longest = min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)
+        distances = tuple(default_distances(examined.specs, examined.window, longest))
     tasks = args.tasks or tuple(task for task in TASKS if task in examined.recall.get("tasks", {})) or NEEDLES
     check_sizes(args.sizes, tasks)
     precision = examined.precision if args.precision == "auto" else args.precision
-    order = Order(tasks, tuple(distances), args.n, args.seed, precision, args.sizes, args.controls)
+    order = Order(tasks, distances, args.n, args.seed, precision, args.sizes, args.controls)
     result = measure(examined, haystack, order)
     reach = read_result(out / "reach.json") if (out / "reach.json").exists() else None
     write_result("recall", result, out, lambda plots: plots.hero_figure([result, *others], reach))

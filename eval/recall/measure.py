@@ -25,8 +25,7 @@ from eval.forward import batch_rows, last_logits, logits_at
 from eval.haystack import Haystack
 from eval.models import Examined
 from eval.reach.gradient import untrained
-from eval.recall.items import DISTRACTORS, TaskItems, open_items
-from eval.recall.order import SCREENING, Order
+from eval.recall.order import DISTRACTORS, SCREENING, Order, TaskItems, open_items
 from model.cache import RingCache
 from model.flops import cache_bytes
 
@@ -112,7 +111,7 @@ def measure_batch(
     outcomes = []
     blind_tokens, blind = torch.empty(0), torch.empty(0)
     for distance in distances:
-        items = asked.items(distance, batch)
+        items = [asked.item(i, distance) for i in batch]
         at = items[0].query_position
         fields = ("tokens", "counterfactual_tokens", "blind_tokens")
         first, second, without = (torch.tensor([getattr(item, name) for item in items]) for name in fields)
@@ -120,9 +119,10 @@ def measure_batch(
             blind_tokens, blind = without, read(without, at)
         outcome = judge(asked, items, read(first, at), read(second, at), blind)
         if asked.distractors:
-            items = asked.items(distance, batch, asked.distractors)
+            items = [asked.item(i, distance, asked.distractors) for i in batch]
             logits = read(torch.tensor([item.tokens for item in items]), items[0].query_position)
-            outcome["accuracy_with_distractors"] = _is_right(asked, items, logits).double().numpy()
+            right = _chosen(asked, logits) == torch.tensor([item.answer for item in items])
+            outcome["accuracy_with_distractors"] = right.double().numpy()
         outcomes.append(outcome)
     return outcomes
 
@@ -132,24 +132,20 @@ def judge(asked: TaskItems, items: list[RecallItem], first: Tensor, second: Tens
 
     An answer is right if, among the values of the task, it has the highest logit.
     """
-    answers = torch.tensor([[item.answer] for item in items])
+    answers = torch.tensor([item.answer for item in items])
     other_answers = torch.tensor([item.counterfactual_answer for item in items])
-    right = _is_right(asked, items, first)
+    right = _chosen(asked, first) == answers
     bits, blind_bits = (-torch.log_softmax(logits, -1) / math.log(2) for logits in (first, blind))
     outcomes = {
         "accuracy": right,
         "pair_accuracy": right & (_chosen(asked, second) == other_answers),
         "identical_pairs": (first == second).all(-1),
-        "free_accuracy": first.argmax(-1) == answers[:, 0],
-        "accuracy_without_needle": _is_right(asked, items, blind),
-        "nll_bits": bits.gather(1, answers)[:, 0],
-        "blind_nll_bits": blind_bits.gather(1, answers)[:, 0],
+        "free_accuracy": first.argmax(-1) == answers,
+        "accuracy_without_needle": _chosen(asked, blind) == answers,
+        "nll_bits": bits.gather(1, answers[:, None])[:, 0],
+        "blind_nll_bits": blind_bits.gather(1, answers[:, None])[:, 0],
     }
     return {name: values.double().numpy() for name, values in outcomes.items()}
-
-
-def _is_right(asked: TaskItems, items: list[RecallItem], logits: Tensor) -> Tensor:
-    return _chosen(asked, logits) == torch.tensor([item.answer for item in items])
 
 
 def _chosen(asked: TaskItems, logits: Tensor) -> Tensor:
@@ -220,7 +216,7 @@ def check_paths(asked: TaskItems, examined: Examined, distances: Sequence[int], 
     ring: list[Tensor] = []
     generated: list[Tensor] = []
     for distance in distances[:: max(1, len(distances) // 12)]:
-        items = asked.items(distance, range(n))
+        items = [asked.item(i, distance) for i in range(n)]
         end = items[0].query_position + 1
         tokens = torch.tensor([item.tokens[:end] for item in items])
         ids = tokens.to(examined.device)
@@ -237,17 +233,13 @@ def check_paths(asked: TaskItems, examined: Examined, distances: Sequence[int], 
             generated.append(model.generate(input_ids=ids, do_sample=False, **options)[:, end].cpu())
     full_bv, ring_bv, right, written = torch.cat(full), torch.cat(ring), torch.tensor(answers), torch.cat(generated)
     forced, ringed = full_bv.argmax(-1), ring_bv.argmax(-1)
-
-    def share(chosen: Tensor, wanted: Tensor) -> float:
-        return float((chosen == wanted).double().mean())
-
     return {
         "n": len(right),
-        "teacher_forced_accuracy": share(forced, right),
-        "ring_accuracy": share(ringed, right),
+        "teacher_forced_accuracy": (forced == right).double().mean().item(),
+        "ring_accuracy": (ringed == right).double().mean().item(),
         "agree": int((forced == ringed).sum()),
         "max_abs_logit_difference": float((full_bv - ring_bv).abs().max()),
         "generated_n": len(written),
         "generated_agree": int((written == forced[: len(written)]).sum()),
-        "generated_accuracy": share(written, right[: len(written)]),
+        "generated_accuracy": (written == right[: len(written)]).double().mean().item(),
     }

@@ -1,17 +1,31 @@
-"""What a recall measurement asks for: the order, and the distances of the protocol.
+"""What a recall measurement asks for: tasks, distances and items.
+
+An item is a counterfactual pair: the same tokens with value v and with another value v'. All items have one length.
 
 This module does not import torch, so that a mistake on the command line is answered at once.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from data.tasks import TASKS, need_keys
 from data.tasks.distance import in_tokens
-from eval.models import Examined
+from data.tasks.layout import RecallItem, clean_filler, item, needle_tokens, task_size
+from data.tasks.question import Task, TaskOptions
+from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
+from eval.haystack import Haystack
+from eval.models import Examined, nominal_reach
+from model import windows
 from model.errors import UserError
+from model.windows import LayerSpec
 
 CONTROLS = ("distractors", "untrained")
+DISTRACTORS = 4  # older needles in an item of that control
 NEEDLES = ("needle", "needle-noise")  # the tasks for a model that was trained on none
+VALUES = KEYS = 32  # for such a model
 SIZE_NAMES = {"pairs": "keys", "span_pairs": "span-pairs", "hops": "hops", "rules": "rules"}  # on the command line
 ALIGNED = 32  # tokens: attention runs a third faster on lengths that are a multiple of it
 SCREENING = 200  # items per distance at first; more follow only where recall changes
@@ -48,21 +62,20 @@ def protocol_distances(window: int, reach: int, window_times_layers: int) -> lis
     return sorted(d for d in near | {d for d in far if d < reach - 1} | edge if d >= 1)
 
 
-def default_distances(examined: Examined, max_distance: int) -> list[int]:
-    """The distances of the protocol for this model, up to `max_distance`; without any window, two per doubling.
+def default_distances(specs: Sequence[LayerSpec], window: int | None, longest: int) -> list[int]:
+    """The distances of the protocol for this stack, up to `longest`; without any window, two per doubling.
 
     A stack of unbounded reach gets those of a stack with the same window in every layer.
     """
-    window, reach = examined.window, examined.nominal_reach
-    if window is None or reach is None:
+    if window is None:
         wanted = [1, *(round(8 * 2 ** (i / 2)) for i in range(40))]
     else:
-        wanted = protocol_distances(window, reach, examined.window_times_layers or examined.layers * window)
-    longest = min(max_distance, examined.max_tokens - 64) if examined.max_tokens else max_distance
+        product = None if windows.reach(specs) is None else windows.window_times_layers(specs)
+        wanted = protocol_distances(window, nominal_reach(specs, window), product or len(specs) * window)
     return [d for d in wanted if d <= longest]
 
 
-def parse_distances(text: str, window: int | None, reach: int | None) -> list[int]:
+def parse_distances(text: str, window: int | None, reach: int | None) -> tuple[int, ...]:
     """The distances of a list such as `1,W,.9R,R-1,R,R+1`. Raises UserError with the word that is no distance."""
     try:
         distances = sorted({in_tokens(word, window, reach) for word in text.split(",")})
@@ -72,4 +85,98 @@ def parse_distances(text: str, window: int | None, reach: int | None) -> list[in
         ) from error
     if distances[0] < 1:
         raise UserError(f"--distances {text!r}: a distance is at least 1 token")
-    return distances
+    return tuple(distances)
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """The items of one task at one size: one entry of recall.json."""
+
+    name: str  # of the entry: the task, with the size where several are measured, such as `keys-16`
+    task: Task
+    options: TaskOptions
+    vocabulary: RecallVocabulary
+    haystack: Haystack
+    seed: int
+    distractors: int = 0
+    total_length: int = 0  # tokens of every item; `open_items` sets it
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The size of the questions as it stands in recall.json, such as {"keys": 4}; empty for needles."""
+        option = self.task.option
+        return {SIZE_NAMES[option].replace("-", "_"): getattr(self.options, option)} if option else {}
+
+    @property
+    def chance(self) -> float:
+        """Share of right answers without any knowledge of the needle."""
+        return self.task.chance(len(self.vocabulary.values), self.options)
+
+    def possible(self, distances: Sequence[int]) -> list[int]:
+        """The distances that the task can have. Raises UserError if none is left."""
+        nearest = task_size(self.task.name, self.vocabulary, self.options).nearest
+        if not (possible := [d for d in distances if d >= nearest]):
+            raise UserError(f"--distances: the shortest distance of {self.name} is {nearest}; add a longer one")
+        return possible
+
+    def margin(self, farthest: int) -> int:
+        """Tokens of an item besides its farthest distance."""
+        length = task_size(self.task.name, self.vocabulary, self.options).row(farthest)
+        older = self.distractors * needle_tokens(self.task.name, self.vocabulary, self.options)
+        return length - farthest + older + len(self.vocabulary.query) + 7
+
+    def item(self, i: int, distance: int, distractors: int = 0) -> RecallItem:
+        """Item `i`, a pure function of (seed, task, i, distance), on a haystack of (seed, task, i) alone.
+
+        The haystack is free of the tokens that needles and queries are made of.
+        """
+        if self.task.noise:
+            filler = np.random.default_rng([self.seed, 11, i]).choice(self.vocabulary.plain, self.total_length)
+        else:
+            filler = clean_filler(self.haystack.filler(i, self.total_length, self.seed), self.vocabulary)
+        rng = np.random.default_rng([self.seed, list(TASKS).index(self.task.name), i, distance])
+        size = self.total_length, distance, self.options, distractors
+        return item(self.task.name, rng, filler, self.vocabulary, *size)
+
+
+def open_items(examined: Examined, haystack: Haystack, order: Order) -> list[TaskItems]:
+    """The items of each entry that was ordered: a task at the size it was trained on, or at each of the sizes.
+
+    Raises UserError if the model can't read that many tokens, or a size does not fit the vocabulary.
+    """
+    trained = TaskOptions(**examined.recall.get("questions", {}))
+    older = DISTRACTORS if "distractors" in order.controls else 0
+    entries = []
+    for task in (TASKS[name] for name in order.tasks):
+        options_by_name = {task.name: trained}
+        if task.option in order.sizes:
+            sizes = order.sizes[task.option]
+            options_by_name = {f"{task.name}-{n}": trained.model_copy(update={task.option: n}) for n in sizes}
+        for name, options in options_by_name.items():
+            vocabulary, distractors = _vocabulary(examined, task, options), 0 if task.alone else older
+            entries.append(TaskItems(name, task, options, vocabulary, haystack, order.seed, distractors))
+    farthest = max(order.distances)
+    margin = max(entry.margin(farthest) for entry in entries)
+    total_length = aligned(farthest + margin)
+    if examined.max_tokens and total_length > examined.max_tokens:
+        raise UserError(
+            f"--distances {farthest}: items would be {total_length:,} tokens long and this model reads "
+            f"{examined.max_tokens:,}; give distances up to {examined.max_tokens // ALIGNED * ALIGNED - margin:,}"
+        )
+    return [replace(entry, total_length=total_length) for entry in entries]
+
+
+def _vocabulary(examined: Examined, task: Task, options: TaskOptions) -> RecallVocabulary:
+    """The tokens of the task. Raises UserError if its questions need more of them.
+
+    If any task of the run uses keys, they stay out of the haystack of every task, as in training.
+    """
+    n_values, n_keys = examined.recall.get("values", VALUES), examined.recall.get("keys", KEYS)
+    most = task.most(n_values, n_keys)
+    if task.option is not None and most is not None and getattr(options, task.option) > most:
+        raise UserError(
+            f"--{SIZE_NAMES[task.option]} {getattr(options, task.option)}: {task.name} allows at most {most} "
+            f"with {n_values} values and {n_keys} keys; lower it"
+        )
+    uses_keys = need_keys([task.name, *examined.recall.get("tasks", {})])
+    return recall_vocabulary(examined.tokenizer, n_values, n_keys if uses_keys else 0)

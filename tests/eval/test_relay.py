@@ -12,8 +12,7 @@ from data.tasks.vocabulary import recall_vocabulary
 from eval import heat, relay, streams
 from eval.haystack import open_haystack
 from eval.models import load_model
-from eval.recall.items import open_items
-from eval.recall.order import Order
+from eval.recall.order import Order, open_items
 from model.errors import cli
 from model.windows import LayerSpec
 from training.run import checkpoint
