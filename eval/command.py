@@ -109,9 +109,13 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[Any], Any]) -> None:
-    """Write NAME.json, and what `draw` makes of the module `eval.plots` as NAME.png, into `folder`; print the paths."""
+    """Write NAME.json, and what `draw` makes of the module `eval.plots` as NAME.png, into `folder`; print tables."""
     from eval import plots
+    from eval.report.runs import Run
+    from eval.report.tables import tables_of
 
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
     plots.save(draw(plots), folder / f"{name}.png")
+    for table in tables_of(Run(folder, {name: result})).values():
+        table.print(rich.get_console())
     print(f"Written: {folder / name}.json and {name}.png")

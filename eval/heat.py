@@ -13,14 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import rich
 
 from data.tasks import TASKS
 from eval.command import at_least, new_parser, numbers, prepare, write_result
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
 from eval.recall.order import Order, aligned
-from eval.report.tables import heat_table
 from model.errors import cli
 
 COLUMNS = 6
@@ -88,7 +86,6 @@ def main() -> None:
     order = Order((args.task,), (), args.n, args.seed, examined.precision)
     result = measure(examined, haystack, order, lengths, args.depths)
     write_result("heat", result, out, lambda plots: plots.heat_figure(result))
-    heat_table(result).print(rich.get_console())
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import rich
 from numpy.typing import NDArray
 
 from eval.command import at_least, new_parser, prepare, progress, write_result
 from eval.haystack import Haystack, HeldOutDocument
 from eval.models import Examined
-from eval.report.tables import loss_table
 from model.errors import cli
 
 FloatArray = NDArray[np.float64]
@@ -70,7 +68,10 @@ def document_nats(
 def bits_per_byte(examined: Examined, haystack: Haystack, length: int, context: int) -> dict[str, Any]:
     """Over all documents. The first token of a document has no context: neither it nor its bytes count."""
     n_tokens = sum(len(document.tokens) - 1 for document in haystack.documents)
-    n_bytes = sum(document.n_bytes - _first_token_bytes(examined, document) for document in haystack.documents)
+    n_bytes = 0
+    for document in haystack.documents:
+        first, marker = int(document.tokens[0]), getattr(examined.tokenizer, "bos_id", None)
+        n_bytes += document.n_bytes - (0 if first == marker else len(examined.tokenizer.decode([first]).encode()))
     with progress("bits per byte", n_tokens) as advance:
         nats = sum(document_nats(examined, d, length, context, advance) for d in haystack.documents)
     return {
@@ -82,12 +83,6 @@ def bits_per_byte(examined: Examined, haystack: Haystack, length: int, context: 
         "bytes": n_bytes,
         "context": context,
     }
-
-
-def _first_token_bytes(examined: Examined, document: HeldOutDocument) -> int:
-    first = int(document.tokens[0])
-    is_marker = first == getattr(examined.tokenizer, "bos_id", None)
-    return 0 if is_marker else len(examined.tokenizer.decode([first]).encode())
 
 
 def by_position(examined: Examined, haystack: Haystack, length: int, rows: int, seed: int) -> list[dict[str, Any]]:
@@ -150,15 +145,6 @@ def measure(
     return examined.header() | {"seed": seed, "haystack": haystack.name} | bits | curves
 
 
-def print_result(result: dict[str, Any]) -> None:
-    print(
-        f"{result['model']}: {result['bits_per_byte']:.3f} bits per byte on {result['haystack']} "
-        f"({result['tokens']:,} tokens, {result['bytes']:,} bytes). That is {result['nats_per_token']:.3f} nats per "
-        f"token, a perplexity of {result['perplexity']:.1f}. Each token had {result['context']:,} tokens of context."
-    )
-    loss_table(result, "context", "context").print(rich.get_console())
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("loss", __doc__)
     parser.add_argument("--context", type=at_least(1), help="tokens before each scored token; default: R, up to 1,024")
@@ -172,7 +158,11 @@ def main() -> None:
     examined, out, text = prepare(args, args.max_tokens)
     result = measure(examined, text, args.context, args.rows, args.seed)
     write_result("loss", result, out, lambda plots: plots.loss_figure([result]))
-    print_result(result)
+    print(
+        f"{result['bits_per_byte']:.3f} bits per byte on {result['haystack']} ({result['tokens']:,} tokens, "
+        f"{result['bytes']:,} bytes). That is {result['nats_per_token']:.3f} nats per token, a perplexity of "
+        f"{result['perplexity']:.1f}. Each token had {result['context']:,} tokens of context."
+    )
 
 
 if __name__ == "__main__":

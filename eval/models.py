@@ -147,15 +147,6 @@ class Examined:
         return windows.reach(self.specs)
 
     @property
-    def nominal_reach(self) -> int | None:
-        """The reach by which distances are chosen: R, or that of the same window in every layer; None without one."""
-        return None if self.window is None else nominal_reach(self.specs, self.window)
-
-    @property
-    def window_times_layers(self) -> int | None:
-        return None if self.reach is None else windows.window_times_layers(self.specs)
-
-    @property
     def max_tokens(self) -> int | None:
         """The longest sequence that a learned position table allows; None for rotary models."""
         config = self._text_config
@@ -189,7 +180,7 @@ class Examined:
             "window": self.window,
             "layers": self.layers,
             "reach": self.reach,
-            "window_times_layers": self.window_times_layers,
+            "window_times_layers": None if self.reach is None else windows.window_times_layers(self.specs),
             "parameters": self.model.num_parameters(),
         }
 

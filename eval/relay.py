@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rich
 
 from data.tasks.vocabulary import recall_vocabulary
 from eval.command import at_least, new_parser, prepare, write_result
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
 from eval.recall.order import VALUES
-from eval.report.tables import relay_table
 from model import windows
 from model.errors import UserError, cli
 
@@ -129,7 +127,6 @@ def main() -> None:
     examined, out, text = prepare(args)
     result = measure(examined, text, args.n, args.seed, args.read, args.max_offset)
     write_result("relay", result, out, lambda plots: plots.relay_figure(result))
-    relay_table(result).print(rich.get_console())
     print(finding(result))
     if result["identical_beyond_frontier"] is False:
         raise SystemExit("a stream beyond its frontier changed with the value: the attention sees too far")

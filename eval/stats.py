@@ -37,22 +37,21 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     return float(interval.low), float(interval.high)
 
 
-def last_distance_holding(distances: Sequence[int], values: Sequence[float], threshold: float) -> int:
-    """Largest distance up to which every value is at least the threshold; 0 if the first one is not.
+def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
+    """H90, where the lower bounds stop being at least .90. Its interval ends where the upper bounds do.
 
     A single low value ends it, however high later values are:
 
-    >>> last_distance_holding([1, 8, 16, 32], [1.0, 0.95, 0.5, 0.99], 0.9)
-    8
+    >>> h90([1, 16, 32, 64], [400, 400, 300, 400], [400] * 4).value
+    16
     """
-    pairs = sorted(zip(distances, values, strict=True))
-    return max((d for d, _ in itertools.takewhile(lambda pair: pair[1] >= threshold, pairs)), default=0)
+    bounds = sorted((d, *wilson(c, m)) for d, c, m in zip(distances, correct, n, strict=True))
 
+    def last_holding(column: int) -> int:
+        holding = itertools.takewhile(lambda bound: bound[column] >= 0.9, bounds)
+        return max((distance for distance, _, _ in holding), default=0)
 
-def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
-    """H90, where the lower bounds stop being at least .90. Its interval ends where the upper bounds do."""
-    lows, highs = zip(*(wilson(c, m) for c, m in zip(correct, n, strict=True)), strict=True)
-    low, high = (last_distance_holding(distances, bounds, 0.9) for bounds in (lows, highs))
+    low, high = last_holding(1), last_holding(2)
     return Horizon(low, low, high, censored=low == max(distances))
 
 

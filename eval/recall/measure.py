@@ -30,7 +30,8 @@ from model.cache import RingCache
 from model.flops import cache_bytes
 
 LONG_WORK = 2_000_000  # tokens; for less, compiling takes longer than it saves
-CONTROL_DISTANCES, CONTROL_ITEMS = 12, 100  # for the untrained model, whose recall is chance everywhere
+CONTROL_DISTANCES = 12  # for the paths and the untrained model
+CONTROL_ITEMS = 100  # for the untrained model, whose recall is chance everywhere
 
 Outcomes = dict[str, NDArray[np.float64]]  # at one distance, arrays (items,) by name: see `judge`
 
@@ -53,7 +54,7 @@ def measure(examined: Examined, haystack: Haystack, order: Order) -> dict[str, A
 
 def measure_task(asked: TaskItems, examined: Examined, order: Order) -> dict[str, Any]:
     """The entry of recall.json: SCREENING items at every distance, then up to `n` where recall changes."""
-    distances, reach = asked.possible(order.distances), examined.reach
+    distances, reach = asked.distances, examined.reach
     outcomes: dict[int, list[Outcomes]] = {d: [] for d in distances}
 
     def measured(indices: range, at: Sequence[int]) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def measure_task(asked: TaskItems, examined: Examined, order: Order) -> dict[str
         **asked.size,
         "rows": rows,
         **horizons(rows, reach),
-        "paths": check_paths(asked, examined, distances),
+        "paths": check_paths(asked, examined),
         "pairs_beyond_reach": sum(row["n"] for row in beyond),
         "identical_beyond_reach": all(row["identical_pairs"] == 1.0 for row in beyond) if beyond else None,
     }
@@ -167,20 +168,19 @@ def summary(parts: Sequence[Outcomes], distance: int, window: int | None) -> dic
 
 def near_transition(rows: list[dict[str, Any]], chance: float, window: int | None) -> list[int]:
     """The distances that deserve more items: recall between floor and ceiling, about W, and about the 90 % crossing."""
-    distances = []
     holds = [row["low"] >= 0.9 for row in rows]
-    for i, row in enumerate(rows):
-        between = row["high"] > chance + 0.1 and row["low"] < 0.95
-        crossing = any(holds[i] != neighbour for neighbour in holds[max(0, i - 1) : i + 2])
-        if between or crossing or (window and abs(row["distance"] - window) <= 1):
-            distances.append(row["distance"])
-    return distances
+    return [
+        row["distance"]
+        for i, row in enumerate(rows)
+        if (row["high"] > chance + 0.1 and row["low"] < 0.95)
+        or len(set(holds[max(0, i - 1) : i + 2])) == 2
+        or (window and abs(row["distance"] - window) <= 1)
+    ]
 
 
 def measure_untrained(asked: TaskItems, initial: Examined, order: Order) -> list[dict[str, Any]]:
     """Rows at a few distances for the model before its first training step, on the same items."""
-    distances = asked.possible(order.distances)
-    distances = distances[:: max(1, len(distances) // CONTROL_DISTANCES)]
+    distances = asked.distances[:: max(1, len(asked.distances) // CONTROL_DISTANCES)]
     indices = range(min(order.n, CONTROL_ITEMS))
     batches = run_batches(replace(asked, distractors=0), initial, order.precision, distances, indices)
     rows = [summary(parts, d, None) for d, parts in zip(distances, zip(*batches, strict=True), strict=True)]
@@ -204,7 +204,7 @@ def horizons(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any]:
 
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")
-def check_paths(asked: TaskItems, examined: Examined, distances: Sequence[int], n: int = 4) -> dict[str, Any]:
+def check_paths(asked: TaskItems, examined: Examined, n: int = 4) -> dict[str, Any]:
     """Whether a full forward pass, the pass through the cache, and generation give the same answers, in float32.
 
     `n` items are run at about twelve distances. They end at their query, which is what generation continues. For
@@ -215,7 +215,7 @@ def check_paths(asked: TaskItems, examined: Examined, distances: Sequence[int], 
     full: list[Tensor] = []
     ring: list[Tensor] = []
     generated: list[Tensor] = []
-    for distance in distances[:: max(1, len(distances) // 12)]:
+    for distance in asked.distances[:: max(1, len(asked.distances) // CONTROL_DISTANCES)]:
         items = [asked.item(i, distance) for i in range(n)]
         end = items[0].query_position + 1
         tokens = torch.tensor([item.tokens[:end] for item in items])

@@ -98,6 +98,7 @@ class TaskItems:
     vocabulary: RecallVocabulary
     haystack: Haystack
     seed: int
+    distances: list[int]  # those that the task can have
     distractors: int = 0
     total_length: int = 0  # tokens of every item; `open_items` sets it
 
@@ -111,19 +112,6 @@ class TaskItems:
     def chance(self) -> float:
         """Share of right answers without any knowledge of the needle."""
         return self.task.chance(len(self.vocabulary.values), self.options)
-
-    def possible(self, distances: Sequence[int]) -> list[int]:
-        """The distances that the task can have. Raises UserError if none is left."""
-        nearest = task_size(self.task.name, self.vocabulary, self.options).nearest
-        if not (possible := [d for d in distances if d >= nearest]):
-            raise UserError(f"--distances: the shortest distance of {self.name} is {nearest}; add a longer one")
-        return possible
-
-    def margin(self, farthest: int) -> int:
-        """Tokens of an item besides its farthest distance."""
-        length = task_size(self.task.name, self.vocabulary, self.options).row(farthest)
-        older = self.distractors * needle_tokens(self.task.name, self.vocabulary, self.options)
-        return length - farthest + older + len(self.vocabulary.query) + 7
 
     def item(self, i: int, distance: int, distractors: int = 0) -> RecallItem:
         """Item `i`, a pure function of (seed, task, i, distance), on a haystack of (seed, task, i) alone.
@@ -142,21 +130,25 @@ class TaskItems:
 def open_items(examined: Examined, haystack: Haystack, order: Order) -> list[TaskItems]:
     """The items of each entry that was ordered: a task at the size it was trained on, or at each of the sizes.
 
-    Raises UserError if the model can't read that many tokens, or a size does not fit the vocabulary.
+    Raises UserError if the model can't read that many tokens, or a size or no distance fits a task.
     """
     trained = TaskOptions(**examined.recall.get("questions", {}))
-    older = DISTRACTORS if "distractors" in order.controls else 0
-    entries = []
+    entries, farthest, margin = [], max(order.distances), 0
     for task in (TASKS[name] for name in order.tasks):
         options_by_name = {task.name: trained}
         if task.option in order.sizes:
             sizes = order.sizes[task.option]
             options_by_name = {f"{task.name}-{n}": trained.model_copy(update={task.option: n}) for n in sizes}
+        older = DISTRACTORS if "distractors" in order.controls and not task.alone else 0
         for name, options in options_by_name.items():
-            vocabulary, distractors = _vocabulary(examined, task, options), 0 if task.alone else older
-            entries.append(TaskItems(name, task, options, vocabulary, haystack, order.seed, distractors))
-    farthest = max(order.distances)
-    margin = max(entry.margin(farthest) for entry in entries)
+            vocabulary = _vocabulary(examined, task, options)
+            size = task_size(task.name, vocabulary, options)
+            distances = [d for d in order.distances if d >= size.nearest]
+            if not distances:
+                raise UserError(f"--distances: the shortest distance of {name} is {size.nearest}; add a longer one")
+            needles = older * needle_tokens(task.name, vocabulary, options)
+            margin = max(margin, size.row(farthest) - farthest + needles + len(vocabulary.query) + 7)
+            entries.append(TaskItems(name, task, options, vocabulary, haystack, order.seed, distances, older))
     total_length = aligned(farthest + margin)
     if examined.max_tokens and total_length > examined.max_tokens:
         raise UserError(

@@ -11,11 +11,10 @@ import pytest
 from data.tasks import TASKS
 from eval import loss, stats
 from eval.haystack import open_haystack
-from eval.models import load_model
+from eval.models import load_model, nominal_reach
 from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
 from eval.recall import measure as measuring
-from eval.recall.__main__ import print_result
 from eval.recall.measure import measure
 from eval.recall.order import Order, default_distances, parse_distances
 from model.errors import UserError, cli
@@ -168,13 +167,13 @@ def test_the_same_seed_gives_the_same_result_whatever_else_is_asked(examined, re
     assert alone["tasks"]["needle"] == result["tasks"]["needle"]
 
 
-def test_the_table_and_the_sentences_say_what_the_controls_found(all_tasks, capsys):
-    print_result(all_tasks)
-    said = capsys.readouterr().out
-    assert said.count("With four older needles: right in") == len(all_tasks["tasks"]) - 2
-    assert "Naming any of the values in the text would give 33%." in said
-    for sentence in ("Before training, the model answered", "counterfactual pairs are bit-identical"):
-        assert said.count(sentence) == len(all_tasks["tasks"])
+def test_the_sentences_say_what_the_controls_found(all_tasks):
+    said = {name: " ".join(recall.sentences(name, entry)) for name, entry in all_tasks["tasks"].items()}
+    assert "Naming any of the values in the text would give 33%." in said["keys-3"]
+    assert {name for name, text in said.items() if "With four older needles" not in text} == {"keys-1", "keys-3"}
+    for text in said.values():
+        assert "Before training, the model answered" in text
+        assert "all gave the same logits with another value" in text
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -225,7 +224,7 @@ def test_distances_are_asked_for_in_tokens_or_as_shares_of_window_and_reach():
 def test_a_stack_of_unbounded_reach_gets_the_distances_of_its_sliding_twin(examined):
     hybrid = dataclasses.replace(examined, specs=(LayerSpec("sliding", 8), LayerSpec("full"), LayerSpec("sliding", 8)))
     assert hybrid.reach is None
-    assert hybrid.nominal_reach == examined.reach == 21
+    assert nominal_reach(hybrid.specs, 8) == examined.reach == 21
     assert default_distances(hybrid.specs, 8, 4096) == default_distances(examined.specs, 8, 4096)
 
 
