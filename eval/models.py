@@ -7,6 +7,7 @@ see. Torch and transformers are imported only after the path has been checked, s
 import hashlib
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,6 @@ from model.errors import UserError
 from model.windows import LayerSpec
 
 if TYPE_CHECKING:
-    import torch
-
     from training.settings.schema import Settings
 
 
@@ -110,9 +109,9 @@ class Examined:
         return isinstance(self.model, WindreachForCausalLM)
 
     @property
-    def device(self) -> "torch.device":
-        device: torch.device = self.model.device
-        return device
+    def device(self) -> Any:
+        """The torch.device of the weights."""
+        return self.model.device
 
     @property
     def window(self) -> int | None:
@@ -195,12 +194,15 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
 
     from training.run.folder import read_facts
 
+    facts = read_facts(run_dir) if run_dir else {}
     model = _load_weights(folder, name, backend)
     tokenizer = _load_tokenizer(folder, name, run_dir)
-    facts = read_facts(run_dir) if run_dir else {}
     _check_tokenizer(tokenizer, model, name, facts)
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    written = run_dir and run_dir / "settings.yaml"
+    settings, digest = run_dir and run_dir / "settings.yaml", hashlib.sha256()
+    if folder:
+        for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+            digest.update(np.memmap(file, mode="r").data)
     return Examined(
         name=run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/"),
         model=model,
@@ -208,9 +210,9 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
         specs=specs_of(model.config),
         folder=folder,
         run_dir=run_dir,
-        settings=dict(yaml.safe_load(written.read_text()) or {}) if written and written.exists() else {},
+        settings=dict(yaml.safe_load(settings.read_text()) or {}) if settings and settings.exists() else {},
         facts=facts,
-        sha256=_weights_sha256(folder) if folder else "",
+        sha256=digest.hexdigest() if folder else "",
     )
 
 
@@ -245,7 +247,12 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
 
     from model import hub
 
-    if folder and _our_decoder_can_run(folder):
+    ours = folder is not None and '"windreach"' in (folder / "config.json").read_text()
+    if folder and not ours:
+        with suppress(UserError):  # another family, or a feature that our decoder lacks, such as scaled RoPE
+            hub.load_config(folder)
+            ours = any(folder.glob("model*.safetensors"))
+    if folder and ours:
         return hub.load(folder, backend=backend)
     try:
         return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
@@ -253,19 +260,6 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL {name!r}: {str(error).splitlines()[0]}") from error
-
-
-def _our_decoder_can_run(folder: Path) -> bool:
-    """False for other families, and for a feature that our decoder lacks, such as scaled RoPE."""
-    from model import hub
-
-    if '"windreach"' in (folder / "config.json").read_text():  # transformers does not know this type
-        return True
-    try:
-        hub.load_config(folder)
-    except UserError:
-        return False
-    return any(folder.glob("model*.safetensors"))
 
 
 def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None) -> Any:
@@ -298,11 +292,3 @@ def _check_tokenizer(tokenizer: Any, model: Any, name: str, facts: dict[str, Any
             f"MODEL {name!r}: its tokenizer has the sha256 {sha256[:12]}…, but the run was trained with "
             f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
         )
-
-
-def _weights_sha256(folder: Path) -> str:
-    """One hash over all weight files of a checkpoint, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        digest.update(np.memmap(file, mode="r").data)
-    return digest.hexdigest()

@@ -24,19 +24,7 @@ from eval.recall.order import VALUES
 from model import windows
 from model.errors import UserError, cli
 
-COLUMNS = 48  # offsets of the map
-
-
-def offsets_of(examined: Examined, longest: int) -> list[int]:
-    """Evenly spaced offsets, in tokens, from 1 to a window beyond the reach, at most `longest`."""
-    window = examined.window or 64
-    last = max(1, min(nominal_reach(examined.specs, window) + window, longest))
-    return sorted({max(1, round(last * i / COLUMNS)) for i in range(1, COLUMNS + 1)} | {1})
-
-
-def frontier(examined: Examined) -> list[int | None]:
-    """The farthest offset, in tokens, at which each stream can depend on the value: 0 for the embedding; None: any."""
-    return [0, *(windows.reach(examined.specs[:layers]) for layers in range(1, examined.layers + 1))]
+COLUMNS = 48  # offsets of the map, evenly spaced from 1 to a window beyond the reach
 
 
 def front(accuracy: Sequence[Sequence[float]], offsets: Sequence[int]) -> list[int]:
@@ -68,9 +56,10 @@ def measure(
 
     n_values = examined.recall.get("values", VALUES)
     vocabulary = recall_vocabulary(examined.tokenizer, n_values)
-    lead = examined.window or 16
-    longest = (examined.max_tokens or 1 << 40) - lead - len(vocabulary.needle) - 1
-    offsets = offsets_of(examined, min(max_offset, longest))
+    window, lead = examined.window or 64, examined.window or 16
+    longest = min(max_offset, (examined.max_tokens or 1 << 40) - lead - len(vocabulary.needle) - 1)
+    last = max(1, min(nominal_reach(examined.specs, window) + window, longest))
+    offsets = sorted({max(1, round(last * i / COLUMNS)) for i in range(1, COLUMNS + 1)} | {1})
     texts = streams.make_texts(haystack, vocabulary, n, lead, offsets[-1], seed)
     head = None if how == "probe" else streams.relay_head(examined, n_values)
     if how == "head" and head is None:
@@ -79,7 +68,8 @@ def measure(
             "use --read probe, or train with recall.relay_loss_weight"
         )
     read = streams.linear_probe(texts.labels, n_values) if head is None else streams.head_reader(examined, head)
-    limits = frontier(examined)
+    # The farthest offset at which each stream can depend on the value: 0 for the embedding; None: any.
+    limits = [0, *(windows.reach(examined.specs[:layers]) for layers in range(1, examined.layers + 1))]
     shares, same, beyond = streams.read_map(examined, texts, offsets, limits, read)
     fronts = front(shares.tolist(), offsets)
     return examined.header() | {

@@ -92,13 +92,8 @@ def ridge(x_kne: Tensor, y_nv: Tensor, penalty: float) -> Tensor:
 
 def head_reader(examined: Examined, weight_ve: Tensor) -> StreamReader:
     """Reads all texts with the relay head behind the decoder's final norm, as in training."""
-
-    @torch.inference_mode()
-    def read(stream_kne: Tensor) -> Tensor:
-        normed = examined.model.model.norm(stream_kne.to(examined.device))
-        return (normed.cpu() @ weight_ve.T).argmax(-1)
-
-    return read
+    norm = torch.inference_mode()(examined.model.model.norm)
+    return lambda stream_kne: (norm(stream_kne.to(examined.device)).cpu() @ weight_ve.T).argmax(-1)
 
 
 def relay_head(examined: Examined, n_values: int) -> Tensor | None:

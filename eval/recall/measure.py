@@ -30,7 +30,6 @@ from model.cache import RingCache
 from model.flops import cache_bytes
 
 LONG_WORK = 2_000_000  # tokens; for less, compiling takes longer than it saves
-CONTROL_DISTANCES = 12  # for the paths and the untrained model
 CONTROL_ITEMS = 100  # for the untrained model, whose recall is chance everywhere
 
 Outcomes = dict[str, NDArray[np.float64]]  # at one distance, arrays (items,) by name: see `judge`
@@ -44,9 +43,9 @@ def measure(examined: Examined, haystack: Haystack, order: Order) -> dict[str, A
         examined.model.compile_layers()
     results = {asked.name: measure_task(asked, examined, order) for asked in entries}
     if "untrained" in order.controls:
-        initial = replace(examined, model=untrained(examined))
-        for asked in entries:
-            results[asked.name]["untrained"] = measure_untrained(asked, initial, order)
+        initial, few = replace(examined, model=untrained(examined)), replace(order, n=min(order.n, CONTROL_ITEMS))
+        for asked in (replace(entry, distances=thinned(entry.distances), distractors=0) for entry in entries):
+            results[asked.name]["untrained"] = measure_task(asked, initial, few)["rows"]
     facts = {"seed": order.seed, "precision": order.precision, "haystack": haystack.name}
     facts |= {"distractors": DISTRACTORS} if "distractors" in order.controls else {}
     return examined.header() | facts | {"tasks": results}
@@ -178,13 +177,9 @@ def near_transition(rows: list[dict[str, Any]], chance: float, window: int | Non
     ]
 
 
-def measure_untrained(asked: TaskItems, initial: Examined, order: Order) -> list[dict[str, Any]]:
-    """Rows at a few distances for the model before its first training step, on the same items."""
-    distances = asked.distances[:: max(1, len(asked.distances) // CONTROL_DISTANCES)]
-    indices = range(min(order.n, CONTROL_ITEMS))
-    batches = run_batches(replace(asked, distractors=0), initial, order.precision, distances, indices)
-    rows = [summary(parts, d, None) for d, parts in zip(distances, zip(*batches, strict=True), strict=True)]
-    return [{key: row[key] for key in ("distance", "n", "correct", "accuracy", "low", "high")} for row in rows]
+def thinned(distances: list[int]) -> list[int]:
+    """About twelve of the distances."""
+    return distances[:: max(1, len(distances) // 12)]
 
 
 def horizons(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any]:
@@ -215,7 +210,7 @@ def check_paths(asked: TaskItems, examined: Examined, n: int = 4) -> dict[str, A
     full: list[Tensor] = []
     ring: list[Tensor] = []
     generated: list[Tensor] = []
-    for distance in asked.distances[:: max(1, len(asked.distances) // CONTROL_DISTANCES)]:
+    for distance in thinned(asked.distances):
         items = [asked.item(i, distance) for i in range(n)]
         end = items[0].query_position + 1
         tokens = torch.tensor([item.tokens[:end] for item in items])
