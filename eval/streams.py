@@ -92,7 +92,7 @@ def ridge(x_kne: Tensor, y_nv: Tensor, penalty: float) -> Tensor:
 
 def head_reader(examined: Examined, weight_ve: Tensor) -> StreamReader:
     """Reads all texts with the relay head behind the decoder's final norm, as in training."""
-    norm = torch.inference_mode()(examined.model.model.norm)
+    norm = examined.model.model.norm
     return lambda stream_kne: (norm(stream_kne.to(examined.device)).cpu() @ weight_ve.T).argmax(-1)
 
 
@@ -105,6 +105,7 @@ def relay_head(examined: Examined, n_values: int) -> Tensor | None:
     return weight.float()
 
 
+@torch.inference_mode()
 def read_map(
     examined: Examined, texts: Texts, offsets: Sequence[int], limits: Sequence[int | None], read: StreamReader
 ) -> tuple[Tensor, int, int]:
