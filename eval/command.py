@@ -4,6 +4,7 @@ This module imports neither torch nor matplotlib, so that `--help` and a mistake
 """
 
 import json
+import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import rich
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eval.haystack import Haystack, open_haystack
@@ -81,7 +82,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     It moves a bar on a terminal. Elsewhere it prints a line with the remaining time every half minute.
     """
     start = last_line = time.monotonic()
-    done, terminal = 0, rich.get_console().is_terminal
+    done, terminal = 0, sys.stdout.isatty()
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True, disable=not terminal) as bar:
         task = bar.add_task(title, total=total)
@@ -116,6 +117,7 @@ def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable
 
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
     plots.save(draw(plots), folder / f"{name}.png")
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables_of(Run(folder, {name: result})).values():
-        table.print(rich.get_console())
+        table.print(console)
     print(f"Written: {folder / name}.json and {name}.png")

@@ -54,6 +54,7 @@ def measure(examined: Examined, haystack: Haystack, order: Order) -> dict[str, A
 def measure_task(asked: TaskItems, examined: Examined, order: Order) -> dict[str, Any]:
     """The entry of recall.json: SCREENING items at every distance, then up to `n` where recall changes."""
     distances, reach = asked.distances, examined.reach
+    chance = asked.task.chance(len(asked.vocabulary.values), asked.options)
     outcomes: dict[int, list[Outcomes]] = {d: [] for d in distances}
 
     def measured(indices: range, at: Sequence[int]) -> list[dict[str, Any]]:
@@ -65,14 +66,14 @@ def measure_task(asked: TaskItems, examined: Examined, order: Order) -> dict[str
         return [summary(outcomes[d], d, examined.window) | asked.size for d in distances]
 
     rows = measured(range(min(order.n, SCREENING)), distances)
-    changing = near_transition(rows, asked.chance, examined.window)
+    changing = near_transition(rows, chance, examined.window)
     closer = [d for d in changing if reach is None or d <= reach]
     if closer and order.n > SCREENING:
         rows = measured(range(SCREENING, order.n), closer)
     beyond = [row for row in rows if reach is not None and row["distance"] > reach]
     return {
         "task": asked.task.name,
-        "chance": asked.chance,
+        "chance": chance,
         "chance_in_context": 1 / asked.task.seen(asked.options),
         "total_length": asked.total_length,
         "cache_bytes": cache_bytes(examined.model.config, length=asked.total_length) if examined.ours else None,

@@ -49,30 +49,25 @@ def aligned(length: int) -> int:
     return length + -length % ALIGNED
 
 
-def protocol_distances(window: int, reach: int, window_times_layers: int) -> list[int]:
-    """1, W/2, W-1, W, W+1, 1.5W, 2W, then about six per doubling, R-1, R, R+1, W k, W k + W.
+def default_distances(specs: Sequence[LayerSpec], window: int | None, longest: int) -> list[int]:
+    """1, W/2, W-1, W, W+1, 1.5W, 2W, then about six per doubling, R-1, R, R+1, W k, W k + W, as far as `longest`.
 
-    >>> protocol_distances(4, 12, 16)
+    A stack of unbounded reach gets the distances of a stack with the same window in every layer, and one without any
+    window two per doubling.
+
+    >>> default_distances([LayerSpec("sliding", 4)] * 4, 4, 4096)
     [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 16, 20]
     """
+    if window is None:
+        return [d for d in (1, *(round(8 * 2 ** (i / 2)) for i in range(40))) if d <= longest]
+    reach, total = nominal_reach(specs, window), len(specs) * window
+    if windows.reach(specs) is not None:
+        total = windows.window_times_layers(specs) or total
     near = {1, window // 2, window - 1, window, window + 1, 3 * window // 2, 2 * window}
     doublings = math.log2(max(reach, 2 * window) / (2 * window))
     far = {round(2 * window * 2 ** (i / 6)) for i in range(int(6 * doublings) + 1)}
-    edge = {reach - 1, reach, reach + 1, window_times_layers, window_times_layers + window}
-    return sorted(d for d in near | {d for d in far if d < reach - 1} | edge if d >= 1)
-
-
-def default_distances(specs: Sequence[LayerSpec], window: int | None, longest: int) -> list[int]:
-    """The distances of the protocol for this stack, up to `longest`; without any window, two per doubling.
-
-    A stack of unbounded reach gets those of a stack with the same window in every layer.
-    """
-    if window is None:
-        wanted = [1, *(round(8 * 2 ** (i / 2)) for i in range(40))]
-    else:
-        product = None if windows.reach(specs) is None else windows.window_times_layers(specs)
-        wanted = protocol_distances(window, nominal_reach(specs, window), product or len(specs) * window)
-    return [d for d in wanted if d <= longest]
+    edge = {reach - 1, reach, reach + 1, total, total + window}
+    return sorted(d for d in near | {d for d in far if d < reach - 1} | edge if 1 <= d <= longest)
 
 
 def parse_distances(text: str, window: int | None, reach: int | None) -> tuple[int, ...]:
@@ -107,11 +102,6 @@ class TaskItems:
         """The size of the questions as it stands in recall.json, such as {"keys": 4}; empty for needles."""
         option = self.task.option
         return {SIZE_NAMES[option].replace("-", "_"): getattr(self.options, option)} if option else {}
-
-    @property
-    def chance(self) -> float:
-        """Share of right answers without any knowledge of the needle."""
-        return self.task.chance(len(self.vocabulary.values), self.options)
 
     def item(self, i: int, distance: int, distractors: int = 0) -> RecallItem:
         """Item `i`, a pure function of (seed, task, i, distance), on a haystack of (seed, task, i) alone.
