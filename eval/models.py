@@ -196,8 +196,8 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
 
     facts = read_facts(run_dir) if run_dir else {}
     model = _load_weights(folder, name, backend)
-    tokenizer = _load_tokenizer(folder, name, run_dir)
-    _check_tokenizer(tokenizer, model, name, facts)
+    embeddings = int(model.config.get_text_config().vocab_size)
+    tokenizer = _load_tokenizer(folder, name, run_dir, embeddings, facts.get("tokenizer_sha256") or "")
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings, digest = run_dir and run_dir / "settings.yaml", hashlib.sha256()
     if folder:
@@ -262,33 +262,35 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
         raise UserError(f"MODEL {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None) -> Any:
-    """The sentencepiece tokenizer of a run, else the Hugging Face tokenizer beside the weights."""
+def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None, embeddings: int, trained_with: str) -> Any:
+    """The sentencepiece tokenizer of a run, else the Hugging Face tokenizer beside the weights.
+
+    Raises UserError if it has more tokens than the model has embeddings, or another sha256 than that of the training.
+    """
     from transformers import AutoTokenizer
 
     from data.tokenizer import load_tokenizer
 
-    for place in (folder, run_dir / "tokenizer") if folder and run_dir else ():
-        if (place / "tokenizer.model").exists():
-            return load_tokenizer(str(place))
-    try:
-        return HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
-        line = str(error).splitlines()[0]
-        raise UserError(f"MODEL {name!r}: no tokenizer beside the weights ({line}); copy its files there") from error
-
-
-def _check_tokenizer(tokenizer: Any, model: Any, name: str, facts: dict[str, Any]) -> None:
-    """Raise UserError if the tokenizer has more tokens than the model, or is not the one of the run's training."""
-    embeddings = int(model.config.get_text_config().vocab_size)
+    places = (folder, run_dir / "tokenizer") if folder and run_dir else ()
+    tokenizer: Any
+    if place := next((place for place in places if (place / "tokenizer.model").exists()), None):
+        tokenizer = load_tokenizer(str(place))
+        if trained_with not in ("", tokenizer.sha256):
+            raise UserError(
+                f"MODEL {name!r}: its tokenizer has the sha256 {tokenizer.sha256[:12]}…, but the run was trained with "
+                f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
+            )
+    else:
+        try:
+            tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
+        except (OSError, ValueError, KeyError) as error:
+            line = str(error).splitlines()[0]
+            raise UserError(
+                f"MODEL {name!r}: no tokenizer beside the weights ({line}); copy its files there"
+            ) from error
     if tokenizer.vocab_size > embeddings:
         raise UserError(
             f"MODEL {name!r}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {embeddings:,} "
             "embeddings; they do not belong together"
         )
-    sha256, trained_with = getattr(tokenizer, "sha256", None), facts.get("tokenizer_sha256")
-    if sha256 and trained_with and sha256 != trained_with:
-        raise UserError(
-            f"MODEL {name!r}: its tokenizer has the sha256 {sha256[:12]}…, but the run was trained with "
-            f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
-        )
+    return tokenizer

@@ -45,7 +45,7 @@ def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> H
     >>> h90([1, 16, 32, 64], [400, 400, 300, 400], [400] * 4).value
     16
     """
-    bounds = sorted((d, *wilson(c, m)) for d, c, m in zip(distances, correct, n, strict=True))
+    bounds = [(d, *wilson(c, m)) for d, c, m in zip(distances, correct, n, strict=True)]
 
     def last_holding(column: int) -> int:
         holding = itertools.takewhile(lambda bound: bound[column] >= 0.9, bounds)
@@ -63,21 +63,18 @@ def decreasing_fit(accuracy: FloatArray, weights: FloatArray) -> FloatArray:
 def h50(
     distances: Sequence[int], correct: Sequence[int], n: Sequence[int], resamples: int = 400, seed: int = 0
 ) -> Horizon:
-    """The distance at which the decreasing fit falls through one half, linear between the measured distances.
+    """The distance at which the decreasing fit falls through one half, linear between the ascending distances.
 
     The interval is a parametric bootstrap of the two distances around the fall: nothing is known between them, so it
     never ends inside that gap.
     """
-    order = np.argsort(distances)
-    sorted_distances = np.asarray(distances, dtype=np.float64)[order]
-    trials = np.asarray(n, dtype=np.int64)[order]
-    rate = np.asarray(correct, dtype=np.float64)[order] / trials
-    weights = trials.astype(np.float64)
+    ascending, trials = np.asarray(distances, dtype=np.float64), np.asarray(n, dtype=np.int64)
+    rate, weights = np.asarray(correct, dtype=np.float64) / trials, trials.astype(np.float64)
     fit = decreasing_fit(rate, weights)
     draws = np.random.default_rng(seed).binomial(trials, rate, size=(resamples, len(rate))) / trials
-    gaps = np.array([_fall(sorted_distances, decreasing_fit(draw, weights))[:2] for draw in draws])
+    gaps = np.array([_fall(ascending, decreasing_fit(draw, weights))[:2] for draw in draws])
     low, high = np.quantile(gaps[:, 0], 0.025), np.quantile(gaps[:, 1], 0.975)
-    value = _fall(sorted_distances, fit)[2]
+    value = _fall(ascending, fit)[2]
     return Horizon(value, min(float(low), value), max(float(high), value), censored=bool(fit[-1] >= 0.5))
 
 
