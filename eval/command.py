@@ -4,8 +4,9 @@ This module imports neither torch nor matplotlib, so that `--help` and a mistake
 """
 
 import json
+import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from eval.haystack import Haystack, open_haystack
+from eval.models import Examined, load_model
 from model.errors import UserError
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
@@ -66,16 +69,22 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     return listed
 
 
+def prepare(args: Namespace, max_tokens: int | None = None) -> tuple[Examined, Path, Haystack]:
+    """The model, the folder for results and the held-out text, of which at most `max_tokens` are read."""
+    examined = load_model(args.model, args.device)
+    return examined, examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
+
+
 @contextmanager
-def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of steps just finished.
 
     It moves a bar on a terminal. Elsewhere it prints a line with the remaining time every half minute.
     """
     start = last_line = time.monotonic()
-    done = 0
+    done, terminal = 0, sys.stdout.isatty()
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, transient=True, disable=not terminal) as bar:
         task = bar.add_task(title, total=total)
 
         def advance(steps: int) -> None:
@@ -83,9 +92,9 @@ def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int
             done += steps
             bar.advance(task, steps)
             now = time.monotonic()
-            if not console.is_terminal and now - last_line >= SECONDS_BETWEEN_LINES:
+            if not terminal and now - last_line >= SECONDS_BETWEEN_LINES:
                 last_line, minutes = now, (now - start) * (total / done - 1) / 60
-                console.print(f"{title}: {done / total:.0%} done, about {minutes:.1f} minutes left", highlight=False)
+                print(f"{title}: {done / total:.0%} done, about {minutes:.1f} minutes left", flush=True)
 
         yield advance
 
@@ -100,10 +109,15 @@ def read_result(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
 
 
-def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[], Any], console: Console) -> None:
-    """Write NAME.json, and the figure of `draw` as NAME.png, into `folder`; print the paths."""
-    from eval.plots import save
+def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[Any], Any]) -> None:
+    """Write NAME.json, and what `draw` makes of the module `eval.plots` as NAME.png, into `folder`; print tables."""
+    from eval import plots
+    from eval.report.runs import Run
+    from eval.report.tables import tables_of
 
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
-    save(draw(), folder / f"{name}.png")
-    console.print(f"Written: {folder / name}.json and {name}.png", highlight=False, soft_wrap=True)
+    plots.save(draw(plots), folder / f"{name}.png")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in tables_of(Run(folder, {name: result})).values():
+        table.print(console)
+    print(f"Written: {folder / name}.json and {name}.png")

@@ -50,11 +50,12 @@ class Haystack:
                 f"held-out text {self.name!r}: its longest document has {longest:,} tokens, {length:,} are needed; "
                 "give a longer text with --text FILE, or ask for shorter distances or contexts"
             )
-        starts = np.array([len(tokens) - length + 1 for tokens in long_enough], dtype=np.int64)  # possible ones
-        drawn = int(np.random.default_rng([seed, 7, index]).integers(starts.sum()))
-        chosen = int(np.searchsorted(np.cumsum(starts), drawn, side="right"))
-        start = drawn - int(starts[:chosen].sum())
-        return long_enough[chosen][start : start + length]
+        start = int(np.random.default_rng([seed, 7, index]).integers(sum(len(t) - length + 1 for t in long_enough)))
+        for tokens in long_enough:
+            if start + length <= len(tokens):
+                break
+            start -= len(tokens) - length + 1
+        return tokens[start : start + length]
 
     def rows(self, n: int, length: int, seed: int) -> "Tensor":
         """(n, length) int64 token ids of n stretches."""
@@ -68,12 +69,21 @@ def open_haystack(
 ) -> Haystack:
     """The held-out text of `--text`, `--data`, the run, or the novels, in this order.
 
-    `max_tokens` cuts it short: exactly for a run, and at 4 bytes a token for text that is tokenised here. Raises
-    UserError if there is no such text.
+    `max_tokens` cuts it short: exactly for a run, and at 4 bytes a token for text that is tokenised here. The tokens of
+    a run come from its cache on disk, which is built again if it is missing. Raises UserError if there is no such text.
     """
-    if examined.settings and not (config or text):
-        return _from_store(examined, max_tokens)
-    return read_haystack(examined.tokenizer, text, config, max_tokens)
+    if not examined.settings or config or text:
+        return read_haystack(examined.tokenizer, text, config, max_tokens)
+    from data.token_store import prepare_tokens
+
+    _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
+    total = len(store.tokens) if max_tokens is None else min(max_tokens, len(store.tokens))
+    starts = [int(start) for start in store.document_starts if start < total]
+    documents = [
+        HeldOutDocument(name, np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
+        for name, start, end in zip(store.names, starts, [*starts[1:], total], strict=False)
+    ]
+    return Haystack("held-out text of the run", documents)
 
 
 def read_haystack(
@@ -85,18 +95,14 @@ def read_haystack(
     from training.settings.schema import DataSettings
 
     if text:
-        name, texts = Path(text).name, [(Path(text).name, _read(text))]
+        try:
+            name, texts = Path(text).name, [(Path(text).name, Path(text).read_text(encoding="utf-8"))]
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"--text {text!r} can't be read: {error}; give a file of UTF-8 text") from error
     else:
         data = load_settings(config).data if config else DataSettings.model_validate({})
         name, texts = config or "held-out novels", [(d.name, d.text) for d in documents(data, "heldout")]
     return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
-
-
-def _read(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--text {file!r} can't be read: {error}; give a file of UTF-8 text") from error
 
 
 def encode_documents(
@@ -112,17 +118,3 @@ def encode_documents(
         if cut:
             documents.append(HeldOutDocument(name, np.asarray(tokenizer.encode(cut), dtype=np.int64), n_bytes))
     return documents
-
-
-def _from_store(examined: Examined, max_tokens: int | None) -> Haystack:
-    """The held-out tokens of a run, from its cache on disk, which is built again if it is missing."""
-    from data.token_store import prepare_tokens
-
-    _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
-    total = len(store.tokens) if max_tokens is None else min(max_tokens, len(store.tokens))
-    starts = [int(start) for start in store.document_starts if start < total]
-    documents = [
-        HeldOutDocument(name, np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
-        for name, start, end in zip(store.names, starts, [*starts[1:], total], strict=False)
-    ]
-    return Haystack("held-out text of the run", documents)

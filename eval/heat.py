@@ -13,13 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from data.tasks import TASKS
-from eval.architectures import nominal_reach
-from eval.command import at_least, new_parser, numbers, progress, write_result
-from eval.haystack import Haystack, open_haystack
-from eval.models import Examined, load_model
+from eval.command import at_least, new_parser, numbers, prepare, write_result
+from eval.haystack import Haystack
+from eval.models import Examined, nominal_reach
 from eval.recall.order import Order, aligned
 from model.errors import cli
 
@@ -27,7 +25,7 @@ COLUMNS = 6
 MARGIN = 16  # tokens of an item besides its farthest distance, roughly: needle, query and what precedes
 
 
-def default_lengths(examined: Examined, longest: int) -> list[int]:
+def default_lengths(examined: Examined, longest: int = 4096) -> list[int]:
     """COLUMNS total lengths in tokens, evenly spaced from 2 W to beyond the reach, so that its line crosses the map."""
     window = examined.window or 64
     if examined.max_tokens:
@@ -46,22 +44,19 @@ def distances_of(length: int, depths: int) -> list[int]:
 
 
 def measure(
-    examined: Examined, haystack: Haystack, order: Order, lengths: Sequence[int], depths: int, console: Console
+    examined: Examined, haystack: Haystack, order: Order, lengths: Sequence[int], depths: int
 ) -> dict[str, Any]:
     """Everything that heat.json holds. `order` gives the task, n and the seed; its distances are replaced."""
     from eval.recall.measure import measure as measure_recall
 
     cells: list[dict[str, Any]] = []
-    with progress(console, "heat map", len(lengths)) as advance:
-        for length in lengths:
-            distances = distances_of(length, depths)
-            result = measure_recall(examined, haystack, replace(order, distances=tuple(distances)))
-            entry = result["tasks"][order.tasks[0]]
-            for i, row in enumerate(entry["rows"]):
-                kept = ("distance", "n", "correct", "accuracy", "low", "high", "identical_pairs")
-                cell = {"length": entry["total_length"], "farthest": distances[-1]}
-                cells.append(cell | {"depth": 1 - i / (len(distances) - 1)} | {name: row[name] for name in kept})
-            advance(1)
+    for length in lengths:
+        distances = distances_of(length, depths)
+        (entry,) = measure_recall(examined, haystack, replace(order, distances=tuple(distances)))["tasks"].values()
+        for i, row in enumerate(entry["rows"]):
+            kept = ("distance", "n", "correct", "accuracy", "low", "high", "identical_pairs")
+            cell = {"length": entry["total_length"], "farthest": distances[-1]}
+            cells.append(cell | {"depth": 1 - i / (len(distances) - 1)} | {name: row[name] for name in kept})
     return examined.header() | {
         "seed": order.seed,
         "haystack": haystack.name,
@@ -76,7 +71,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("heat", __doc__)
     parser.add_argument("--task", choices=TASKS, default="needle", help="default %(default)s")
     parser.add_argument("--lengths", type=numbers, help="comma-separated, in tokens; default: from 2 W to beyond R")
-    parser.add_argument("--max-length", type=at_least(1), default=4096, help="longest default length; default 4096")
     parser.add_argument("--depths", type=at_least(2), default=8, help="needle positions per length; default 8")
     parser.add_argument("--n", type=at_least(1), default=50, help="items per cell; default 50")
     args = parser.parse_args(argv)
@@ -87,21 +81,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    console = Console()
-    examined = load_model(args.model, args.device)
-
-    from eval.plots import heat_figure
-
-    out = examined.out_dir(args.out)
-    order = Order(
-        model=args.model, device=args.device, text=args.text, data=args.data, tasks=(args.task,), distances=(),
-        n=args.n, seed=args.seed, precision=examined.precision,
-    )  # fmt: skip
-    lengths = args.lengths or default_lengths(examined, args.max_length)
-    haystack = open_haystack(examined, args.text, args.data)
-    result = measure(examined, haystack, order, sorted({aligned(n) for n in lengths}), args.depths, console)
-    console.print(f"{len(result['cells'])} cells of {args.n} items each ({args.task})", highlight=False)
-    write_result("heat", result, out, lambda: heat_figure(result), console)
+    examined, out, haystack = prepare(args)
+    lengths = sorted({aligned(n) for n in args.lengths or default_lengths(examined)})
+    order = Order((args.task,), (), args.n, args.seed, examined.precision)
+    result = measure(examined, haystack, order, lengths, args.depths)
+    write_result("heat", result, out, lambda plots: plots.heat_figure(result))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
-from eval.command import at_least, new_parser, progress, write_result
-from eval.haystack import Haystack, HeldOutDocument, open_haystack
-from eval.models import Examined, load_model
+from eval.command import at_least, new_parser, prepare, progress, write_result
+from eval.haystack import Haystack, HeldOutDocument
+from eval.models import Examined
 from model.errors import cli
 
 FloatArray = NDArray[np.float64]
@@ -50,13 +48,9 @@ def stretches(n_tokens: int, length: int, context: int) -> Iterator[tuple[int, i
 
 
 def document_nats(
-    examined: Examined,
-    document: HeldOutDocument,
-    length: int,
-    context: int,
-    advance: Callable[[int], None] = lambda tokens: None,
+    examined: Examined, document: HeldOutDocument, length: int, context: int, advance: Callable[[int], None]
 ) -> float:
-    """Sum of -ln p over tokens 1..n-1 of a document. Stretches of equal length form batches."""
+    """Sum of -ln p over tokens 1..n-1 of a document; calls `advance` with the number of tokens just scored."""
     import torch
 
     from eval.forward import token_nats
@@ -71,13 +65,14 @@ def document_nats(
     return total
 
 
-def bits_per_byte(
-    examined: Examined, haystack: Haystack, length: int, context: int, console: Console
-) -> dict[str, Any]:
+def bits_per_byte(examined: Examined, haystack: Haystack, length: int, context: int) -> dict[str, Any]:
     """Over all documents. The first token of a document has no context: neither it nor its bytes count."""
     n_tokens = sum(len(document.tokens) - 1 for document in haystack.documents)
-    n_bytes = sum(document.n_bytes - _first_token_bytes(examined, document) for document in haystack.documents)
-    with progress(console, "bits per byte", n_tokens) as advance:
+    n_bytes = 0
+    for document in haystack.documents:
+        first, marker = int(document.tokens[0]), getattr(examined.tokenizer, "bos_id", None)
+        n_bytes += document.n_bytes - (0 if first == marker else len(examined.tokenizer.decode([first]).encode()))
+    with progress("bits per byte", n_tokens) as advance:
         nats = sum(document_nats(examined, d, length, context, advance) for d in haystack.documents)
     return {
         "bits_per_byte": nats / math.log(2) / n_bytes,
@@ -88,12 +83,6 @@ def bits_per_byte(
         "bytes": n_bytes,
         "context": context,
     }
-
-
-def _first_token_bytes(examined: Examined, document: HeldOutDocument) -> int:
-    first = int(document.tokens[0])
-    is_marker = first == getattr(examined.tokenizer, "bos_id", None)
-    return 0 if is_marker else len(examined.tokenizer.decode([first]).encode())
 
 
 def by_position(examined: Examined, haystack: Haystack, length: int, rows: int, seed: int) -> list[dict[str, Any]]:
@@ -115,15 +104,16 @@ def by_context(examined: Examined, haystack: Haystack, length: int, rows: int, s
     """Bits per token of the last TARGETS tokens of each stretch, each given exactly c = 1, 2, 4 ... tokens."""
     import torch
 
-    from eval.forward import last_token_nats
+    from eval.forward import last_logits
 
     sample = haystack.rows(rows, length + TARGETS, seed + 1)
     table = []
     for context in (2**i for i in range(32) if 2**i < length):
         views = [sample[:, -t - context - 1 : sample.shape[1] - t] for t in range(TARGETS)]
         batches = torch.cat(views).split(max(1, BATCH_TOKENS // (context + 1)))
-        nats = np.concatenate([last_token_nats(examined, batch) for batch in batches])
-        bits = nats.reshape(TARGETS, rows).mean(axis=0) / math.log(2)
+        logits = torch.cat([last_logits(examined, batch[:, :-1]) for batch in batches])
+        nats = torch.nn.functional.cross_entropy(logits, torch.cat(views)[:, -1], reduction="none")
+        bits = nats.double().numpy().reshape(TARGETS, rows).mean(axis=0) / math.log(2)
         table.append(_mean(bits, TARGETS * rows, str(context)) | {"context": context})
     return table
 
@@ -135,12 +125,7 @@ def _mean(bits: FloatArray, n: int, label: str) -> dict[str, Any]:
 
 
 def measure(
-    examined: Examined,
-    haystack: Haystack,
-    context: int | None = None,
-    rows: int = 64,
-    seed: int = 0,
-    console: Console | None = None,
+    examined: Examined, haystack: Haystack, context: int | None = None, rows: int = 64, seed: int = 0
 ) -> dict[str, Any]:
     """Everything that loss.json holds.
 
@@ -152,7 +137,7 @@ def measure(
     if context + 2 > longest:
         context = longest // 2
     length = min(longest, 2 * context + 64)
-    bits = bits_per_byte(examined, haystack, length, context, console or Console(quiet=True))
+    bits = bits_per_byte(examined, haystack, length, context)
     curves = {
         "by_position": by_position(examined, haystack, length, rows, seed),
         "by_context": by_context(examined, haystack, length, rows, seed),
@@ -160,46 +145,24 @@ def measure(
     return examined.header() | {"seed": seed, "haystack": haystack.name} | bits | curves
 
 
-def print_result(result: dict[str, Any], console: Console) -> None:
-    console.print(
-        f"[bold]{result['model']}: {result['bits_per_byte']:.3f} bits per byte[/] on {result['haystack']} "
-        f"({result['tokens']:,} tokens, {result['bytes']:,} bytes). That is {result['nats_per_token']:.3f} nats per "
-        f"token, a perplexity of {result['perplexity']:.1f}. Each token had {result['context']:,} tokens of context."
-    )
-    table = Table(title="The same tokens with more and more context", title_justify="left")
-    for heading in ("context, tokens", "bits per token", "± 95 %", ""):
-        table.add_column(heading, justify="right" if heading else "left")
-    worst = max(row["bits_per_token"] for row in result["by_context"])
-    for row in result["by_context"]:
-        bar = "█" * round(24 * row["bits_per_token"] / worst)
-        table.add_row(row["label"], f"{row['bits_per_token']:.3f}", f"{1.96 * row['standard_error']:.3f}", bar)
-    console.print(table)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("loss", __doc__)
     parser.add_argument("--context", type=at_least(1), help="tokens before each scored token; default: R, up to 1,024")
-    parser.add_argument(
-        "--max-tokens", type=at_least(1), default=200_000, help="held-out tokens to score; default %(default)s"
-    )
-    parser.add_argument(
-        "--rows", type=at_least(1), default=64, help="stretches of text for both curves; default %(default)s"
-    )
+    parser.add_argument("--max-tokens", type=at_least(1), default=200_000, help="tokens to score; default %(default)s")
+    parser.add_argument("--rows", type=at_least(1), default=64, help="stretches for both curves; default %(default)s")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    console = Console()
-    examined = load_model(args.model, args.device)
-
-    from eval.plots import loss_figure
-
-    out = examined.out_dir(args.out)
-    text = open_haystack(examined, args.text, args.data, args.max_tokens)
-    result = measure(examined, text, args.context, args.rows, args.seed, console)
-    write_result("loss", result, out, lambda: loss_figure([result]), console)
-    print_result(result, console)
+    examined, out, text = prepare(args, args.max_tokens)
+    result = measure(examined, text, args.context, args.rows, args.seed)
+    write_result("loss", result, out, lambda plots: plots.loss_figure([result]))
+    print(
+        f"{result['bits_per_byte']:.3f} bits per byte on {result['haystack']} ({result['tokens']:,} tokens, "
+        f"{result['bytes']:,} bytes). That is {result['nats_per_token']:.3f} nats per token, a perplexity of "
+        f"{result['perplexity']:.1f}. Each token had {result['context']:,} tokens of context."
+    )
 
 
 if __name__ == "__main__":

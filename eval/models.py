@@ -5,9 +5,9 @@ see. Torch and transformers are imported only after the path has been checked, s
 """
 
 import hashlib
-import json
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,55 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError
 
-from eval.architectures import nominal_reach, smallest_window, specs_of
 from model import windows
 from model.errors import UserError
 from model.windows import LayerSpec
 
 if TYPE_CHECKING:
-    import torch
-
     from training.settings.schema import Settings
+
+
+def specs_of(config: Any) -> tuple[LayerSpec, ...]:
+    """One `LayerSpec` per layer, bottom layer first, from the config of our decoder or of a Hugging Face model.
+
+    W counts the current token in all of them: query i sees key j iff i - W < j <= i. A layer that is neither sliding
+    nor chunked (full attention, recurrence, convolution) is described as `full`, because no window limits it.
+
+    >>> from transformers import MistralConfig
+    >>> specs_of(MistralConfig(num_hidden_layers=1, sliding_window=4096))[0].window
+    4096
+    """
+    if hasattr(config, "specs"):
+        return tuple(config.specs)
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if getattr(config, "attention_layers", None):  # gpt_neo
+        layer_types, window = config.attention_layers, config.window_size
+    elif getattr(config, "layer_types", None) and config.model_type != "mistral":  # whose code ignores layer_types
+        layer_types = config.layer_types
+    else:
+        uses_window = getattr(config, "use_sliding_window", True) is not False
+        layer_types = ["sliding_attention" if uses_window else "full_attention"] * config.num_hidden_layers
+    sliding = LayerSpec("sliding", window) if window else LayerSpec("full")
+    chunked = LayerSpec("chunked", chunk) if chunk else LayerSpec("full")
+    known = {"sliding_attention": sliding, "local": sliding, "chunked_attention": chunked}
+    return tuple(known.get(layer_type, LayerSpec("full")) for layer_type in layer_types)
+
+
+def smallest_window(specs: Sequence[LayerSpec]) -> int | None:
+    """The smallest window of the stack in tokens; None if all layers are full."""
+    return min((spec.window for spec in specs if spec.window and spec.kind != "full"), default=None)
+
+
+def nominal_reach(specs: Sequence[LayerSpec], window: int) -> int:
+    """The reach in tokens by which distances are chosen: R, or layers x (W - 1) where full layers make R infinite.
+
+    >>> nominal_reach([LayerSpec("sliding", 16), LayerSpec("full")], window=16)
+    30
+    """
+    reach = windows.reach(specs)
+    return len(specs) * (window - 1) if reach is None else reach
 
 
 class HubTokenizer:
@@ -58,6 +98,7 @@ class Examined:
     folder: Path | None  # holds config.json and the weights
     run_dir: Path | None
     settings: dict[str, Any] = field(default_factory=dict)  # of the run; empty for other models
+    facts: dict[str, Any] = field(default_factory=dict)  # run.json, as training wrote it
     sha256: str = ""
 
     @property
@@ -68,9 +109,9 @@ class Examined:
         return isinstance(self.model, WindreachForCausalLM)
 
     @property
-    def device(self) -> "torch.device":
-        device: torch.device = next(self.model.parameters()).device
-        return device
+    def device(self) -> Any:
+        """The torch.device of the weights."""
+        return self.model.device
 
     @property
     def window(self) -> int | None:
@@ -81,7 +122,7 @@ class Examined:
     @property
     def precision(self) -> str:
         """`bf16` or `fp32`: the precision of training, in which the model is also evaluated; fp32 for other models."""
-        return str(_run_facts(self.run_dir).get("precision", "fp32"))
+        return str(self.facts.get("precision", "fp32"))
 
     @property
     def recall(self) -> dict[str, Any]:
@@ -103,15 +144,6 @@ class Examined:
     def reach(self) -> int | None:
         """R: the greatest distance, in tokens, at which a token can influence another; None if unbounded."""
         return windows.reach(self.specs)
-
-    @property
-    def nominal_reach(self) -> int | None:
-        """The reach by which distances are chosen: R, or that of the same window in every layer; None without one."""
-        return None if self.window is None else nominal_reach(self.specs, self.window)
-
-    @property
-    def window_times_layers(self) -> int | None:
-        return None if self.reach is None else windows.window_times_layers(self.specs)
 
     @property
     def max_tokens(self) -> int | None:
@@ -138,17 +170,17 @@ class Examined:
         import torch
         import transformers
 
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
         return {
             "model": self.name,
             "checkpoint_sha256": self.sha256,
             "settings": self.settings,
-            "versions": {"python": platform.python_version(), **versions},
+            "versions": versions | {"transformers": transformers.__version__},
             "window": self.window,
             "layers": self.layers,
             "reach": self.reach,
-            "window_times_layers": self.window_times_layers,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "window_times_layers": None if self.reach is None else windows.window_times_layers(self.specs),
+            "parameters": self.model.num_parameters(),
         }
 
 
@@ -160,11 +192,17 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
     run_dir, folder = _locate(Path(name))
     import torch
 
+    from training.run.folder import read_facts
+
+    facts = read_facts(run_dir) if run_dir else {}
     model = _load_weights(folder, name, backend)
-    tokenizer = _load_tokenizer(folder, name, run_dir)
-    _check_tokenizer(tokenizer, model, name, run_dir)
+    embeddings = int(model.config.get_text_config().vocab_size)
+    tokenizer = _load_tokenizer(folder, name, run_dir, embeddings, facts.get("tokenizer_sha256") or "")
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    file = run_dir / "settings.yaml" if run_dir else None
+    settings, digest = run_dir and run_dir / "settings.yaml", hashlib.sha256()
+    if folder:
+        for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+            digest.update(np.memmap(file, mode="r").data)
     return Examined(
         name=run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/"),
         model=model,
@@ -172,8 +210,9 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
         specs=specs_of(model.config),
         folder=folder,
         run_dir=run_dir,
-        settings=dict(yaml.safe_load(file.read_text()) or {}) if file and file.exists() else {},
-        sha256=_weights_sha256(folder) if folder else "",
+        settings=dict(yaml.safe_load(settings.read_text()) or {}) if settings and settings.exists() else {},
+        facts=facts,
+        sha256=digest.hexdigest() if folder else "",
     )
 
 
@@ -183,8 +222,6 @@ def _locate(path: Path) -> tuple[Path | None, Path | None]:
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
             raise UserError(f"MODEL {str(path)!r}: no such folder; give a run folder, a checkpoint or a hub name")
         return None, None
-    if path.is_file():
-        raise UserError(f"MODEL {str(path)!r} is a file; give the folder that holds it")
     run_above = next((parent for parent in path.resolve().parents if (parent / "settings.yaml").exists()), None)
     if (path / "config.json").exists():
         return run_above, path
@@ -210,80 +247,50 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
 
     from model import hub
 
-    if folder and _our_decoder_can_run(folder):
+    ours = folder is not None and '"windreach"' in (folder / "config.json").read_text()
+    if folder and not ours:
+        with suppress(UserError):  # another family, or a feature that our decoder lacks, such as scaled RoPE
+            hub.load_config(folder)
+            ours = any(folder.glob("model*.safetensors"))
+    if folder and ours:
         return hub.load(folder, backend=backend)
     try:
         return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
     except SafetensorError as error:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {name!r}: {_first_line(error)}") from error
+        raise UserError(f"MODEL {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _our_decoder_can_run(folder: Path) -> bool:
-    """False for other families, and for a feature that our decoder lacks, such as scaled RoPE."""
-    from model import hub
+def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None, embeddings: int, trained_with: str) -> Any:
+    """The sentencepiece tokenizer of a run, else the Hugging Face tokenizer beside the weights.
 
-    try:
-        model_type = dict(json.loads((folder / "config.json").read_text())).get("model_type")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
-    if model_type == "windreach":  # transformers does not know this type: show what is wrong, don't pass it on
-        return True
-    try:
-        hub.load_config(folder)
-    except UserError:
-        return False
-    return any(folder.glob("model*.safetensors"))
-
-
-def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None) -> Any:
-    """The sentencepiece tokenizer of a run, else the Hugging Face tokenizer beside the weights."""
+    Raises UserError if it has more tokens than the model has embeddings, or another sha256 than that of the training.
+    """
     from transformers import AutoTokenizer
 
     from data.tokenizer import load_tokenizer
 
-    for place in (folder, run_dir / "tokenizer") if folder and run_dir else ():
-        if (place / "tokenizer.model").exists():
-            return load_tokenizer(str(place))
-    try:
-        return HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"MODEL {name!r}: no tokenizer beside the weights ({_first_line(error)}); copy the tokenizer files there"
-        ) from error
-
-
-def _check_tokenizer(tokenizer: Any, model: Any, name: str, run_dir: Path | None) -> None:
-    """Raise UserError if the tokenizer has more tokens than the model, or is not the one of the run's training."""
-    embeddings = int(model.config.get_text_config().vocab_size)
+    places = (folder, run_dir / "tokenizer") if folder and run_dir else ()
+    tokenizer: Any
+    if place := next((place for place in places if (place / "tokenizer.model").exists()), None):
+        tokenizer = load_tokenizer(str(place))
+        if trained_with not in ("", tokenizer.sha256):
+            raise UserError(
+                f"MODEL {name!r}: its tokenizer has the sha256 {tokenizer.sha256[:12]}…, but the run was trained with "
+                f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
+            )
+    else:
+        try:
+            tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
+        except (OSError, ValueError, KeyError) as error:
+            line = str(error).splitlines()[0]
+            raise UserError(
+                f"MODEL {name!r}: no tokenizer beside the weights ({line}); copy its files there"
+            ) from error
     if tokenizer.vocab_size > embeddings:
         raise UserError(
             f"MODEL {name!r}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {embeddings:,} "
             "embeddings; they do not belong together"
         )
-    trained_with = _run_facts(run_dir).get("tokenizer_sha256")
-    sha256 = getattr(tokenizer, "sha256", None)
-    if sha256 and trained_with and sha256 != trained_with:
-        raise UserError(
-            f"MODEL {name!r}: its tokenizer has the sha256 {sha256[:12]}…, but the run was trained with "
-            f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
-        )
-
-
-def _run_facts(run_dir: Path | None) -> dict[str, Any]:
-    """What training wrote into run.json; empty if there is none."""
-    file = run_dir / "run.json" if run_dir else None
-    return dict(json.loads(file.read_text())) if file and file.exists() else {}
-
-
-def _weights_sha256(folder: Path) -> str:
-    """One hash over all weight files of a checkpoint, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        digest.update(np.memmap(file, mode="r").data)
-    return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return tokenizer

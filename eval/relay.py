@@ -15,28 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from eval.architectures import nominal_reach
-from eval.command import at_least, new_parser, write_result
-from eval.haystack import Haystack, open_haystack
-from eval.models import Examined, load_model
+from data.tasks.vocabulary import recall_vocabulary
+from eval.command import at_least, new_parser, prepare, write_result
+from eval.haystack import Haystack
+from eval.models import Examined, nominal_reach
+from eval.recall.order import VALUES
 from model import windows
 from model.errors import UserError, cli
 
-COLUMNS = 48  # offsets of the map
-
-
-def offsets_of(examined: Examined, longest: int) -> list[int]:
-    """Evenly spaced offsets, in tokens, from 1 to a window beyond the reach, at most `longest`."""
-    window = examined.window or 64
-    last = max(1, min(nominal_reach(examined.specs, window) + window, longest))
-    return sorted({max(1, round(last * i / COLUMNS)) for i in range(1, COLUMNS + 1)} | {1})
-
-
-def frontier(examined: Examined) -> list[int | None]:
-    """The farthest offset, in tokens, at which each stream can depend on the value: 0 for the embedding; None: any."""
-    return [0, *(windows.reach(examined.specs[:layers]) for layers in range(1, examined.layers + 1))]
+COLUMNS = 48  # offsets of the map, evenly spaced from 1 to a window beyond the reach
 
 
 def front(accuracy: Sequence[Sequence[float]], offsets: Sequence[int]) -> list[int]:
@@ -61,24 +49,17 @@ def pace(fronts: Sequence[int]) -> float | None:
 
 
 def measure(
-    examined: Examined,
-    haystack: Haystack,
-    n: int = 400,
-    seed: int = 0,
-    how: str = "auto",
-    max_offset: int = 4096,
-    console: Console | None = None,
+    examined: Examined, haystack: Haystack, n: int = 400, seed: int = 0, how: str = "auto", max_offset: int = 4096
 ) -> dict[str, Any]:
     """Everything that relay.json holds. Raises UserError if `how` is `head` and the run has none."""
-    from data.tasks.vocabulary import recall_vocabulary
-    from eval import streams
-    from eval.recall.items import n_values_of
+    from eval import streams  # imports torch
 
-    n_values = n_values_of(examined)
+    n_values = examined.recall.get("values", VALUES)
     vocabulary = recall_vocabulary(examined.tokenizer, n_values)
-    lead = examined.window or 16
-    longest = (examined.max_tokens or 1 << 40) - lead - len(vocabulary.needle) - 1
-    offsets = offsets_of(examined, min(max_offset, longest))
+    window, lead = examined.window or 64, examined.window or 16
+    longest = min(max_offset, (examined.max_tokens or 1 << 40) - lead - len(vocabulary.needle) - 1)
+    last = max(1, min(nominal_reach(examined.specs, window) + window, longest))
+    offsets = sorted({max(1, round(last * i / COLUMNS)) for i in range(1, COLUMNS + 1)} | {1})
     texts = streams.make_texts(haystack, vocabulary, n, lead, offsets[-1], seed)
     head = None if how == "probe" else streams.relay_head(examined, n_values)
     if how == "head" and head is None:
@@ -87,8 +68,9 @@ def measure(
             "use --read probe, or train with recall.relay_loss_weight"
         )
     read = streams.linear_probe(texts.labels, n_values) if head is None else streams.head_reader(examined, head)
-    limits = frontier(examined)
-    shares, same, beyond = streams.read_map(examined, texts, offsets, limits, read, console or Console(quiet=True))
+    # The farthest offset at which each stream can depend on the value: 0 for the embedding; None: any.
+    limits = [0, *(windows.reach(examined.specs[:layers]) for layers in range(1, examined.layers + 1))]
+    shares, same, beyond = streams.read_map(examined, texts, offsets, limits, read)
     fronts = front(shares.tolist(), offsets)
     return examined.header() | {
         "seed": seed,
@@ -126,24 +108,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("relay", __doc__)
     parser.add_argument("--n", type=at_least(4), default=400, help="texts; a probe is fitted on half of them")
     parser.add_argument("--read", choices=("auto", "head", "probe"), default="auto", help="auto: head if there is one")
-    parser.add_argument(
-        "--max-offset", type=at_least(1), default=4096, help="longest offset in tokens; default %(default)s"
-    )
+    parser.add_argument("--max-offset", type=at_least(1), default=4096, help="longest offset; default 4096 tokens")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    console = Console()
-    examined = load_model(args.model, args.device)
-
-    from eval.plots import relay_figure
-
-    out = examined.out_dir(args.out)
-    text = open_haystack(examined, args.text, args.data)
-    result = measure(examined, text, args.n, args.seed, args.read, args.max_offset, console)
-    write_result("relay", result, out, lambda: relay_figure(result), console)
-    console.print(finding(result), highlight=False)
+    examined, out, text = prepare(args)
+    result = measure(examined, text, args.n, args.seed, args.read, args.max_offset)
+    write_result("relay", result, out, lambda plots: plots.relay_figure(result))
+    print(finding(result))
     if result["identical_beyond_frontier"] is False:
         raise SystemExit("a stream beyond its frontier changed with the value: the attention sees too far")
 

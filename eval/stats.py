@@ -37,22 +37,21 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     return float(interval.low), float(interval.high)
 
 
-def last_distance_holding(distances: Sequence[int], values: Sequence[float], threshold: float) -> int:
-    """Largest distance up to which every value is at least the threshold; 0 if the first one is not.
+def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
+    """H90, where the lower bounds stop being at least .90. Its interval ends where the upper bounds do.
 
     A single low value ends it, however high later values are:
 
-    >>> last_distance_holding([1, 8, 16, 32], [1.0, 0.95, 0.5, 0.99], 0.9)
-    8
+    >>> h90([1, 16, 32, 64], [400, 400, 300, 400], [400] * 4).value
+    16
     """
-    pairs = sorted(zip(distances, values, strict=True))
-    return max((d for d, _ in itertools.takewhile(lambda pair: pair[1] >= threshold, pairs)), default=0)
+    bounds = [(d, *wilson(c, m)) for d, c, m in zip(distances, correct, n, strict=True)]
 
+    def last_holding(column: int) -> int:
+        holding = itertools.takewhile(lambda bound: bound[column] >= 0.9, bounds)
+        return max((distance for distance, _, _ in holding), default=0)
 
-def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
-    """H90, where the lower bounds stop being at least .90. Its interval ends where the upper bounds do."""
-    lows, highs = zip(*(wilson(c, m) for c, m in zip(correct, n, strict=True)), strict=True)
-    low, high = (last_distance_holding(distances, bounds, 0.9) for bounds in (lows, highs))
+    low, high = last_holding(1), last_holding(2)
     return Horizon(low, low, high, censored=low == max(distances))
 
 
@@ -64,21 +63,18 @@ def decreasing_fit(accuracy: FloatArray, weights: FloatArray) -> FloatArray:
 def h50(
     distances: Sequence[int], correct: Sequence[int], n: Sequence[int], resamples: int = 400, seed: int = 0
 ) -> Horizon:
-    """The distance at which the decreasing fit falls through one half, linear between the measured distances.
+    """The distance at which the decreasing fit falls through one half, linear between the ascending distances.
 
     The interval is a parametric bootstrap of the two distances around the fall: nothing is known between them, so it
     never ends inside that gap.
     """
-    order = np.argsort(distances)
-    sorted_distances = np.asarray(distances, dtype=np.float64)[order]
-    trials = np.asarray(n, dtype=np.int64)[order]
-    rate = np.asarray(correct, dtype=np.float64)[order] / trials
-    weights = trials.astype(np.float64)
+    ascending, trials = np.asarray(distances, dtype=np.float64), np.asarray(n, dtype=np.int64)
+    rate, weights = np.asarray(correct, dtype=np.float64) / trials, trials.astype(np.float64)
     fit = decreasing_fit(rate, weights)
     draws = np.random.default_rng(seed).binomial(trials, rate, size=(resamples, len(rate))) / trials
-    gaps = np.array([_fall(sorted_distances, decreasing_fit(draw, weights))[:2] for draw in draws])
+    gaps = np.array([_fall(ascending, decreasing_fit(draw, weights))[:2] for draw in draws])
     low, high = np.quantile(gaps[:, 0], 0.025), np.quantile(gaps[:, 1], 0.975)
-    value = _fall(sorted_distances, fit)[2]
+    value = _fall(ascending, fit)[2]
     return Horizon(value, min(float(low), value), max(float(high), value), censored=bool(fit[-1] >= 0.5))
 
 

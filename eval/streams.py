@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -93,13 +92,8 @@ def ridge(x_kne: Tensor, y_nv: Tensor, penalty: float) -> Tensor:
 
 def head_reader(examined: Examined, weight_ve: Tensor) -> StreamReader:
     """Reads all texts with the relay head behind the decoder's final norm, as in training."""
-
-    @torch.inference_mode()
-    def read(stream_kne: Tensor) -> Tensor:
-        normed = examined.model.model.norm(stream_kne.to(examined.device))
-        return (normed.cpu() @ weight_ve.T).argmax(-1)
-
-    return read
+    norm = examined.model.model.norm
+    return lambda stream_kne: (norm(stream_kne.to(examined.device)).cpu() @ weight_ve.T).argmax(-1)
 
 
 def relay_head(examined: Examined, n_values: int) -> Tensor | None:
@@ -111,13 +105,9 @@ def relay_head(examined: Examined, n_values: int) -> Tensor | None:
     return weight.float()
 
 
+@torch.inference_mode()
 def read_map(
-    examined: Examined,
-    texts: Texts,
-    offsets: Sequence[int],
-    limits: Sequence[int | None],
-    read: StreamReader,
-    console: Console,
+    examined: Examined, texts: Texts, offsets: Sequence[int], limits: Sequence[int | None], read: StreamReader
 ) -> tuple[Tensor, int, int]:
     """(K, D) share of values read right; the number of pairs beyond their limit with the same bits; and of all such.
 
@@ -128,7 +118,7 @@ def read_map(
     layer_bytes = 2 * 4 * len(texts.first) * len(positions) * examined.model.config.get_text_config().hidden_size
     groups = torch.arange(len(limits)).split(max(1, KEPT_BYTES // layer_bytes))
     shares, same, beyond = [], 0, 0
-    with progress(console, "relay map", len(limits)) as advance:
+    with progress("relay map", len(limits)) as advance:
         for layers in (group.tolist() for group in groups):
             first, second = (streams(examined, ids, positions, layers) for ids in (texts.first, texts.second))
             read_kdn = torch.stack([read(first[:, d]) for d in range(len(positions))], dim=1)

@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness runs
 
 from data.tasks.layout import RecallItem, item
 from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
-from eval.architectures import nominal_reach, smallest_window, specs_of
 from eval.haystack import read_haystack
-from eval.models import HubTokenizer
-from eval.recall.order import protocol_distances
+from eval.models import HubTokenizer, smallest_window, specs_of
+from eval.recall.order import default_distances
 from model.errors import UserError
 
 TRIES = 50  # items tried for one whose text becomes the same tokens
@@ -53,7 +52,8 @@ def documents(
         raise UserError("windreach_recall needs to know the model: give --model_args pretrained=FOLDER")
     config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     hub_tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(tokenizer or pretrained, trust_remote_code=False))
-    distances = sorted(distances or default_distances(config, max_distance))
+    specs = specs_of(config)  # a model without windows gets the distances of W = 64
+    distances = sorted(distances or default_distances(specs, smallest_window(specs) or 64, max_distance))
     length = distances[-1] + MARGIN
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and length >= longest:
@@ -72,14 +72,6 @@ def documents(
         as_row(candidates(number, distance), vocabulary, hub_tokenizer) for number in range(n) for distance in distances
     ]
     return {"test": datasets.Dataset.from_list(rows)}
-
-
-def default_distances(config: Any, max_distance: int) -> list[int]:
-    """The distances of the protocol; for a model without windows those of W = 64."""
-    specs = specs_of(config)
-    window = smallest_window(specs) or 64
-    wanted = protocol_distances(window, nominal_reach(specs, window), len(specs) * window)
-    return [d for d in wanted if d <= max_distance]
 
 
 def as_row(candidates: Iterator[RecallItem], vocabulary: RecallVocabulary, tokenizer: HubTokenizer) -> dict[str, Any]:
@@ -103,14 +95,14 @@ def as_row(candidates: Iterator[RecallItem], vocabulary: RecallVocabulary, token
 
 def score_choice(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """Right if the value is the most likely choice, as in `eval.recall`. `results`: log-likelihood of each choice."""
-    chosen = max(range(len(results)), key=lambda i: results[i][0])
-    return _metrics(doc, chosen == doc["answer"])
+    return _metrics(doc, np.argmax([likelihood for likelihood, _ in results]) == doc["answer"])
 
 
 def score_generated(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Right if the generated text is the value."""
     return _metrics(doc, results[0].strip() == doc["choices"][doc["answer"]].strip())
 
 
-def _metrics(doc: dict[str, Any], right: bool) -> dict[str, float]:
+def _metrics(doc: dict[str, Any], right: bool | np.bool_) -> dict[str, float]:
     """Recall over all distances, and at the item's own. The harness averages each over the items that have it."""
     return {"recall": float(right), f"recall@{doc['distance']}": float(right)}

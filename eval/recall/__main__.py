@@ -6,34 +6,25 @@
                                 [--compare RUN ...]
 
 The distance is the position of the query minus the position of the value, in tokens. All items have the same length,
-so that length and distance are not confounded. Between the value and the query stands nothing but haystack. (The other
-pairs of the task `keys` stand anywhere: that is what makes the task.)
+so that length and distance are not confounded. Each item is a **counterfactual pair**: the same tokens with value v and
+with value v'. Beyond the reach R both must give the same bits, and the result says whether they did.
 
-Each item is a **counterfactual pair**: the same tokens with value v and with value v'. Beyond the reach R both must
-give the same bits, and the result says whether they did. Items at different distances share their haystack and are
-therefore dependent; items at the same distance are independent.
-
-An answer is right if it has the highest logit among the values of the task (chance is 1/values; 1/rules for
-`instruction`). `free_accuracy` asks for the highest logit of the whole vocabulary, as in greedy generation. Every
-answer is one token. Each number of `--keys`, `--hops` or `--span-pairs` is an entry of its own, such as `keys-16`.
-
-The haystack without a needle is always measured. `--controls distractors` plants older needles, which the asked one
-supersedes; `untrained` asks the model before its first training step.
+An answer is one token. It is right if it has the highest logit among the values of the task; `free_accuracy` asks for
+the highest of the whole vocabulary. Each number of `--keys`, `--hops` or `--span-pairs` is an entry of its own, such as
+`keys-16`. The haystack without a needle is always measured. `--controls distractors` plants older needles, which the
+asked one supersedes; `untrained` asks the model before its first training step. docs/evaluate.md explains the figures.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any
 
 from data.tasks import TASKS
-from eval.command import at_least, names, new_parser, numbers, read_result, write_result
-from eval.haystack import open_haystack
-from eval.models import load_model
+from eval.command import at_least, names, new_parser, numbers, prepare, read_result, write_result
+from eval.models import nominal_reach
 from eval.recall.order import CONTROLS, NEEDLES, SIZE_NAMES, Order, default_distances, parse_distances
-from eval.recall.table import print_result
 from model.errors import UserError, cli
 
 SIZES = {"pairs": "pairs in the haystack", "hops": "copies to follow", "span_pairs": "pairs in the span"}
@@ -69,32 +60,52 @@ def check_sizes(sizes: dict[str, tuple[int, ...]], tasks: Iterable[str]) -> None
             raise UserError(f"--{SIZE_NAMES[task.option]} is for the task {task.name}; add it to --tasks")
 
 
+def sentences(task: str, entry: dict[str, Any]) -> Iterator[str]:
+    """Yield what the measurement of one task and its controls show."""
+    paths, share = entry["paths"], "" if entry["u90"] is None else f", {entry['u90']:.0%} of the reach"
+    yield f"{task}: recall is at least 90 % with 95 % confidence up to {entry['h90']:,} tokens back (H90{share})."
+    more = " or more" if entry["h50_censored"] else ""
+    yield f"It falls to 50 % at {entry['h50']:.0f} tokens{more} (H50). Chance is {entry['chance']:.1%}."
+    if entry["chance_in_context"] < 1:
+        yield f"Naming any of the values in the text would give {entry['chance_in_context']:.0%}."
+    if entry["identical_beyond_reach"] is not None:
+        verdict = "all gave" if entry["identical_beyond_reach"] else "NOT all gave"
+        yield f"Of {entry['pairs_beyond_reach']:,} items beyond R, {verdict} the same logits with another value."
+    yield f"The cache gives the answer of a full pass on {paths['agree']} of {paths['n']} items."
+    yield f"Generation gives it on {paths['generated_agree']} of {paths['generated_n']}."
+    if "accuracy_with_distractors" in entry["rows"][0]:
+        older = [row["accuracy_with_distractors"] for row in entry["rows"]]
+        yield f"With four older needles, {min(older):.1%} to {max(older):.1%} of the items are right."
+    if "untrained" in entry:
+        right, n = (sum(row[key] for row in entry["untrained"]) for key in ("correct", "n"))
+        yield f"Before training, the model answered {right / n:.1%} of {n:,} items right."
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
-    console = Console()
     check_sizes(args.sizes, args.tasks or TASKS)
     if args.distances is not None:
         parse_distances(args.distances, window=1 << 20, reach=1 << 20)  # a mistake is answered before loading the model
     others = [read_result(Path(run) / "recall.json") for run in args.compare]
-    examined = load_model(args.model, args.device)
+    examined, out, haystack = prepare(args)
 
-    from eval import plots
     from eval.recall.measure import measure
 
-    out = examined.out_dir(args.out)
-    distances = default_distances(examined, args.max_distance)
+    reach = examined.window and nominal_reach(examined.specs, examined.window)
     if args.distances is not None:
-        distances = parse_distances(args.distances, examined.window, examined.nominal_reach)
+        distances = parse_distances(args.distances, examined.window, reach)
+    else:
+        longest = min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)
+        distances = tuple(default_distances(examined.specs, examined.window, longest))
     tasks = args.tasks or tuple(task for task in TASKS if task in examined.recall.get("tasks", {})) or NEEDLES
     check_sizes(args.sizes, tasks)
-    order = Order(
-        args.model, args.device, args.text, args.data, tasks, tuple(distances), args.n, args.seed,
-        examined.precision if args.precision == "auto" else args.precision, args.sizes, args.controls,
-    )  # fmt: skip
-    result = measure(examined, open_haystack(examined, args.text, args.data), order, console)
-    reach = read_result(out / "reach.json") if (out / "reach.json").exists() else None
-    write_result("recall", result, out, lambda: plots.hero_figure([result, *others], reach), console)
-    print_result(result, console)
+    precision = examined.precision if args.precision == "auto" else args.precision
+    order = Order(tasks, distances, args.n, args.seed, precision, args.sizes, args.controls)
+    result = measure(examined, haystack, order)
+    field = read_result(out / "reach.json") if (out / "reach.json").exists() else None
+    write_result("recall", result, out, lambda plots: plots.hero_figure([result, *others], field))
+    for task, entry in result["tasks"].items():
+        print(*sentences(task, entry))
     if any(entry["identical_beyond_reach"] is False for entry in result["tasks"].values()):
         raise SystemExit("pairs beyond the reach differ: the model sees farther than its windows allow")
 

@@ -54,10 +54,10 @@ def test_distances_alternate_so_that_a_limit_shortens_all_alike(rows):
     assert [row["distance"] for row in rows] == DISTANCES * 6
 
 
-def test_the_default_distances_are_the_protocols_for_the_models_own_windows(untrained_run):
-    config = pack.AutoConfig.from_pretrained(untrained_run / "hf")
-    assert {1, 7, 8, 9, 20, 21, 22, 24, 32} <= set(pack.default_distances(config, 4096))
-    assert max(pack.default_distances(config, 21)) == 21
+def test_the_default_distances_are_the_protocols_for_the_models_own_windows(asked):
+    asked = asked | {"distances": None, "n": 1}
+    assert {1, 7, 8, 9, 20, 21, 22, 24, 32} <= set(pack.documents(**asked)["test"]["distance"])
+    assert max(pack.documents(**asked, max_distance=21)["test"]["distance"]) == 21
 
 
 def test_a_choice_is_right_when_it_is_the_likeliest_and_a_generation_when_it_is_the_value():

@@ -50,9 +50,9 @@ def test_a_text_is_cut_between_characters(examined):
 def test_overlapping_stretches_give_the_loss_of_one_long_pass(examined):
     tokens = open_haystack(examined).documents[0].tokens[:150]
     whole = token_nats(examined, torch.from_numpy(tokens)[None]).sum()
-    document = HeldOutDocument("part", tokens, 1)
-    assert loss.document_nats(examined, document, length=50, context=21) == pytest.approx(whole, rel=1e-5)
-    assert loss.document_nats(examined, document, length=50, context=4) != pytest.approx(whole, rel=1e-5)
+    document, nats = HeldOutDocument("part", tokens, 1), loss.document_nats
+    assert nats(examined, document, 50, 21, [].append) == pytest.approx(whole, rel=1e-5)
+    assert nats(examined, document, 50, 4, [].append) != pytest.approx(whole, rel=1e-5)
 
 
 def test_bits_per_byte_is_nats_over_ln_2_over_bytes(examined):

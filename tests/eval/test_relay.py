@@ -12,8 +12,7 @@ from data.tasks.vocabulary import recall_vocabulary
 from eval import heat, relay, streams
 from eval.haystack import open_haystack
 from eval.models import load_model
-from eval.recall.items import open_items
-from eval.recall.order import Order
+from eval.recall.order import Order, open_items
 from model.errors import cli
 from model.windows import LayerSpec
 from training.run import checkpoint
@@ -167,7 +166,7 @@ def test_the_line_of_r_crosses_the_map_and_pairs_above_it_are_identical(heated):
 @pytest.mark.parametrize("length", [32, 64, 544])
 def test_items_are_as_long_as_the_length_that_was_asked_for(examined, length):
     distances = heat.distances_of(length, 4)
-    order = Order("", "cpu", None, None, ("needle",), tuple(distances), n=1, seed=0, precision="fp32")
+    order = Order(("needle",), tuple(distances), n=1, seed=0, precision="fp32")
     (entry,) = open_items(examined, open_haystack(examined), order)
     assert entry.total_length == length
 
