@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from eval.command import read_result
 from model.errors import UserError
 
 EVALUATIONS = ("recall", "reach", "loss", "relay", "heat")
@@ -55,8 +56,6 @@ def read_run(name: str) -> Run:
     measured = [evaluation for evaluation in EVALUATIONS if (folder / f"{evaluation}.json").exists()]
     if not measured:
         raise UserError(f"RUN {name!r}: nothing measured yet; run `python -m eval.recall {name}` first")
-    from eval.recall.__main__ import read_result  # imports torch
-
     results = {evaluation: read_result(folder / f"{evaluation}.json") for evaluation in measured}
     settings = folder / "settings.yaml"
     text = settings.read_text() if settings.exists() else ""

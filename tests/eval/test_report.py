@@ -20,7 +20,8 @@ from eval.haystack import open_haystack
 from eval.models import load_model
 from eval.plots.canvas import marks, svg
 from eval.reach import __main__ as reach
-from eval.recall import __main__ as recall
+from eval.recall import measure as recall
+from eval.recall.order import Order
 from eval.report import __main__ as report
 from eval.report.page import page as page_of
 from eval.report.page import recall_picture, title
@@ -37,7 +38,7 @@ def run(untrained_run, tmp_path_factory):
     folder = shutil.copytree(untrained_run, tmp_path_factory.mktemp("measured") / "run")
     examined = load_model(str(folder), "cpu")
     text = open_haystack(examined)
-    order = recall.Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
+    order = Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
     results = {
         "recall": recall.measure(examined, text, order),
         "relay": relay.measure(examined, text, n=16),
