@@ -6,6 +6,7 @@ the report shows when the mouse is over the mark. A PNG ignores it, so one drawi
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,7 +50,7 @@ def save(figure: Figure, path: Path | BinaryIO) -> None:
     figure.savefig(path, dpi=160, facecolor="white")
 
 
-def marks(ax: Axes, x: Any, y: Any, tips: list[str], color: str, size: float = 26, **style: Any) -> None:
+def marks(ax: Axes, x: Any, y: Any, tips: Sequence[str], color: str, size: float = 26, **style: Any) -> None:
     """Draw dots; each shows its text of `tips` on hover. `style` is passed to matplotlib's scatter."""
     ax.scatter(
         x, y, s=size, urls=tips, linewidths=0.8, clip_on=False, zorder=4, color=color, **{"edgecolors": "white"} | style

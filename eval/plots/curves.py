@@ -90,14 +90,14 @@ def _draw_task(ax: Axes, result: Result, task: str, style: Result) -> None:
         for row in rows
     ]
     x, y, low, high = np.array([[row[k] for k in ("distance", "accuracy", "low", "high")] for row in rows]).T
-    _draw_interval(ax, x / scale, y, low, high, tips, style)
+    _draw_interval(ax, x / scale, y, low, high, style, tips)
     if h90:
         tip = f"{label}: H90 = {h90:,} tokens, the farthest distance recalled in at least 90 % of cases"
         marks(ax, [h90 / scale], [0.9], [tip], "white", 34, marker="D", edgecolors=style["color"])
 
 
-def _draw_interval(ax: Axes, x: Any, y: Any, low: Any, high: Any, tips: list[str], style: Result) -> None:
-    """Draw a curve with a dot at each point, and its interval as a band."""
+def _draw_interval(ax: Axes, x: Any, y: Any, low: Any, high: Any, style: Result, tips: Sequence[str] = ()) -> None:
+    """Draw a curve with a dot at each point, and its interval as a band; `tips` are hover texts of the dots."""
     ax.fill_between(x, low, high, color=style["color"], alpha=0.18, lw=0, zorder=1)
     ax.plot(x, y, lw=1.8, **style)
     marks(ax, x, y, tips, style["color"])
@@ -176,12 +176,8 @@ def loss_figure(losses: list[Result], narrow: bool = False) -> Figure:
 def _draw_loss(ax: Axes, loss: Result, word: str, x_key: str, color: str) -> None:
     rows = loss[f"by_{word}"]
     x, y, error = np.array([[row[k] for k in (x_key, "bits_per_token", "standard_error")] for row in rows]).T
-    tips = [
-        f"{loss['model']}: {word} {row['label']} tokens, {row['bits_per_token']:.2f} ± {m:.2f} bits per token"
-        for row, m in zip(rows, 1.96 * error, strict=True)
-    ]
     style = {"color": color, "label": loss["model"]}
-    _draw_interval(ax, np.maximum(1.0, x), y, y - 1.96 * error, y + 1.96 * error, tips, style)
+    _draw_interval(ax, np.maximum(1.0, x), y, y - 1.96 * error, y + 1.96 * error, style)
     for tokens, line in ((loss["window"], "-"), (loss["reach"], "--")):
         if tokens:
             ax.axvline(tokens, color=INK, lw=0.8, ls=line)

@@ -13,7 +13,6 @@
 `--plot` adds pictures: `mask.png`, `layers.png`, `cone.png` (`eval.reach.masks`) and `reach.png`, the gradient field.
 """
 
-import argparse
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -88,16 +87,12 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         table.print(console)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def main() -> None:
     parser = new_parser("reach", __doc__)
     parser.add_argument("--plot", action="store_true", help="also write mask.png, layers.png, cone.png, reach.png")
     parser.add_argument("--texts", type=at_least(1), default=16, help="texts for the gradient; default %(default)s")
     parser.add_argument("--max-tokens", type=at_least(8), default=8192, help="longest sequence; default %(default)s")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse(sys.argv[1:])
+    args = parser.parse_args()
 
     from eval.haystack import open_haystack  # imports torch
     from eval.models import load_model

@@ -58,7 +58,7 @@ def page(runs: list[Run]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"svg": plots.svg, "tokens": tokens, "identity": identity, "finding": finding}
+    environment.globals |= {"svg": plots.svg, "tokens": tokens, "identity": identity}
     return environment.get_template("report.html").render(
         title=title(runs), runs=runs, shared=shared(runs), contents=[of_one(run) for run in runs],
         relay_finding=relay_finding,
@@ -78,29 +78,6 @@ def tokens(count: float, window: int | None = None) -> str:
     """
     share = f" ({count / window:.1f} W)" if window else ""
     return f"{count:,.0f} {'token' if count == 1 else 'tokens'}{share}"
-
-
-def finding(run: Run) -> str:
-    """What the first task shows, in one to three sentences."""
-    recall = run.results.get("recall")
-    if recall is None:
-        return "Recall has not been measured yet."
-    task, entry = next(iter(recall["tasks"].items()))
-    window, h90 = recall["window"], entry["h90"]
-    if not h90:
-        nearest = entry["rows"][0]
-        return (
-            f"No distance is recalled in 90 % of cases (task {task}). At {tokens(nearest['distance'])} the model is "
-            f"right in {nearest['accuracy']:.0%} of cases; chance is {entry['chance']:.0%}."
-        )
-    text = f"The model recalls a value from up to {tokens(h90, window)} back in at least 90 % of cases (task {task})."
-    if recall["reach"]:
-        text += f" That is {entry['u90']:.0%} of what its windows allow (R = {tokens(recall['reach'])})."
-    if entry["h90_censored"]:
-        text += " No farther distance was measured."
-    if window and h90 > 1.5 * window:
-        text += " Published claims for stacked windows end near 1.5 W."
-    return text
 
 
 def identity(recall: Result) -> tuple[str, bool | None]:
