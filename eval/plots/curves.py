@@ -24,21 +24,18 @@ Points = list[tuple[int, float]]  # step, value
 
 
 @styled
-def hero_figure(
-    results: list[Result], reach: Result | None = None, narrow: bool = False, fields: Sequence[Result] = ()
-) -> Figure:
+def hero_figure(results: list[Result], reach: Result | None = None, narrow: bool = False) -> Figure:
     """Recall against distance in windows, with intervals and H90; below it the gradient field, if there is one.
 
     `results` are recall.json of several models: all tasks of the first are drawn, and its first task of the others.
-    `reach` is reach.json of the first model. `fields` are reach.json of several models, to be compared below.
+    `reach` is reach.json of the first model.
     """
-    fields = fields or ([reach] if reach and reach.get("gradient") else [])
-    drawn = figure(narrow, 1.35 if fields else 1.0)
-    axes = drawn.subplots(2 if fields else 1, 1, sharex=True, squeeze=False, height_ratios=[2.4, 1] if fields else None)
-    colors = _draw_recall(axes[0, 0], results, narrow)
+    drawn = figure(narrow, 1.35 if reach else 1.0)
+    axes = drawn.subplots(2 if reach else 1, 1, sharex=True, squeeze=False, height_ratios=[2.4, 1] if reach else None)
+    _draw_recall(axes[0, 0], results, narrow)
     _draw_landmarks(axes[0, 0], results[0], (reach or {}).get("predictions", {}), narrow)
-    if fields:
-        _draw_fields(axes[1, 0], fields, colors)
+    if reach:
+        _draw_field(axes[1, 0], reach)
     axes[-1, 0].set_xlabel(_distance_label(results[0]))
     return drawn
 
@@ -48,7 +45,7 @@ def reach_figure(reach: Result, narrow: bool = False) -> Figure:
     """The gradient field of one model alone."""
     drawn = figure(narrow, 0.8)
     ax = drawn.subplots()
-    _draw_fields(ax, [reach], {})
+    _draw_field(ax, reach)
     ax.set(xlim=(0, None), xlabel=_distance_label(reach))
     return drawn
 
@@ -57,17 +54,14 @@ def _distance_label(result: Result) -> str:
     return "distance, in windows of W tokens" if result["window"] else "distance, in tokens"
 
 
-def _draw_recall(ax: Axes, results: list[Result], narrow: bool) -> dict[str, str]:
-    """Draw the curves and return the colour of each model."""
+def _draw_recall(ax: Axes, results: list[Result], narrow: bool) -> None:
     main, task = results[0], next(iter(results[0]["tasks"]))
     curves = [(main, name) for name in main["tasks"]] + [(r, task) for r in results[1:] if task in r["tasks"]]
-    colors: dict[str, str] = {}
     for i, (result, name) in enumerate(curves):
         color = GREY if result is not main and len(results) == 2 else COLORS[i % len(COLORS)]
         label = name if len(results) == 1 else result["model"] + (f", {name}" if name != task else "")
         style = {"color": color, "label": label, "ls": LINES[i // len(COLORS) % len(LINES)]}
         _draw_task(ax, result, name, style | {"zorder": 3 if result is main else 2})
-        colors.setdefault(result["model"], color)
     chance = main["tasks"][task]["chance"]
     ax.axhline(chance, color=MUTED, lw=0.9, ls=(0, (1, 2)))
     ax.annotate("chance", (0.005, chance), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED, va="bottom")
@@ -78,7 +72,6 @@ def _draw_recall(ax: Axes, results: list[Result], narrow: bool) -> dict[str, str
         ax.figure.legend(loc="outside lower center", ncols=1 if narrow else 3, fontsize=8.5)
     elif len(curves) > 1:
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.17), fontsize=8.5)
-    return colors
 
 
 def _draw_task(ax: Axes, result: Result, task: str, style: Result) -> None:
@@ -124,32 +117,23 @@ def _draw_landmarks(ax: Axes, result: Result, predictions: Result, narrow: bool)
         landmark(ax, result["window_times_layers"] / window, "W·k", "right", "--", MUTED)
 
 
-def _draw_fields(ax: Axes, fields: Sequence[Result], colors: dict[str, str]) -> None:
-    """Draw the share of the gradient energy at each distance, on a logarithmic axis.
-
-    Of one model: before and after training, and the mixture. Of several: after training, in the `colors` of the models.
-    """
-    main, alone = fields[0], len(fields) == 1
-    curves = [(field, "after", colors.get(field["model"], GREY), field["model"]) for field in fields]
-    if alone:
-        curves = [(main, "before", GREY, "before training"), (main, "after", COLORS[0], "after training")]
-    lines: list[tuple[Result, list[float], Result]] = []
-    for field, moment, color, label in curves:
-        gradient = field["gradient"][moment]
-        lines.append((field, gradient["energy"], {"color": color, "lw": 1.5, "label": label}))
-        d99 = next(row["distance"] for row in gradient["quantiles"] if row["share"] == 0.99)
-        tip = f"{label}: 99 % of the energy comes from at most {d99:,} tokens back"
-        marks(ax, [d99 / (field["window"] or 1)], [max(gradient["energy"][d99], LOWEST)], [tip], color)
-    if alone and "mixture" in main["predictions"]:
-        dashed = {"color": COLORS[1], "lw": 1.2, "ls": "--", "label": "mixture (theory)"}
-        lines.append((main, main["predictions"]["mixture"], dashed))
-    for field, values, style in lines:
+def _draw_field(ax: Axes, reach: Result) -> None:
+    """Draw the share of the gradient energy at each distance, before and after training, and the mixture."""
+    scale = reach["window"] or 1
+    curves = [(reach["predictions"].get("mixture", []), COLORS[1], "--", "mixture (theory)")]
+    for moment, color in (("before", GREY), ("after", COLORS[0])):
+        energy, quantiles = reach["gradient"][moment]["energy"], reach["gradient"][moment]["quantiles"]
+        curves.append((energy, color, "-", f"{moment} training"))
+        d99 = next(row["distance"] for row in quantiles if row["share"] == 0.99)
+        tip = f"{moment} training: 99 % of the energy comes from at most {d99:,} tokens back"
+        marks(ax, [d99 / scale], [max(energy[d99], LOWEST)], [tip], color)
+    for values, color, line, label in curves:
         (shown,) = np.nonzero(np.array(values) > LOWEST)  # what a logarithmic axis can show
-        ax.plot(shown / (field["window"] or 1), np.array(values)[shown], **style)
-    if alone:
-        ax.legend(loc="upper right", fontsize=8)
-    if main["reach"] is not None:
-        ax.axvline(main["reach"] / (main["window"] or 1), color=INK, lw=1.0, zorder=1)
+        if len(shown):
+            ax.plot(shown / scale, np.array(values)[shown], color=color, lw=1.4, ls=line, label=label)
+    ax.legend(loc="upper right", fontsize=8)
+    if reach["reach"] is not None:
+        ax.axvline(reach["reach"] / scale, color=INK, lw=1.0, zorder=1)
     ax.set(yscale="log", ylabel="share of the\ngradient energy")
     ax.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
     ax.yaxis.set_minor_locator(ticker.NullLocator())

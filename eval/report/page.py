@@ -21,20 +21,14 @@ Contents = tuple[dict[str, tables.Table], dict[str, Drawing]]  # by the names th
 def shared(runs: list[Run]) -> Contents:
     """The tables and pictures that show all runs together."""
     pictures: dict[str, Drawing] = {}
-    if any("recall" in run.results for run in runs):
-        pictures["recall"] = partial(recall_figure, runs)
+    if recalls := [run.results["recall"] for run in runs if "recall" in run.results]:
+        pictures["recall"] = partial(plots.hero_figure, recalls, runs[0].results.get("reach"))
     if losses := [run.results["loss"] for run in runs if "loss" in run.results]:
         pictures["loss"] = partial(plots.loss_figure, losses)
     metrics = [(run.name, run.metrics) for run in runs]
     if plots.has_curves(metrics):
         pictures["training"] = partial(plots.training_figure, metrics)
     return tables.comparison(runs) if len(runs) > 1 else {}, pictures
-
-
-def recall_figure(runs: list[Run], narrow: bool) -> Figure:
-    """Recall by distance of all runs, and the gradient field below it."""
-    recalls, fields = ([run.results[key] for run in runs if key in run.results] for key in ("recall", "reach"))
-    return plots.hero_figure(recalls, runs[0].results.get("reach"), narrow, fields if len(fields) > 1 else [])
 
 
 def of_one(run: Run) -> Contents:

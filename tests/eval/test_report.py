@@ -23,7 +23,7 @@ from eval.reach import __main__ as reach
 from eval.recall import measure as recall
 from eval.recall.order import Order
 from eval.report import __main__ as report
-from eval.report.page import identity, recall_figure, title
+from eval.report.page import identity, shared, title
 from eval.report.page import page as page_of
 from eval.report.runs import read_metrics, read_run, tell_apart
 from eval.report.tables import settings_table
@@ -154,9 +154,9 @@ def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
 
 def test_the_recall_curve_marks_h90_and_only_where_there_is_one(run):
     measured = read_run(str(run))
-    assert "H90" not in svg(recall_figure([measured], narrow=True), "recall")
+    assert "H90" not in svg(shared([measured])[1]["recall"](True), "recall")
     measured.results["recall"]["tasks"]["needle"]["h90"] = 21
-    drawing = svg(recall_figure([measured], narrow=True), "recall")
+    drawing = svg(shared([measured])[1]["recall"](True), "recall")
     assert 'data-tip="needle: H90 = 21 tokens, the farthest distance' in drawing
     assert "◇ H90 = 21</text>" in drawing
 
@@ -199,10 +199,10 @@ def test_the_same_settings_are_said_to_be_the_same(run):
 def test_many_runs_are_compared_in_more_colours_than_there_are(run):
     runs = tell_apart([read_run(str(run)) for _ in range(9)])
     assert title(runs).endswith("and 8 others")
-    drawing = svg(recall_figure(runs, narrow=False), "recall")
+    drawing = svg(shared(runs)[1]["recall"](False), "recall")
     tips = re.findall(r'data-tip="(.*?): (distance|99 %)', drawing)
-    assert [kind for _, kind in tips] == ["distance"] * 9 * 5 + ["99 %"] * 9
-    assert {name for name, _ in tips} == {run.name for run in runs}
+    assert [kind for _, kind in tips] == ["distance"] * 9 * 5 + ["99 %"] * 2
+    assert {name for name, kind in tips if kind == "distance"} == {run.name for run in runs}
 
 
 # ---------------------------------------------------------------------------------------------------------- browser
