@@ -22,7 +22,7 @@ from model.errors import UserError, cli
 def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Path) -> str:
     """Log the tables and pictures of the report to wandb and return wandb's folder.
 
-    One run is logged to its own wandb run, whose id is in run.json; several runs to a new one in `folder`.
+    One run is logged to its own wandb run, whose id is in run.json; several runs to a new one. Files go to `folder`.
     Raises UserError where wandb can't start.
     """
     import wandb
