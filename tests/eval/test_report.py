@@ -159,6 +159,7 @@ def test_the_recall_curve_marks_h90_and_only_where_there_is_one(run):
     drawing = svg(shared([measured])[1]["recall"](True), "recall")
     assert 'data-tip="needle: H90 = 21 tokens, the farthest distance' in drawing
     assert "◇ H90 = 21</text>" in drawing
+    assert "recalls a value from up to 21 tokens (2.6 W) back in at least 90 % of cases" in page_of([measured])
 
 
 def test_the_page_says_when_and_how_it_was_measured(run, page):
