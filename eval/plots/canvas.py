@@ -6,6 +6,7 @@ the report shows when the mouse is over the mark. A PNG ignores it, so one drawi
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,17 +50,10 @@ def save(figure: Figure, path: Path | BinaryIO) -> None:
     figure.savefig(path, dpi=160, facecolor="white")
 
 
-def marks(ax: Axes, x: Any, y: Any, tips: list[str], color: str, size: float = 26, **style: Any) -> None:
+def marks(ax: Axes, x: Any, y: Any, tips: Sequence[str], color: str, size: float = 26, **style: Any) -> None:
     """Draw dots; each shows its text of `tips` on hover. `style` is passed to matplotlib's scatter."""
     ax.scatter(
-        x,
-        y,
-        s=size,
-        **{"color": color, "edgecolors": "white"} | style,
-        zorder=4,
-        linewidths=0.8,
-        clip_on=False,
-        urls=tips,
+        x, y, s=size, urls=tips, linewidths=0.8, clip_on=False, zorder=4, color=color, **{"edgecolors": "white"} | style
     )
 
 
@@ -85,12 +79,7 @@ def svg(figure: Figure, prefix: str) -> str:
     head, body = text[text.index("<svg") :].split(">", 1)
     head = re.sub(r' (width|height|xmlns|xmlns:xlink)="[^"]*"', "", head)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' d="[^"]*"', _shorter, body)
+    body = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+|\n", r"\1", d[0]), body)  # a map has many outlines
     body = re.sub(r"""<a xlink:href=(".*?"|'.*?') target="_blank">""", r"<g data-tip=\1>", body).replace("</a>", "</g>")
     body = body.replace("xlink:href", "href")
     return head + ">" + re.sub(r'( id="| href="#|url\(#)', rf"\g<1>{prefix}-", body)
-
-
-def _shorter(outline: re.Match[str]) -> str:
-    """The same outline with two decimals and no line breaks: a map has thousands of outlines."""
-    return re.sub(r"(\.\d\d)\d+|\n", r"\1", outline[0])

@@ -51,16 +51,10 @@ def heat_figure(heat: dict[str, Any], narrow: bool = False) -> Figure:
     ax = drawn.subplots()
     lengths, depths, reach = heat["lengths"], heat["depths"], heat["reach"]
     by_place = {(cell["depth"], cell["length"]): cell for cell in heat["cells"]}
-    cells = [by_place[depth, length] for depth in depths for length in lengths]
-    tips = [
-        f"{cell['length']:,} tokens, needle at {cell['depth']:.0%}: distance {cell['distance']:,}, "
-        f"recall {cell['accuracy']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}], n = {cell['n']}"
-        for cell in cells
-    ]
+    values = [[by_place[depth, length]["accuracy"] for length in lengths] for depth in depths]
     columns = _edges(range(len(lengths)))
-    values = np.reshape([cell["accuracy"] for cell in cells], (len(depths), len(lengths)))
-    _draw_cells(ax, columns, _edges(depths), values, tips)
-    farthest = np.array([cell["farthest"] for cell in cells[: len(lengths)]])
+    _draw_cells(ax, columns, _edges(depths), values)
+    farthest = np.array([by_place[depths[0], length]["farthest"] for length in lengths])
     if reach is not None and farthest.max() > reach:
         depth_of_reach = np.where(farthest > reach, 1 - (reach - 1) / (farthest - 1), np.nan)
         _draw_steps(ax, depth_of_reach, columns, "vertical", f"above: farther than R = {reach:,}")
@@ -70,8 +64,8 @@ def heat_figure(heat: dict[str, Any], narrow: bool = False) -> Figure:
     return drawn
 
 
-def _draw_cells(ax: Axes, x: Any, y: Any, values: Sequence[Sequence[float]] | np.ndarray, tips: list[str]) -> None:
-    """Draw a map with edges `x` and `y`, a hover text for each cell and a colour bar."""
+def _draw_cells(ax: Axes, x: Any, y: Any, values: Sequence[Sequence[float]], tips: Sequence[str] = ()) -> None:
+    """Draw a map with edges `x` and `y` and a colour bar; `tips` are hover texts of the cells."""
     cells = ax.pcolor(x, y, np.asarray(values), cmap=COLORMAP, vmin=0, vmax=1, urls=tips, clip_on=False)
     ax.tick_params(length=0)
     ax.spines[:].set_edgecolor(GRID)

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from eval.plots.canvas import INK, MUTED, landmark, styled
 from eval.reach.cliff import cliff_length
@@ -60,27 +60,24 @@ def _shades(count: int) -> list[Any]:
 @styled
 def sentence_figure() -> Figure:
     """The causal triangle beside the band of a sliding window, with words as rows and columns."""
-    drawn = Figure(figsize=(9.0, 4.6), layout="constrained")
-    left, right = drawn.subplots(1, 2)
-    _draw_words(left, LayerSpec("full"), "Full attention: all earlier tokens")
-    _draw_words(right, LayerSpec("sliding", SENTENCE_WINDOW), f"Sliding window of W = {SENTENCE_WINDOW} tokens")
+    drawn, words = Figure(figsize=(9.0, 4.6), layout="constrained"), SENTENCE.split()
+    full, sliding = drawn.subplots(1, 2)
+    full.set_title("Full attention: all earlier tokens")
+    sliding.set_title(f"Sliding window of W = {SENTENCE_WINDOW} tokens")
+    for ax, spec in ((full, LayerSpec("full")), (sliding, LayerSpec("sliding", SENTENCE_WINDOW))):
+        seen, edges = mask(spec, len(words)), np.arange(len(words) + 1)
+        _draw_cells(ax, seen, ["white", SEEN])
+        ax.set_aspect("equal")
+        for (query, key), sees in np.ndenumerate(seen):
+            color = "white" if sees else MUTED
+            ax.text(key + 0.5, query + 0.52, str(int(sees)), ha="center", va="center", color=color, fontsize=13)
+        ax.hlines(edges, 0, len(words), color=UNSEEN, lw=3)
+        ax.vlines(edges, 0, len(words), color=UNSEEN, lw=3)
+        ax.set_xticks(edges[:-1] + 0.5, words)
+        ax.set_yticks(edges[:-1] + 0.5, words)
+        ax.tick_params(labelsize=11, labelcolor=INK, labeltop=True, labelbottom=False)
+        ax.set(xlabel="key: the token that is looked at", ylabel="query: the token that looks")
     return drawn
-
-
-def _draw_words(ax: Axes, spec: LayerSpec, title: str) -> None:
-    words = SENTENCE.split()
-    seen, edges = mask(spec, len(words)), np.arange(len(words) + 1)
-    _draw_cells(ax, seen, ["white", SEEN])
-    ax.set_aspect("equal")
-    for (query, key), sees in np.ndenumerate(seen):
-        color = "white" if sees else MUTED
-        ax.text(key + 0.5, query + 0.52, str(int(sees)), ha="center", va="center", color=color, fontsize=13)
-    ax.hlines(edges, 0, len(words), color=UNSEEN, lw=3)
-    ax.vlines(edges, 0, len(words), color=UNSEEN, lw=3)
-    ax.set_xticks(edges[:-1] + 0.5, words)
-    ax.set_yticks(edges[:-1] + 0.5, words)
-    ax.tick_params(labelsize=11, labelcolor=INK, labeltop=True, labelbottom=False)
-    ax.set(title=title, xlabel="key: the token that is looked at", ylabel="query: the token that looks")
 
 
 def kinds_of(specs: Sequence[LayerSpec]) -> dict[LayerSpec, int]:
@@ -112,46 +109,22 @@ def scaled(spec: LayerSpec, by: int) -> LayerSpec:
 
 @styled
 def layers_figure(specs: Sequence[LayerSpec]) -> Figure:
-    """One mask for each kind of layer in the stack, over more than two windows."""
+    """One mask for each kind of layer in the stack, over more than two windows; wide windows are drawn to scale."""
     kinds = kinds_of(specs)
     columns = min(len(kinds), 4)
     rows, size = -(-len(kinds) // columns), max(2.4, 4.4 / columns)
-    drawn = Figure(figsize=(max(4.4, size * columns), (size + 0.8) * rows), layout="constrained")
-    axes = drawn.subplots(rows, columns, squeeze=False).ravel()
-    for ax, (spec, count), color in zip(axes, kinds.items(), _shades(len(kinds)), strict=False):
-        _draw_mask(ax, spec, f"{count} of {len(specs)} layers", color)
-    for ax in axes[len(kinds) :]:
-        ax.remove()
-    return drawn
-
-
-def _draw_mask(ax: Axes, spec: LayerSpec, count: str, color: Any) -> None:
-    drawn = scaled(spec, -(-max(spec.ring_slots or 8, spec.global_tokens) // WIDEST_MASK))
-    length = 2 * max(drawn.ring_slots or 8, drawn.global_tokens) + 4
-    _draw_cells(ax, mask(drawn, length), [UNSEEN, color])
-    ax.set_aspect("equal")
-    scale = [f"drawn as {title_of(drawn).removeprefix(f'{spec.kind}, ')}"] if drawn != spec else []
-    ax.set_title("\n".join(fill(line, 24) for line in (title_of(spec), *scale, count)), fontsize=9)
-    ax.set(xlabel="key", ylabel="query")
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-
-
-@styled
-def cone_figure(specs: Sequence[LayerSpec]) -> Figure:
-    """What the last token sees through its top 0, 1, …, k layers, with R and W·k; long stacks are drawn to scale."""
-    by = 1
-    while cone_length(drawn_specs := [scaled(spec, by) for spec in specs]) > LONGEST_CONE:
-        by *= 2
-    drawn = Figure(figsize=(9.0, 4.6), layout="constrained")
-    ax = drawn.subplots()
-    _draw_cone(ax, drawn_specs)
-    if len(ax.get_legend_handles_labels()[0]) > 1:
-        drawn.legend(fontsize=8, loc="outside lower center", ncols=3)
-    far = windows.reach_of_other_tokens(specs)
-    note = f", every window divided by {by:,}" + ("" if far is None else f" (the real R is {far:,})")
-    ax.set_title("What the last token sees, layer by layer" + (note if by > 1 else ""), pad=22)
-    return drawn
+    figure = Figure(figsize=(max(4.4, size * columns), (size + 0.8) * rows), layout="constrained")
+    for i, (spec, color) in enumerate(zip(kinds, _shades(len(kinds)), strict=True)):
+        ax = figure.add_subplot(rows, columns, i + 1, xlabel="key", ylabel="query")
+        drawn = scaled(spec, -(-max(spec.ring_slots or 8, spec.global_tokens) // WIDEST_MASK))
+        length = 2 * max(drawn.ring_slots or 8, drawn.global_tokens) + 4
+        _draw_cells(ax, mask(drawn, length), [UNSEEN, color])
+        ax.set_aspect("equal")
+        scale = [f"drawn as {title_of(drawn).removeprefix(f'{spec.kind}, ')}"] if drawn != spec else []
+        title = (title_of(spec), *scale, f"{kinds[spec]} of {len(specs)} layers")
+        ax.set_title("\n".join(fill(line, 24) for line in title), fontsize=9)
+        ax.locator_params(nbins=4, integer=True)
+    return figure
 
 
 def cone_length(specs: Sequence[LayerSpec]) -> int:
@@ -159,26 +132,41 @@ def cone_length(specs: Sequence[LayerSpec]) -> int:
     return cliff_length(specs) or 32 + 4 * sum(spec.ring_slots or 0 for spec in specs) // 3
 
 
-def _draw_cone(ax: Axes, specs: Sequence[LayerSpec]) -> None:
-    """Draw rows from the query at the top to the input; a row has the colour of the layer that it looks through."""
-    length, kinds = cone_length(specs), list(kinds_of(specs))
-    shades = _shades(len(kinds))
-    color_of_row = [1, *(2 + kinds.index(next(iter(kinds_of([spec])))) for spec in reversed(specs))]
-    seen = windows.cone(specs, length).numpy()
-    _draw_cells(ax, seen * np.array(color_of_row)[:, None], [UNSEEN, INK, *shades], left=-length + 0.5)
+@styled
+def cone_figure(specs: Sequence[LayerSpec]) -> Figure:
+    """What the last token sees through its top 0, 1, …, k layers, with R and W·k; long stacks are drawn to scale.
+
+    The query is at the top, the input at the bottom. A row has the colour of the layer that it looks through.
+    """
+    by, far = 1, windows.reach_of_other_tokens(specs)
+    while cone_length(drawn := [scaled(spec, by) for spec in specs]) > LONGEST_CONE:
+        by *= 2
+    figure = Figure(figsize=(9.0, 4.6), layout="constrained")
+    ax = figure.subplots()
+    note = f", every window divided by {by:,}" + ("" if far is None else f" (the real R is {far:,})")
+    ax.set_title("What the last token sees, layer by layer" + (note if by > 1 else ""), pad=22)
+    length, kinds = cone_length(drawn), list(kinds_of(drawn))
+    shades, kind_of = _shades(len(kinds)), [kinds.index(next(iter(kinds_of([spec])))) for spec in reversed(drawn)]
+    cells = windows.cone(drawn, length).numpy() * np.array([1, *(2 + kind for kind in kind_of)])[:, None]
+    _draw_cells(ax, cells, [UNSEEN, INK, *shades], left=-length + 0.5)
     for spec, color in zip(kinds, shades, strict=True):
         ax.scatter([], [], marker="s", color=[color], label=f"through {title_of(spec)}")
+    if len(kinds) > 1:
+        figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{abs(x):,.0f}"))
-    rows = sorted({round(row) for row in np.linspace(0, len(specs), min(len(specs) + 1, 9))})
+    rows = sorted({round(row) for row in np.linspace(0, len(drawn), min(len(drawn) + 1, 9))})
     ax.set_yticks([row + 0.5 for row in rows], [str(row) for row in rows])
     ax.set(xlabel="tokens back from the last token", ylabel="layers back from the output")
     ax.set(xlim=(-length - 0.5, max(2.0, length / 100)), facecolor=UNSEEN)
+    _draw_reach(ax, drawn)
+    return figure
+
+
+def _draw_reach(ax: Axes, specs: Sequence[LayerSpec]) -> None:
+    """Draw lines at R and W·k, or say that a full layer has no bound."""
     far, product = windows.reach_of_other_tokens(specs), windows.window_times_layers(specs)
     if far is None or product is None:
-        ax.annotate(
-            "unbounded: a full layer sees every earlier token", (0, 1), xycoords="axes fraction", xytext=(0, 4),
-            textcoords="offset points", fontsize=8.5,
-        )  # fmt: skip
+        landmark(ax, ax.get_xlim()[0], "unbounded: a full layer sees every earlier token", "right")
         return
     others = "" if windows.reach(specs) is not None else ", global tokens aside"
     landmark(ax, -far, f"R = {far:,}{others}", "right" if 3 * far > product else "left")  # where there is room

@@ -7,13 +7,12 @@
    compared bit by bit, through every attention backend and every way to feed the model.
 3. **Gradient field** (`eval.reach.gradient`): how the energy of d(output)/d(input embedding) is spread over distance,
    before and after training.
-4. **Alpha** (`eval.reach.alpha`): the share of the residual stream that each layer leaves as it is, and the predictions
-   of Xiao's theory from it.
+4. **Alpha** (`eval.reach.theory`): the share of the residual stream that each layer leaves as it is, and what Xiao's
+   theory predicts from it.
 
 `--plot` adds pictures: `mask.png`, `layers.png`, `cone.png` (`eval.reach.masks`) and `reach.png`, the gradient field.
 """
 
-import argparse
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from eval.architectures import nominal_reach
+from eval.command import at_least, new_parser
 from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli
@@ -32,20 +33,17 @@ if TYPE_CHECKING:
 
 def field_length(examined: "Examined", max_tokens: int) -> int:
     """Tokens of a text for the gradient field: the reach and two windows more, at most `max_tokens`."""
-    from eval.reach.theory import sliding_twin_reach
-
     window = examined.window or 64
-    reach = sliding_twin_reach(examined.layers, window) if examined.reach is None else examined.reach
-    return min(reach + 2 * window, max_tokens, examined.max_tokens or max_tokens)
+    return min(nominal_reach(examined.specs, window) + 2 * window, max_tokens, examined.max_tokens or max_tokens)
 
 
 def measure(
     examined: "Examined", haystack: "Haystack", seed: int = 0, texts: int = 16, max_tokens: int = 8192
 ) -> dict[str, Any]:
     """Everything that reach.json holds."""
-    from eval.reach.alpha import predictions, residual_shares
     from eval.reach.cliff import cliff, cliff_holds
     from eval.reach.gradient import gradient_field
+    from eval.reach.theory import predictions, residual_shares
 
     sample = haystack.rows(texts, field_length(examined, max_tokens), seed)
     alphas = residual_shares(examined, sample)
@@ -89,28 +87,19 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         table.print(console)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.reach", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or Hugging Face causal LM")
-    parser.add_argument("--out", metavar="DIR", help="folder for reach.json; default: the run folder, or this folder")
-    parser.add_argument("--plot", action="store_true", help="also write mask.png, layers.png, cone.png, reach.png")
-    parser.add_argument("--seed", type=int, default=0, help="of texts, directions and changed tokens; default: 0")
-    parser.add_argument("--texts", type=int, default=16, help="held-out texts for the gradient field; default: 16")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="longest sequence to run; default: 8192")
-    parser.add_argument("--text", metavar="FILE", help="a UTF-8 file to read instead of the run's held-out text")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
-    return parser.parse_args(argv)
-
-
 def main() -> None:
-    args = parse(sys.argv[1:])
+    parser = new_parser("reach", __doc__)
+    parser.add_argument("--plot", action="store_true", help="also write mask.png, layers.png, cone.png, reach.png")
+    parser.add_argument("--texts", type=at_least(1), default=16, help="texts for the gradient; default %(default)s")
+    parser.add_argument("--max-tokens", type=at_least(8), default=8192, help="longest sequence; default %(default)s")
+    args = parser.parse_args()
 
     from eval.haystack import open_haystack  # imports torch
     from eval.models import load_model
 
     console = Console()
     examined = load_model(args.model, args.device)
-    result = measure(examined, open_haystack(examined, args.text), args.seed, args.texts, args.max_tokens)
+    result = measure(examined, open_haystack(examined, args.text, args.data), args.seed, args.texts, args.max_tokens)
     out = examined.out_dir(args.out)
     (out / "reach.json").write_text(json.dumps(result, indent=1))
     print_result(result, console)

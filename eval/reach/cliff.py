@@ -24,6 +24,7 @@ from torch import Tensor
 from eval.forward import last_logits
 from eval.models import Examined
 from model import hub, windows
+from model.attention import BACKENDS
 from model.cache import RingCache
 from model.errors import UserError
 from model.windows import LayerSpec
@@ -31,13 +32,6 @@ from model.windows import LayerSpec
 LastLogits = Callable[[Tensor], Tensor]  # token ids (B, T) -> logits (B, V) at the last position
 DENSE_LIMIT = 4096  # tokens: the reference backend holds the whole mask, which does not fit for more
 MAX_LENGTHS = 4096  # lengths that are tried for chunked layers
-
-
-def backend_names() -> list[str]:
-    """The names of all attention backends, those that this machine lacks included."""
-    from model.attention import BACKENDS
-
-    return list(BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -57,18 +51,16 @@ def make_probe(reachable: Tensor, distances: Sequence[int], vocabulary: int, see
 
     reachable: bool (T,) by distance, as `windows.reachable` returns it.
     """
-    unreachable = (~reachable).nonzero().flatten().tolist()
-    changes: list[tuple[str, list[int]]] = [("one token", [d]) for d in distances]
-    if unreachable:
+    changes = [("one token", [d]) for d in distances]
+    if unreachable := (~reachable).nonzero().flatten().tolist():
         changes.append(("every token that can't reach the query", unreachable))
     generator = torch.Generator().manual_seed(seed)
     before = torch.randint(0, vocabulary, (1, len(reachable)), generator=generator).repeat(len(changes), 1)
     after = before.clone()
     for row, (_, changed) in enumerate(changes):
-        at = len(reachable) - 1 - torch.tensor(changed)
-        after[row, at] = (before[row, at] + 1) % vocabulary
+        after[row, [len(reachable) - 1 - d for d in changed]] += 1
     listed = [{"distance": ds[0], "changed": what, "expected": not bool(reachable[ds[0]])} for what, ds in changes]
-    return Probe(before, after, listed)
+    return Probe(before, after % vocabulary, listed)
 
 
 def cliff_distances(reachable: Tensor, near: Iterable[int]) -> list[int]:
@@ -153,15 +145,12 @@ def chunk_sizes(specs: Sequence[LayerSpec]) -> list[int]:
 def ways_to_feed(examined: Examined) -> dict[str, LastLogits]:
     """Each way to compute the last logits of a sequence with one model of ours, other than a plain forward pass."""
     span = min(_spans(examined.specs))
+    padded = partial(left_padded, examined, pad=span // 2 + 1)
 
     def packed(ids: Tensor, size: int | None = None) -> Tensor:
         return behind_document(examined, ids, torch.zeros_like(ids[:, : span + 3]), size)
 
-    ways: dict[str, LastLogits] = {
-        f"prefill by {size}": partial(feed, examined, size=size) for size in chunk_sizes(examined.specs)
-    }
-    padded = partial(left_padded, examined, pad=span // 2 + 1)
-    return ways | {
+    return {f"prefill by {size}": partial(feed, examined, size=size) for size in chunk_sizes(examined.specs)} | {
         "token by token": partial(feed, examined, size=1),
         "left-padded batch": padded,
         f"left-padded batch, prefill by {span + 1}": partial(padded, size=span + 1),
@@ -173,28 +162,20 @@ def ways_to_feed(examined: Examined) -> dict[str, LastLogits]:
 def cliff_paths(examined: Examined) -> Iterator[tuple[str, LastLogits]]:
     """Every path from tokens to logits: the backends, and the ways to feed the model at hand.
 
-    A generator, so that only one more copy of the model is in memory at a time.
+    A backend loads the checkpoint once more, when its path is used; it raises UserError where it is not available. This
+    is a generator, so that only one such copy is in memory at a time.
     """
     if not examined.ours:
         yield "full forward", partial(last_logits, examined)
         return
-    for backend in backend_names():
-        yield f"forward, {backend}", through_backend(examined, backend)
+    for backend in BACKENDS:
+        load = cache(partial(hub.load, str(examined.folder), backend=backend))
+        yield f"forward, {backend}", partial(_last_logits_of, load, examined)
     yield from ways_to_feed(examined).items()
 
 
-def through_backend(examined: Examined, backend: str) -> LastLogits:
-    """A function that loads the same checkpoint under `backend` once and runs one full forward pass.
-
-    The function raises UserError, with the reason, where the backend is not available.
-    """
-
-    @cache
-    def loaded() -> Examined:
-        model = hub.load(str(examined.folder), backend=backend).eval().to(examined.device)
-        return replace(examined, model=model)
-
-    return lambda ids: last_logits(loaded(), ids)
+def _last_logits_of(load: Callable[[], Any], examined: Examined, input_ids: Tensor) -> Tensor:
+    return last_logits(replace(examined, model=load().to(examined.device)), input_ids)
 
 
 def cliff(examined: Examined, seed: int = 0, max_tokens: int = 8192) -> tuple[list[dict[str, Any]], str | None]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import linregress
 from torch import Tensor, nn
 
 from eval.forward import body
@@ -68,20 +69,11 @@ def fit_decay(energy: FloatArray, reach: int | None) -> dict[str, dict[str, floa
     if len(distance) < 3:
         return {}
     log = np.log(value[value > 1e-30])
-    slope, straight = _line(distance, log)
-    exponent, power = _line(np.log(distance), log)
+    line, power = linregress(distance, log), linregress(np.log(distance), log)
     return {
-        "exponential": {"length_tokens": -1.0 / slope if slope else float("inf"), "r_squared": straight},
-        "power": {"exponent": -exponent, "r_squared": power},
+        "exponential": {"length_tokens": -1.0 / line.slope if line.slope else np.inf, "r_squared": line.rvalue**2},
+        "power": {"exponent": -power.slope, "r_squared": power.rvalue**2},
     }
-
-
-def _line(x: FloatArray, y: FloatArray) -> tuple[float, float]:
-    """(slope, R squared) of the line through y over x."""
-    slope, intercept = np.polyfit(x, y, 1)
-    rest = y - (slope * x + intercept)
-    spread = float(((y - y.mean()) ** 2).sum())
-    return float(slope), 1.0 - float((rest**2).sum()) / spread if spread else 1.0
 
 
 def untrained(examined: Examined) -> nn.Module:

@@ -14,32 +14,17 @@ from pathlib import Path
 
 from model.errors import UserError, cli
 from model.windows import LayerSpec
+from training.settings.config_file import load_settings
 
 
 def write(specs: Sequence[LayerSpec], out: Path) -> list[Path]:
     """Write mask.png, layers.png and cone.png into the folder `out` and return their paths."""
     from eval.plots import masks, save
 
-    figures = {
-        "mask.png": masks.sentence_figure(),
-        "layers.png": masks.layers_figure(specs),
-        "cone.png": masks.cone_figure(specs),
-    }
-    for name, figure in figures.items():
-        save(figure, out / name)
-    return [out / name for name in figures]
-
-
-def specs_of_config(file: str) -> tuple[LayerSpec, ...]:
-    """The layers that a config of ours describes. Raises UserError for a config that can't be read."""
-    from training.settings.config_file import load_settings
-
-    settings = load_settings(file, [])
-
-    from training.planning.dry_run import vocab_size
-    from training.settings.build import model_config
-
-    return model_config(settings, vocab_size(settings)).specs
+    save(masks.sentence_figure(), out / "mask.png")
+    save(masks.layers_figure(specs), out / "layers.png")
+    save(masks.cone_figure(specs), out / "cone.png")
+    return [out / "mask.png", out / "layers.png", out / "cone.png"]
 
 
 def main() -> None:
@@ -47,8 +32,12 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", metavar="CONFIG.yaml")
     parser.add_argument("--out", metavar="DIR", default=".", help="folder for the pictures; default: this folder")
     args = parser.parse_args()
-    out = Path(args.out)
-    specs = specs_of_config(args.config)
+    settings, out = load_settings(args.config, []), Path(args.out)
+
+    from training.planning.dry_run import vocab_size
+    from training.settings.build import model_config
+
+    specs = model_config(settings, vocab_size(settings)).specs
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

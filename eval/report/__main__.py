@@ -22,14 +22,14 @@ from model.errors import UserError, cli
 def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Path) -> str:
     """Log the tables and pictures of the report to wandb and return wandb's folder.
 
-    One run is logged to its own wandb run, whose id is in run.json; several runs to a new one in `folder`.
+    One run is logged to its own wandb run, whose id is in run.json; several runs to a new one. Files go to `folder`.
     Raises UserError where wandb can't start.
     """
     import wandb
     from PIL import Image
 
     from eval.plots import save
-    from eval.report.page import of_one, shared
+    from eval.report.page import of_one, shared, title
 
     first, alone = runs[0], len(runs) == 1
     facts = first.folder / "run.json"
@@ -39,12 +39,12 @@ def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Pa
         try:
             run = wandb.init(
                 project=first.header["settings"].get("tracking", {}).get("wandb_project", "windreach"),
-                name=first.name if alone else f"comparison of {len(runs)} runs",
+                name=title(runs),
                 id=own,
                 resume="allow" if own and mode == "online" else None,
                 job_type="report",
                 mode=mode,
-                dir=first.folder if alone else folder,
+                dir=folder,
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except (wandb.errors.Error, OSError) as error:
@@ -55,10 +55,9 @@ def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Pa
                 for name, table in tables.items():
                     logged = wandb.Table(list(table.columns), table.rows, allow_mixed_types=True)
                     run.log({f"report/{prefix}{name}": logged})
-                for name, picture in pictures.items():
-                    png = io.BytesIO()
-                    save(picture.draw(False), png)
-                    run.log({f"report/{prefix}{name}": wandb.Image(Image.open(png), caption=picture.caption)})
+                for name, draw in pictures.items():
+                    save(draw(False), png := io.BytesIO())
+                    run.log({f"report/{prefix}{name}": wandb.Image(Image.open(png))})
             return str(Path(run.dir).parent)
 
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from eval.command import read_result
 from model.errors import UserError
 
 EVALUATIONS = ("recall", "reach", "loss", "relay", "heat")
@@ -31,14 +32,9 @@ class Run:
         return str(self.header["model"])
 
     @property
-    def commands(self) -> list[str]:
-        """The commands that measured the results; the options that were given are not known."""
-        return [f"python -m eval.{name} {self.folder}" for name in self.results]
-
-    @property
     def missing(self) -> list[str]:
-        """The commands that measure what has not been measured."""
-        return [f"python -m eval.{name} {self.folder}" for name in EVALUATIONS if name not in self.results]
+        """The evaluations that have not been run."""
+        return [name for name in EVALUATIONS if name not in self.results]
 
     @property
     def measured_on(self) -> str:
@@ -52,12 +48,10 @@ def read_run(name: str) -> Run:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"RUN {name!r}: no such folder; give the folder of a run, such as runs/quickstart")
-    measured = [evaluation for evaluation in EVALUATIONS if (folder / f"{evaluation}.json").exists()]
-    if not measured:
+    files = {evaluation: folder / f"{evaluation}.json" for evaluation in EVALUATIONS}
+    results = {evaluation: read_result(file) for evaluation, file in files.items() if file.exists()}
+    if not results:
         raise UserError(f"RUN {name!r}: nothing measured yet; run `python -m eval.recall {name}` first")
-    from eval.recall.__main__ import read_result  # imports torch
-
-    results = {evaluation: read_result(folder / f"{evaluation}.json") for evaluation in measured}
     settings = folder / "settings.yaml"
     text = settings.read_text() if settings.exists() else ""
     return Run(folder, results, read_metrics(folder / "metrics.jsonl"), text)

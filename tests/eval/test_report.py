@@ -20,12 +20,12 @@ from eval.haystack import open_haystack
 from eval.models import load_model
 from eval.plots.canvas import marks, svg
 from eval.reach import __main__ as reach
-from eval.recall import __main__ as recall
+from eval.recall import measure as recall
+from eval.recall.order import Order
 from eval.report import __main__ as report
+from eval.report.page import identity, shared, title
 from eval.report.page import page as page_of
-from eval.report.page import recall_picture, title
 from eval.report.runs import read_metrics, read_run, tell_apart
-from eval.report.sentences import identity
 from eval.report.tables import settings_table
 from model.errors import UserError, cli
 from tests.eval.browser import look, needs_browser
@@ -37,7 +37,7 @@ def run(untrained_run, tmp_path_factory):
     folder = shutil.copytree(untrained_run, tmp_path_factory.mktemp("measured") / "run")
     examined = load_model(str(folder), "cpu")
     text = open_haystack(examined)
-    order = recall.Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
+    order = Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
     results = {
         "recall": recall.measure(examined, text, order),
         "relay": relay.measure(examined, text, n=16),
@@ -154,11 +154,12 @@ def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
 
 def test_the_recall_curve_marks_h90_and_only_where_there_is_one(run):
     measured = read_run(str(run))
-    assert "H90" not in recall_picture([measured]).svg("recall", narrow=True)
+    assert "H90" not in svg(shared([measured])[1]["recall"](True), "recall")
     measured.results["recall"]["tasks"]["needle"]["h90"] = 21
-    drawing = recall_picture([measured]).svg("recall", narrow=True)
+    drawing = svg(shared([measured])[1]["recall"](True), "recall")
     assert 'data-tip="needle: H90 = 21 tokens, the farthest distance' in drawing
     assert "◇ H90 = 21</text>" in drawing
+    assert "recalls a value from up to 21 tokens (2.6 W) back in at least 90 % of cases" in page_of([measured])
 
 
 def test_the_page_says_when_and_how_it_was_measured(run, page):
@@ -187,7 +188,7 @@ def test_hover_texts_keep_their_digits_and_quotes():
 
 def test_settings_that_differ_are_shown_and_no_others(run, twin):
     table = settings_table([read_run(str(run)), read_run(str(twin))])
-    assert table.rows == [["model.layers", "not set", "[{kind: full}]"], ["seed", "not set", 7]]
+    assert table.rows == [["model.layers", "not set", '[{"kind": "full"}]'], ["seed", "not set", "7"]]
 
 
 def test_the_same_settings_are_said_to_be_the_same(run):
@@ -199,10 +200,10 @@ def test_the_same_settings_are_said_to_be_the_same(run):
 def test_many_runs_are_compared_in_more_colours_than_there_are(run):
     runs = tell_apart([read_run(str(run)) for _ in range(9)])
     assert title(runs).endswith("and 8 others")
-    drawing = recall_picture(runs).svg("recall", narrow=False)
+    drawing = svg(shared(runs)[1]["recall"](False), "recall")
     tips = re.findall(r'data-tip="(.*?): (distance|99 %)', drawing)
-    assert [kind for _, kind in tips] == ["distance"] * 9 * 5 + ["99 %"] * 9
-    assert {name for name, _ in tips} == {run.name for run in runs}
+    assert [kind for _, kind in tips] == ["distance"] * 9 * 5 + ["99 %"] * 2
+    assert {name for name, kind in tips if kind == "distance"} == {run.name for run in runs}
 
 
 # ---------------------------------------------------------------------------------------------------------- browser

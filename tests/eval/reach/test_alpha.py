@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.models import Examined, load_model
-from eval.reach import alpha, theory
+from eval.reach import theory
 from model.windows import LayerSpec
 
 
@@ -54,7 +54,7 @@ def examined(model: nn.Module, specs: list[LayerSpec]) -> Examined:
 @pytest.mark.parametrize("in_tuple", [False, True])
 def test_alpha_is_the_streams_share_of_stream_and_what_attention_writes(in_tuple: bool) -> None:
     model = Stack([3.0, 1.0, 0.0, 0.25], in_tuple)
-    shares = alpha.residual_shares(examined(model, [LayerSpec("sliding", 4)] * 4), torch.arange(6).reshape(2, 3))
+    shares = theory.residual_shares(examined(model, [LayerSpec("sliding", 4)] * 4), torch.arange(6).reshape(2, 3))
     assert shares == pytest.approx([0.25, 0.5, 1.0, 0.8])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -62,12 +62,14 @@ def test_alpha_is_the_streams_share_of_stream_and_what_attention_writes(in_tuple
 def test_alpha_of_a_model_that_hides_its_attention_is_not_known() -> None:
     hidden = nn.Sequential(nn.Embedding(7, 5))
     hidden.forward = lambda input_ids, **_: hidden[0](input_ids)  # type: ignore[method-assign]
-    assert alpha.residual_shares(examined(hidden, [LayerSpec("sliding", 4)]), torch.zeros(1, 3, dtype=torch.long)) == []
+    assert (
+        theory.residual_shares(examined(hidden, [LayerSpec("sliding", 4)]), torch.zeros(1, 3, dtype=torch.long)) == []
+    )
 
 
 def test_predictions_are_those_of_the_theory_at_the_measured_alpha(untrained_run: Path) -> None:
     model = load_model(str(untrained_run), "cpu")
-    said = alpha.predictions(model, [0.5, 0.7, 0.9])
+    said = theory.predictions(model, [0.5, 0.7, 0.9])
     assert said["xiao_bound"] == pytest.approx(theory.xiao_bound(8, 0.7))
     influence = theory.mixture([8] * 3, [0.5, 0.7, 0.9], 22)
     assert said["mixture_mean"] == pytest.approx((0.5 + 0.3 + 0.1) * 3.5)
@@ -77,6 +79,6 @@ def test_predictions_are_those_of_the_theory_at_the_measured_alpha(untrained_run
 
 def test_nothing_is_predicted_for_a_reach_without_bound_or_an_alpha_that_is_not_known(untrained_run: Path) -> None:
     model = load_model(str(untrained_run), "cpu")
-    assert alpha.predictions(model, []) == {}
+    assert theory.predictions(model, []) == {}
     unbounded = replace(model, specs=(LayerSpec("full"), *model.specs[1:]))
-    assert alpha.predictions(unbounded, [0.5, 0.7, 0.9]) == {}
+    assert theory.predictions(unbounded, [0.5, 0.7, 0.9]) == {}

@@ -59,7 +59,7 @@ def under(examined: Examined, backend: str) -> Examined:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("backend", cliff.backend_names())
+@pytest.mark.parametrize("backend", cliff.BACKENDS)
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_token_changes_the_logits_exactly_when_it_has_a_path_to_the_query_however_the_model_is_fed(
     stack: str, backend: str, examine: Callable[[str], Examined]
@@ -92,7 +92,7 @@ def test_the_test_takes_every_backend_and_every_way_or_says_why_not(
     assert note is None
     assert cliff.cliff_holds(rows)
     paths = {row["path"] for row in rows}
-    assert paths >= {f"forward, {backend}" for backend in cliff.backend_names()} | set(cliff.ways_to_feed(examined))
+    assert paths >= {f"forward, {backend}" for backend in cliff.BACKENDS} | set(cliff.ways_to_feed(examined))
     assert paths >= {"packed documents", "token by token", "left-padded batch", "behind another document"}
     done = {row["path"] for row in rows if "equal" in row}
     assert done >= {"forward, reference", "forward, blocked"}

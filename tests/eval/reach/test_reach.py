@@ -92,7 +92,7 @@ def test_a_stack_of_unbounded_reach_gets_texts_as_long_as_its_sliding_twin(exami
 
 
 def test_why_a_path_can_not_be_had_is_shown(examined: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cliff, "backend_names", lambda: ["reference", "nothing"])
+    monkeypatch.setattr(cliff, "BACKENDS", ["reference", "nothing"])
     monkeypatch.setattr(cliff, "DENSE_LIMIT", 30)
     result, said = measured(examined)
     reasons = {row["path"]: row["unavailable"] for row in result["cliff"] if "unavailable" in row}
