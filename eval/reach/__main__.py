@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from eval.architectures import nominal_reach
 from eval.command import at_least, new_parser
+from eval.models import nominal_reach
 from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli

@@ -13,7 +13,6 @@ from html import unescape
 import pytest
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from eval import heat, loss, relay
 from eval.haystack import open_haystack
@@ -37,11 +36,11 @@ def run(untrained_run, tmp_path_factory):
     folder = shutil.copytree(untrained_run, tmp_path_factory.mktemp("measured") / "run")
     examined = load_model(str(folder), "cpu")
     text = open_haystack(examined)
-    order = Order("", "cpu", None, None, ("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
+    order = Order(("needle",), (1, 8, 21, 22, 30), 20, 0, "fp32")
     results = {
         "recall": recall.measure(examined, text, order),
         "relay": relay.measure(examined, text, n=16),
-        "heat": heat.measure(examined, text, replace(order, n=4), [32, 64], 3, Console(quiet=True)),
+        "heat": heat.measure(examined, text, replace(order, n=4), [32, 64], 3),
         "reach": reach.measure(examined, text, texts=2),
         "loss": loss.measure(examined, open_haystack(examined, max_tokens=1000), rows=4),
     }
