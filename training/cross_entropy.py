@@ -65,9 +65,12 @@ class _Chunks(torch.autograd.Function):
                 h, wanted = hidden[i : i + rows].to(dtype), labels[i : i + rows, None]
                 logits = (h @ w.mT).float()
                 right[i : i + rows] = (logits.argmax(-1, keepdim=True) == wanted)[:, 0]
-                part, d_logits = _loss_and_gradient(logits, wanted, z_weight)
-                loss += part
-                d_logits = d_logits.to(dtype)
+                normaliser = logits.logsumexp(-1, keepdim=True)
+                loss += (normaliser - logits.gather(1, wanted)).sum()
+                d_logits = logits.sub_(normaliser).exp_()  # in place, because logits are large
+                if z_weight:
+                    d_logits.mul_(1 + 2 * z_weight * normaliser)
+                d_logits = d_logits.scatter_(1, wanted, d_logits.gather(1, wanted) - 1).to(dtype)
                 d_hidden[i : i + rows] = d_logits @ w
                 d_weight += d_logits.mT @ h
         ctx.gradients = d_hidden, d_weight
@@ -78,13 +81,3 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.gradients
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
-
-
-def _loss_and_gradient(logits: Tensor, wanted: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of float32 logits, and the gradient of it plus the z-loss. Overwrites `logits`."""
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    loss = (normaliser - logits.gather(1, wanted)).sum()
-    gradient = logits.sub_(normaliser).exp_()
-    if z_weight:
-        gradient.mul_(1 + 2 * z_weight * normaliser)
-    return loss, gradient.scatter_(1, wanted, gradient.gather(1, wanted) - 1)

@@ -61,12 +61,9 @@ def whole(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
 
 def whole_weights(module: nn.Module, keep: bool) -> Tensors:
     """The state dict without shards. All processes must call this; those that do not `keep` it get an empty one."""
-    weights = {}
-    for name, tensor in module.state_dict().items():
-        full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-        if keep:
-            weights[name] = full
-    return weights
+    state = module.state_dict().items()
+    whole = ((name, t.full_tensor().cpu() if isinstance(t, DTensor) else t) for name, t in state)
+    return {name: tensor for name, tensor in whole if keep}
 
 
 @torch.no_grad()

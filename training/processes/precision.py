@@ -28,13 +28,9 @@ class Machine:
         return "bf16" if self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
 
 
-def measure(device: torch.device) -> Machine:
-    """The rates with this process's current number of threads; each number of threads is measured once."""
-    return _measure(device, torch.get_num_threads())
-
-
 @cache
-def _measure(device: torch.device, threads: int) -> Machine:
+def measure(device: torch.device) -> Machine:
+    """The rates with this process's number of threads at the first call; later calls return the same."""
     return Machine(matmul_rate(device, torch.float32), matmul_rate(device, torch.bfloat16))
 
 

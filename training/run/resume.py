@@ -1,4 +1,4 @@
-"""How far a run has come, and what must not have changed for it to go on: text, tokenizer, the sequences of a step."""
+"""How far a run has come, and whether another number of processes can go on with it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
 from training.curriculum import CurriculumState
-from training.run.folder import check_data, check_tokenizer
 
 if TYPE_CHECKING:
     from training.objective import Objective
@@ -44,12 +43,6 @@ class State:
         return {"distance": max(self.distances.values())} | each
 
 
-def check_checkpoint(path: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raises UserError if the checkpoint at `path`, whose state is `saved`, has other text or another tokenizer."""
-    check_data(path, saved["data_sha256"], facts["data_sha256"])
-    check_tokenizer(path, saved["tokenizer_sha256"], facts["tokenizer_sha256"])
-
-
 def check_same_batches(
     path: Path, objectives: Sequence["Objective"], before: int, distances: Iterable[Mapping[str, int]]
 ) -> None:
@@ -58,6 +51,7 @@ def check_same_batches(
     Otherwise another number of processes changes nothing: each takes an equal share of the same sequences.
     `distances` are the values of D that are still to come, by task.
     """
+    processes = "1 process" if before == 1 else f"{before} processes"
     for objective in objectives:
         now = objective.ranks
         for of_tasks in distances if before != now else ():
@@ -65,11 +59,7 @@ def check_same_batches(
             if rows != objective.plan(of_tasks).rows:
                 at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
                 raise UserError(
-                    f"{path}: was saved by {_processes(before)}; {now} would train on other batches\n"
+                    f"{path}: was saved by {processes}; {now} would train on other batches\n"
                     f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
-                    f"  start it with {_processes(before)}, or with a number that divides {rows}"
+                    f"  start it with {processes}, or with a number that divides {rows}"
                 )
-
-
-def _processes(number: int) -> str:
-    return "1 process" if number == 1 else f"{number} processes"

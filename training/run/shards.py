@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from model.errors import UserError
+from training.run.checkpoint import MAKE_ROOM
 
 
 def stored_in_shards(checkpoints: Path, step: int, tensors: dict[str, Tensor]) -> dict[str, Tensor] | Path:
@@ -33,10 +34,8 @@ def stored_in_shards(checkpoints: Path, step: int, tensors: dict[str, Tensor]) -
         dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as problem:
         causes = {str(cause[0]) for cause in problem.failures.values()}
-        raise UserError(
-            f"{folder}: the parts of a checkpoint could not be written: {'; '.join(sorted(causes))}\n"
-            "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
-        ) from problem
+        what = "the parts of a checkpoint could not be written"
+        raise UserError(f"{folder}: {what}: {'; '.join(sorted(causes))}\n{MAKE_ROOM}") from problem
     return folder
 
 
@@ -46,9 +45,8 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, saved in reader.read_metadata().state_dict_metadata.items():
         if isinstance(saved, TensorStorageMetadata):
-            owner = like.get(name.rpartition("/")[2])
-            sharded = owner is not None and owner.shape == saved.size
-            tensors[name] = torch.empty_like(owner) if owner is not None and sharded else torch.empty(saved.size)
+            owner = like.get(name.rpartition("/")[2], torch.empty(0))
+            tensors[name] = torch.empty_like(owner) if owner.shape == saved.size else torch.empty(saved.size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is for one process alone
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
