@@ -58,17 +58,10 @@ def text_batch(store: TokenStore, seed: int, step: int, rows: range, seq_len: in
 
 
 def recall_batch(
-    store: TokenStore,
-    vocab: RecallVocabulary,
-    seed: int,
-    step: int,
-    rows: range,
-    seq_len: int,
-    max_distances: Mapping[str, int],
-    tasks: Mapping[str, float],
-    rules: RowRules = DEFAULT_RULES,
-    options: TaskOptions = DEFAULT_OPTIONS,
-) -> Batch:
+    store: TokenStore, vocab: RecallVocabulary, seed: int, step: int, rows: range, seq_len: int,
+    max_distances: Mapping[str, int], tasks: Mapping[str, float],
+    rules: RowRules = DEFAULT_RULES, options: TaskOptions = DEFAULT_OPTIONS,
+) -> Batch:  # fmt: skip
     """Recall sequences of `seq_len` tokens. `tasks` gives each task's share, `max_distances` its largest distance.
 
     The filler is any stretch of the store, across documents too; each sequence counts as one document.

@@ -23,27 +23,22 @@ class Score(NamedTuple):
     right: Tensor
 
 
-def cross_entropy(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0) -> Score:
-    """The score of `labels_n` under the logits `hidden_ne @ weight_ve.T`."""
-    rows = max(1, LOGITS_AT_ONCE // len(weight_ve))
+def cross_entropy(
+    hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0, rows: int | None = None
+) -> Score:
+    """The score of `labels_n` under the logits `hidden_ne @ weight_ve.T`, of which `rows` are computed at a time.
+
+    Default: as many rows as have `LOGITS_AT_ONCE` logits.
+    """
+    rows = rows or max(1, LOGITS_AT_ONCE // len(weight_ve))
     if len(hidden_ne) > rows:
-        return in_chunks(hidden_ne, weight_ve, labels_n, z_weight, rows)
-    return at_once(F.linear(hidden_ne, weight_ve), labels_n, z_weight)
-
-
-def at_once(logits_nv: Tensor, labels_n: Tensor, z_weight: float) -> Score:
+        return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
+    logits_nv = F.linear(hidden_ne, weight_ve)
     loss = F.cross_entropy(logits_nv.float(), labels_n, reduction="sum")
     if z_weight:
         z = z_weight * logits_nv.float().logsumexp(-1).square().sum()
         loss = loss + (z - z.detach())
-    with torch.no_grad():
-        right = logits_nv.argmax(-1) == labels_n
-    return Score(loss, right)
-
-
-def in_chunks(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float, rows: int) -> Score:
-    """As `at_once`, `rows` positions at a time, so that only their logits exist at any moment."""
-    return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
+    return Score(loss, logits_nv.detach().argmax(-1) == labels_n)
 
 
 class _Chunks(torch.autograd.Function):

@@ -27,7 +27,7 @@ from training.curriculum import Curriculum
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
-from training.processes.parallel import Tensors, load_whole, spread, whole, whole_weights
+from training.processes.parallel import Tensors, load_whole, spread, stored_in_shards, whole, whole_weights
 from training.processes.precision import DTYPES, make_deterministic, set_up_threads
 from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, sum_over_ranks
 from training.processes.signals import STOPPED, StopRequest
@@ -38,7 +38,6 @@ from training.reporting.progress import TrainingProgress
 from training.run.checkpoint import load_state, prune, replace_export, save_checkpoint
 from training.run.folder import check_same_data, decide_once, open_run, run_dir
 from training.run.resume import FACTS_SAVED, State, check_same_batches
-from training.run.shards import stored_in_shards
 from training.schedule import interpolate, rate_factor
 from training.settings.schema import Settings
 from training.start import grow_from_run, new_decoder

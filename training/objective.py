@@ -106,16 +106,12 @@ class Objective(ABC):
         self.points, self.max_grad_norm = points, max_grad_norm
 
     @abstractmethod
-    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
-        """Tokens of a step and tokens of a sequence; `distances` is D of each recall task."""
+    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
+        """The plan of a step for `ranks` processes, default: as many as there are; `distances` is D of each task."""
 
     @abstractmethod
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         """Sequences `rows` of a step."""
-
-    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
-        """The plan of a step for `ranks` processes; default: as many as there are."""
-        return step_plan(*self.size(distances), self.settings.training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batches(self, step: int, distances: Mapping[str, int], rank: int) -> list[MicroBatch]:
         """All micro-batches of one rank in a step."""
@@ -129,8 +125,9 @@ class TextObjective(Objective):
     name = "text"
     term_weights: Mapping[str, float] = {"text": 1.0}
 
-    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
-        return self.settings.training.tokens_per_step, self.settings.data.seq_len
+    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
+        training, seq_len = self.settings.training, self.settings.data.seq_len
+        return step_plan(training.tokens_per_step, seq_len, training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
@@ -158,13 +155,14 @@ class RecallObjective(Objective):
         self.tasks = tuple(str(task) for task in recall.tasks)
         self.rules, self.options = recall_rules(settings)
 
-    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
+    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
         """All tasks share a step's sequences, so the largest of their distances decides."""
-        farthest, recall = max(distances.values()), self.settings.recall
-        tokens = recall.tokens_per_step or self.settings.training.tokens_per_step
+        farthest, training = max(distances.values()), self.settings.training
+        tokens = self.settings.recall.tokens_per_step or training.tokens_per_step
         needed = row_tokens(self.settings, distances)
         seq_len = self.curriculum.row_length(farthest, recall_seq_len(self.settings), needed)
-        return tokens * self.curriculum.batch_factor(farthest), seq_len
+        tokens *= self.curriculum.batch_factor(farthest)
+        return step_plan(tokens, seq_len, training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = recall_batch(

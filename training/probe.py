@@ -56,7 +56,6 @@ class Probe:
                 if d >= size.nearest
             }
 
-    @torch.no_grad()
     def text(self, decoder: WindreachForCausalLM) -> float:
         """Bits per byte over the first `training.validation_tokens` tokens, in sequences of `data.seq_len`."""
         seq_len, device = self.settings.data.seq_len, decoder.device
@@ -72,7 +71,6 @@ class Probe:
         total = sum_over_ranks({"nats": nats, "bytes": float(n_bytes)})
         return total["nats"] / math.log(2) / max(1.0, total["bytes"])
 
-    @torch.no_grad()
     def recall(self, decoder: WindreachForCausalLM) -> "Recalled":
         """Share of questions whose answer is the most likely of all tokens; empty without recall."""
         right: dict[tuple[str, int], float] = {}
@@ -131,10 +129,10 @@ def _right(decoder: WindreachForCausalLM, items: list[RecallItem]) -> int:
 
 @contextmanager
 def _evaluating(decoder: WindreachForCausalLM) -> Iterator[None]:
-    """Eval mode without compilation inside; training mode again after."""
+    """Eval mode without gradients and compilation inside; training mode again after."""
     decoder.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         decoder.train()

@@ -1,5 +1,6 @@
 """Threads, determinism, and the matmul rates of this machine, which decide what precision `auto` is."""
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -40,22 +41,20 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seco
     A CPU starts at an eighth of `size` and stays lower if it is slow, as in bfloat16 without instructions for it.
     """
     size, width = (8 * size, 8 * size) if device.type == "cuda" else (size, size // 8)
-    _matmul_seconds(width, device, dtype)  # the first one also loads the kernel
-    best, began = 0.0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        took = _matmul_seconds(width, device, dtype)
+    best, end = 0.0, math.inf
+    while time.perf_counter() < end:
+        a = torch.ones(width, width, device=device, dtype=dtype)
+        a[0, 0].item()  # waits for the device, as it does below
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        took = time.perf_counter() - start
+        if end == math.inf:  # the first one also loads the kernel
+            end = time.perf_counter() + seconds
+            continue
         best = max(best, 2 * width**3 / took)
         if width < size and 8 * took < seconds:
             width *= 2
     return best
-
-
-def _matmul_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.ones(width, width, device=device, dtype=dtype)
-    a[0, 0].item()  # waits for the device, as it does below
-    start = time.perf_counter()
-    (a @ a)[0, 0].item()
-    return time.perf_counter() - start
 
 
 def set_up_threads(wanted: int | None, local_processes: int) -> int:

@@ -34,7 +34,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that appears complete or not at all. Raises UserError where the disk is full or read-only.
 
-    `tensors` are the trainer's, or a folder that holds their shards (`training.run.shards`).
+    `tensors` are the trainer's, or a folder that holds their shards (`training.processes.parallel`).
     """
     from safetensors.torch import save_file
 
@@ -82,20 +82,17 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def problem_with(path: Path) -> str | None:
-    """Why the checkpoint can't be trusted; None if every file has the size and hash of the manifest."""
+    """Why the checkpoint can't be trusted; None if every file has its size and hash in the manifest."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        expected = {path / name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
-    for name, (size, sha256) in files.items():
-        file = path / name
+    for file, size_and_hash in expected.items():
         if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}: cut short"
-        if file_sha256(file) != sha256:
-            return f"{name} has another sha256 than when it was written"
+            return f"{file.relative_to(path)} is missing"
+        if (file.stat().st_size, file_sha256(file)) != size_and_hash:
+            return f"{file.relative_to(path)} has another size or sha256 than when it was written"
     return None
 
 
@@ -115,22 +112,21 @@ def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | No
         problem = problem_with(path)
         if problem is None:
             return path
-        problems.append(f"{path}: {problem}")
-        say(f"checkpoint passed over: {problems[-1]}")
-    if problems:
-        raise UserError(
-            "no valid checkpoint is left to resume from:\n  "
-            + "\n  ".join(problems)
-            + "\n  restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
-        )
-    return None
+        problems.append(f"{path}: {problem}\n  ")
+        say(f"checkpoint passed over: {path}: {problem}")
+    if not problems:
+        return None
+    raise UserError(
+        f"no valid checkpoint is left to resume from:\n  {''.join(problems)}"
+        "restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
+    )
 
 
 def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple[dict[str, Any], dict[str, Tensor]]":
     """state.json and the trainer's tensors; shards are spread over the processes as the parameters `like` are."""
     from safetensors.torch import load_file
 
-    from training.run.shards import read_shards
+    from training.processes.parallel import read_shards
 
     state, whole = json.loads((path / "state.json").read_text()), path / "trainer.safetensors"
     return state, load_file(whole) if whole.exists() else read_shards(path, like or {})

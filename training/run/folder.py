@@ -88,13 +88,9 @@ def open_run(settings: Settings, resume: str) -> Path | None:
 
 
 def decide_once(
-    settings: Settings,
-    tokenizer: "Tokenizer",
-    stores: Mapping[str, "TokenStore"],
-    device: "torch.device",
-    checkpoint: Path | None = None,
-    origin: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+    settings: Settings, tokenizer: "Tokenizer", stores: Mapping[str, "TokenStore"], device: "torch.device",
+    checkpoint: Path | None = None, origin: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The facts that the first start writes and every resume keeps, and this machine's matmul rate in FLOP/s.
 
     A run that resumes another run's `checkpoint` takes its precision. `origin` describes initial weights that were not
