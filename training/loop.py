@@ -23,7 +23,7 @@ from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.projections import row_sizes
 from model.windows import reach
-from training.curriculum import Curriculum
+from training.curriculum import Curriculum, State
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
@@ -31,13 +31,11 @@ from training.processes.parallel import Tensors, load_whole, spread, stored_in_s
 from training.processes.precision import DTYPES, make_deterministic, set_up_threads
 from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, sum_over_ranks
 from training.processes.signals import STOPPED, StopRequest
-from training.reporting.metrics import Metrics
+from training.reporting.metrics import Metrics, TrainingProgress
 from training.reporting.nonfinite import keep_batch, stop_after
 from training.reporting.profiling import profiled
-from training.reporting.progress import TrainingProgress
 from training.run.checkpoint import load_state, prune, replace_export, save_checkpoint
-from training.run.folder import check_same_data, decide_once, open_run, run_dir
-from training.run.resume import FACTS_SAVED, State, check_same_batches
+from training.run.folder import FACTS_SAVED, check_same_batches, check_same_data, decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings.schema import Settings
 from training.start import grow_from_run, new_decoder

@@ -73,9 +73,9 @@ class Plan:
         >>> Plan(rows=8, seq_len=4, micro_rows=2).micro_ranges(rank=1, ranks=2)
         [range(4, 6), range(6, 8)]
         """
-        share = self.rows // ranks
-        first, last = rank * share, (rank + 1) * share
-        return [range(i, min(i + self.micro_rows, last)) for i in range(first, last, self.micro_rows)]
+        n = self.rows // ranks
+        own = range(rank * n, (rank + 1) * n)
+        return [own[i : i + self.micro_rows] for i in range(0, n, self.micro_rows)]
 
 
 def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:
@@ -204,9 +204,6 @@ class Scorer(nn.Module):
 
     The relay head reads the value from the residual stream at a filler position; it is discarded at export.
     """
-
-    decoder: WindreachForCausalLM
-    relay_head: nn.Linear | None
 
     def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None, z_loss_weight: float = 0.0):
         super().__init__()

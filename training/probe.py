@@ -36,25 +36,20 @@ class Probe:
     ):
         self.settings, self.store = settings, store
         self.rank, self.ranks = PartialState().process_index, PartialState().num_processes
-        far, window = curriculum.last_distance, curriculum.window
-        # Default: W, 2W, 4W ... and R.
-        doubled = [d for i in range(32) if (d := window << i) < far] + [far]
-        distances = settings.training.probe_distances or doubled
-        options, seed, number = recall_rules(settings)[1], settings.seed, settings.training.probe_items
         self.items: dict[str, dict[int, list[RecallItem]]] = {}  # by task and distance
         if vocabulary is None:
             return
-        for task in settings.recall.tasks:
-            size = task_size(task, vocabulary, options)
+        far, window, options = curriculum.last_distance, curriculum.window, recall_rules(settings)[1]
+        doubled = [d for i in range(32) if (d := window << i) < far]  # W, 2W, 4W ...
+        distances = settings.training.probe_distances or [*doubled, far]
+        for task in map(str, settings.recall.tasks):
+            size, questions = task_size(task, vocabulary, options), self.items.setdefault(task, {})
             length = max(max(distances) + 2 * window, size.row(max(distances)))
-            self.items[str(task)] = {
-                d: [
-                    item(task, np.random.default_rng([seed, d, i]), store, vocabulary, length, d, options)
-                    for i in range(number)
-                ]
-                for d in distances
-                if d >= size.nearest
-            }
+            for d in distances:
+                if d >= size.nearest:
+                    seeds = ([settings.seed, d, i] for i in range(settings.training.probe_items))
+                    rngs = map(np.random.default_rng, seeds)
+                    questions[d] = [item(task, rng, store, vocabulary, length, d, options) for rng in rngs]
 
     def text(self, decoder: WindreachForCausalLM) -> float:
         """Bits per byte over the first `training.validation_tokens` tokens, in sequences of `data.seq_len`."""

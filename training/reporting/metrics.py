@@ -1,4 +1,4 @@
-"""Where figures go: always to `metrics.jsonl`, and to wandb with the same columns while wandb works."""
+"""Where figures go: to `metrics.jsonl`, to wandb with the same columns while it works, and to the progress bar."""
 
 import json
 import math
@@ -9,7 +9,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from training.settings.schema import Settings
+
+DAY = 24 * 3600  # seconds: the time left is computed from all steps of the last day, because steps may take minutes
 
 
 class Metrics(AbstractContextManager["Metrics"]):
@@ -67,3 +72,27 @@ def truncate(path: Path, step: int) -> None:
     aside = path.with_suffix(".new")
     aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
     aside.replace(path)
+
+
+class TrainingProgress(Progress):
+    """The bar on a terminal, plain lines elsewhere, nothing with `show=False`."""
+
+    def __init__(self, max_steps: int, step: int, show: bool):
+        console = Console(quiet=not show)
+        super().__init__(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"),
+            TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not (show and console.is_terminal), speed_estimate_period=DAY,
+        )  # fmt: skip
+        self.first_step = step
+        self.task = self.add_task("train", total=max_steps, completed=step, figures="compiling ...")
+
+    def figures(self, step: int, text: str) -> None:
+        """Show the figures of the last logged step."""
+        self.update(self.task, completed=step, figures=text)
+        if self.disable:
+            (task,) = self.tasks
+            self.say(f"step {step}/{task.total}  {text}  left {TimeRemainingColumn().render(task)}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -152,10 +152,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
     aside = path.with_name(f".writing-{path.name}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    aside.write_text(text)
+    _sync(aside)
     aside.replace(path)
 
 

@@ -6,7 +6,7 @@ checkpoints/    step-000200/ ...                       tokenizer/  metrics.jsonl
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from data.token_store import TokenStore
     from data.tokenizer import Tokenizer
+    from training.objective import Objective
 
+FACTS_SAVED = ("data_sha256", "tokenizer_sha256", "settings_sha256", "precision", "wandb_id")  # with a checkpoint
 # These settings change no weight, so they may change between two starts of a run.
 FREE = (
     "name", "run_dir", "tracking.", "data.cache_dir", "training.log_every_steps", "training.save_every_steps",
@@ -142,6 +144,28 @@ def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any
         )
 
 
+def check_same_batches(
+    path: Path, objectives: Sequence["Objective"], before: int, distances: Iterable[Mapping[str, int]]
+) -> None:
+    """Raises UserError if a step would have another number of sequences than with the `before` processes of `path`.
+
+    Otherwise another number of processes changes nothing: each takes an equal share of the same sequences.
+    `distances` are the values of D that are still to come, by task.
+    """
+    processes = "1 process" if before == 1 else f"{before} processes"
+    for objective in objectives:
+        now = objective.ranks
+        for of_tasks in distances:
+            rows = objective.plan(of_tasks, before).rows
+            if rows != objective.plan(of_tasks).rows:
+                at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
+                raise UserError(
+                    f"{path}: was saved by {processes}; {now} would train on other batches\n"
+                    f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
+                    f"  start it with {processes}, or with a number that divides {rows}"
+                )
+
+
 def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = None) -> list[str]:
     """Raises UserError if the run in `folder` has settings that would give other weights; the message lists them.
 
@@ -152,10 +176,9 @@ def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = N
         return []
     saved, dropped = _read_settings(path)
     there, now = (_flat(s.model_dump(mode="json")) for s in (saved, settings))
-    differing = sorted(k for k in there.keys() | now.keys() if there.get(k) != now.get(k))
-    if lines := [
-        f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now\n" for k in differing if not k.startswith(FREE + ROUNDING)
-    ]:
+    differing = (k for k in sorted(there | now) if there.get(k) != now.get(k))
+    if names := [k for k in differing if not k.startswith(FREE + ROUNDING)]:
+        lines = (f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now\n" for k in names)
         raise UserError(
             f"{checkpoint or f'run folder {folder}'} holds a run with other settings:\n{''.join(lines)}"
             "  use another name=..., or --resume never to set that folder aside and start anew"

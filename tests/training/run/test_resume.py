@@ -10,10 +10,9 @@ from data.tasks.vocabulary import recall_vocabulary
 from model.errors import UserError
 from tests.training.conftest import Prepared
 from tests.training.run.test_folder import changed
-from training.curriculum import Curriculum, CurriculumState
+from training.curriculum import Curriculum, CurriculumState, State
 from training.objective import Objective, objectives, step_plan
-from training.run.folder import check_same_data, decide_once, open_run
-from training.run.resume import State, check_same_batches
+from training.run.folder import check_same_batches, check_same_data, decide_once, open_run
 
 HERE = Path("runs/a/checkpoints/step-000003")
 
