@@ -1,4 +1,4 @@
-"""How the model is spread over the processes that accelerate launched: a copy on each (DDP), or sharded (FSDP2).
+"""How a model is spread over the processes of a launch: a copy on each (DDP) or shards (FSDP2), also in checkpoints.
 
 Under FSDP2 a parameter is a `DTensor`: each process holds some rows of it and of its moments, and gathers the whole
 parameter only while its layer computes. `accelerate` reads the launch file. We call torch's `fully_shard` ourselves,
