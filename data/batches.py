@@ -4,7 +4,7 @@ Legend: B sequences, T positions. Labels are already shifted: labels[b, t] is wh
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -54,29 +54,22 @@ def text_batch(store: TokenStore, seed: int, step: int, rows: range, seq_len: in
     tokens = store.tokens[positions].astype(np.int64)
     document = np.searchsorted(store.document_starts, positions, side="right")
     labels = np.where(document[:, 1:] == document[:, :-1], tokens[:, 1:], UNSCORED)
-    return _batch(input_ids=tokens[:, :-1], labels=labels, documents=document[:, :-1] - document[:, :1])
+    return _batch(_blank(tokens[:, :-1]) | {"labels": labels, "documents": document[:, :-1] - document[:, :1]})
 
 
 def recall_batch(
-    store: TokenStore,
-    vocab: RecallVocabulary,
-    seed: int,
-    step: int,
-    rows: range,
-    seq_len: int,
-    max_distances: Mapping[str, int],
-    tasks: Mapping[str, float],
-    rules: RowRules = DEFAULT_RULES,
-    options: TaskOptions = DEFAULT_OPTIONS,
-) -> Batch:
+    store: TokenStore, vocab: RecallVocabulary, seed: int, step: int, rows: range, seq_len: int,
+    max_distances: Mapping[str, int], tasks: Mapping[str, float],
+    rules: RowRules = DEFAULT_RULES, options: TaskOptions = DEFAULT_OPTIONS,
+) -> Batch:  # fmt: skip
     """Recall sequences of `seq_len` tokens. `tasks` gives each task's share, `max_distances` its largest distance.
 
     The filler is any stretch of the store, across documents too; each sequence counts as one document.
     Raises UserError when `seq_len` is too short for a distance.
     """
-    draws = Draws(seed, step, rows)
-    task_numbers = _task_numbers(draws, list(tasks.values()))
-    batch = _batch(input_ids=np.zeros((len(rows), seq_len), dtype=np.int64))
+    draws, ends = Draws(seed, step, rows), np.cumsum(list(tasks.values()))
+    arrays = _blank(np.zeros((len(rows), seq_len), dtype=np.int64))
+    arrays["tasks"] = np.searchsorted(ends, draws.uniform("task", 1)[:, 0] * ends[-1], side="right")
     for number, task in enumerate(tasks):
         needed = task_size(task, vocab, options).row(max_distances[task])
         if seq_len < needed:
@@ -84,35 +77,22 @@ def recall_batch(
                 f"recall.seq_len is {seq_len} and the distance of {task} {max_distances[task]}: "
                 f"rows of at least {needed} tokens are needed"
             )
-        of_task = task_numbers == number
+        of_task = arrays["tasks"] == number
         if not of_task.any():
             continue
         filler, positions = _fillers(draws.of(of_task), store, vocab, seq_len, TASKS[task].noise)
         laid = training_rows(draws.of(of_task), filler, vocab, max_distances[task], rules, task, options)
-        part = _batch(
-            input_ids=laid.tokens,
-            labels=_filler_labels(store, vocab, positions, laid.tokens),
-            recall_labels=laid.answers,
-            relay_labels=laid.relays,
-            relay_layers=laid.relay_layers,
-            distances=laid.distances,
-            tasks=task_numbers[of_task],
-        )
-        for field in fields(Batch):
-            getattr(batch, field.name).numpy()[of_task] = getattr(part, field.name).numpy()
-    return batch
+        arrays["input_ids"][of_task], arrays["recall_labels"][of_task] = laid.tokens, laid.answers
+        arrays["labels"][of_task] = _filler_labels(store, vocab, positions, laid.tokens)
+        arrays["relay_labels"][of_task], arrays["relay_layers"][of_task] = laid.relays, laid.relay_layers
+        arrays["distances"][of_task] = laid.distances
+    return _batch(arrays)
 
 
 @lru_cache(maxsize=2)
 def _epoch(seed: int, epoch: int, chunks: int) -> IntArray:
     """(chunks,) the order of an epoch. Two are cached because a step may span two epochs."""
     return np.random.default_rng([seed, epoch]).permutation(chunks)
-
-
-def _task_numbers(draws: Draws, shares: list[float]) -> IntArray:
-    """(B,) the number of each sequence's task."""
-    ends = np.cumsum(shares)
-    return np.searchsorted(ends, draws.uniform("task", 1)[:, 0] * ends[-1], side="right")
 
 
 def _fillers(
@@ -136,9 +116,13 @@ def _filler_labels(store: TokenStore, vocab: RecallVocabulary, positions: IntArr
     return labels
 
 
-def _batch(**arrays: IntArray) -> Batch:
-    """A batch of these arrays; fields that are not given ask for nothing."""
-    zeros, unscored = np.zeros_like(arrays["input_ids"]), np.full_like(arrays["input_ids"], UNSCORED)
-    blank = dict.fromkeys(("documents", "relay_layers", "distances"), zeros)
-    blank |= dict.fromkeys(("labels", "recall_labels", "relay_labels"), unscored) | {"tasks": zeros[:, 0]}
-    return Batch(**{name: torch.from_numpy(np.array(array, order="C")) for name, array in (blank | arrays).items()})
+def _blank(input_ids: IntArray) -> dict[str, IntArray]:
+    """The arrays of a batch that asks for nothing."""
+    zero, unscored = np.zeros_like(input_ids), np.full_like(input_ids, UNSCORED)
+    arrays = {"input_ids": input_ids, "tasks": zero[:, 0]}
+    arrays |= {name: unscored.copy() for name in ("labels", "recall_labels", "relay_labels")}
+    return arrays | {name: zero.copy() for name in ("documents", "relay_layers", "distances")}
+
+
+def _batch(arrays: dict[str, IntArray]) -> Batch:
+    return Batch(**{name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()})

@@ -23,27 +23,22 @@ class Score(NamedTuple):
     right: Tensor
 
 
-def cross_entropy(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0) -> Score:
-    """The score of `labels_n` under the logits `hidden_ne @ weight_ve.T`."""
-    rows = max(1, LOGITS_AT_ONCE // len(weight_ve))
+def cross_entropy(
+    hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0, rows: int | None = None
+) -> Score:
+    """The score of `labels_n` under the logits `hidden_ne @ weight_ve.T`, of which `rows` are computed at a time.
+
+    Default: as many rows as have `LOGITS_AT_ONCE` logits.
+    """
+    rows = rows or max(1, LOGITS_AT_ONCE // len(weight_ve))
     if len(hidden_ne) > rows:
-        return in_chunks(hidden_ne, weight_ve, labels_n, z_weight, rows)
-    return at_once(F.linear(hidden_ne, weight_ve), labels_n, z_weight)
-
-
-def at_once(logits_nv: Tensor, labels_n: Tensor, z_weight: float) -> Score:
+        return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
+    logits_nv = F.linear(hidden_ne, weight_ve)
     loss = F.cross_entropy(logits_nv.float(), labels_n, reduction="sum")
     if z_weight:
         z = z_weight * logits_nv.float().logsumexp(-1).square().sum()
         loss = loss + (z - z.detach())
-    with torch.no_grad():
-        right = logits_nv.argmax(-1) == labels_n
-    return Score(loss, right)
-
-
-def in_chunks(hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float, rows: int) -> Score:
-    """As `at_once`, `rows` positions at a time, so that only their logits exist at any moment."""
-    return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
+    return Score(loss, logits_nv.detach().argmax(-1) == labels_n)
 
 
 class _Chunks(torch.autograd.Function):
@@ -65,9 +60,12 @@ class _Chunks(torch.autograd.Function):
                 h, wanted = hidden[i : i + rows].to(dtype), labels[i : i + rows, None]
                 logits = (h @ w.mT).float()
                 right[i : i + rows] = (logits.argmax(-1, keepdim=True) == wanted)[:, 0]
-                part, d_logits = _loss_and_gradient(logits, wanted, z_weight)
-                loss += part
-                d_logits = d_logits.to(dtype)
+                normaliser = logits.logsumexp(-1, keepdim=True)
+                loss += (normaliser - logits.gather(1, wanted)).sum()
+                d_logits = logits.sub_(normaliser).exp_()  # in place, because logits are large
+                if z_weight:
+                    d_logits.mul_(1 + 2 * z_weight * normaliser)
+                d_logits = d_logits.scatter_(1, wanted, d_logits.gather(1, wanted) - 1).to(dtype)
                 d_hidden[i : i + rows] = d_logits @ w
                 d_weight += d_logits.mT @ h
         ctx.gradients = d_hidden, d_weight
@@ -78,13 +76,3 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.gradients
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
-
-
-def _loss_and_gradient(logits: Tensor, wanted: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of float32 logits, and the gradient of it plus the z-loss. Overwrites `logits`."""
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    loss = (normaliser - logits.gather(1, wanted)).sum()
-    gradient = logits.sub_(normaliser).exp_()
-    if z_weight:
-        gradient.mul_(1 + 2 * z_weight * normaliser)
-    return loss, gradient.scatter_(1, wanted, gradient.gather(1, wanted) - 1)

@@ -1,6 +1,10 @@
-"""The recall curriculum: distances are drawn from [1, D], and D grows while accuracy holds. Each task has its own D."""
+"""The recall curriculum, and the state of a run, which includes it.
 
-from dataclasses import dataclass, replace
+Distances are drawn from [1, D], and D grows while accuracy holds. Each task has its own D.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from training.settings.schema import CurriculumSettings
 
@@ -60,3 +64,32 @@ class Curriculum:
     def batch_factor(self, distance: int) -> int:
         """How many times `tokens_per_step` a step has at D = `distance`."""
         return max((factor for start, factor in self.settings.larger_batches if distance >= start), default=1)
+
+
+@dataclass
+class State:
+    """Progress that a checkpoint saves besides tensors. `step` counts finished steps; it is the index of the next."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    horizon: int = 0
+    validation_bits_per_byte: float | None = None
+    curriculum: dict[str, CurriculumState] = field(default_factory=dict)  # by task
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "State":
+        """From the JSON of a checkpoint. The first version kept the curriculum one level deeper."""
+        states = saved["curriculum"].get("states", saved["curriculum"])
+        return cls(**saved | {"curriculum": {task: CurriculumState(**state) for task, state in states.items()}})
+
+    @property
+    def distances(self) -> dict[str, int]:
+        """D of each task, in tokens."""
+        return {task: state.distance for task, state in self.curriculum.items()}
+
+    def columns(self) -> dict[str, int]:
+        """For the log: the largest D, and each task's where there are several."""
+        each = {f"distance_{task}": d for task, d in self.distances.items()} if len(self.curriculum) > 1 else {}
+        return {"distance": max(self.distances.values())} | each

@@ -6,14 +6,16 @@
 weights, then applies the sum of their updates. Every process runs this code; the main one decides and writes files.
 """
 
+import base64
 import gc
 import math
 import os
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 from data.token_store import TokenStore, prepare_tokens
@@ -21,23 +23,19 @@ from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.projections import row_sizes
 from model.windows import reach
-from training.curriculum import Curriculum
+from training.curriculum import Curriculum, State
 from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
-from training.processes.parallel import Tensors, load_whole, spread, whole, whole_weights
+from training.processes.parallel import Tensors, load_whole, spread, stored_in_shards, whole, whole_weights
 from training.processes.precision import DTYPES, make_deterministic, set_up_threads
 from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, sum_over_ranks
 from training.processes.signals import STOPPED, StopRequest
-from training.reporting.metrics import Metrics
+from training.reporting.metrics import Metrics, TrainingProgress
 from training.reporting.nonfinite import keep_batch, stop_after
 from training.reporting.profiling import profiled
-from training.reporting.progress import TrainingProgress
 from training.run.checkpoint import load_state, prune, replace_export, save_checkpoint
-from training.run.folder import decide_once, open_run, run_dir
-from training.run.random_state import get_random_states, seed_everything, set_random_states
-from training.run.resume import FACTS_SAVED, State, check_checkpoint, check_same_batches
-from training.run.shards import stored_in_shards
+from training.run.folder import FACTS_SAVED, check_same_batches, check_same_data, decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
 from training.settings.schema import Settings
 from training.start import grow_from_run, new_decoder
@@ -73,16 +71,16 @@ class Trainer:
 
         # 2. Model.
         self.decoder = new_decoder(settings, self.tokenizer)
-        origin = grow_from_run(self.decoder, settings, self.tokenizer, resume)
+        origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
         self.config = self.decoder.config
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: open_run(settings, resume))
         stores, device = {"train": train_store, "heldout": heldout_store}, self.ranks.device
-        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, stores, device, checkpoint, origin.facts))
+        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, stores, device, checkpoint, origin))
 
         # 4. Objectives, and the probe that measures them during training.
-        seed_everything(settings.seed, self.ranks.process_index)
+        torch.manual_seed(settings.seed * 1009 + self.ranks.process_index)
         recall = settings.recall
         farthest = reach(self.config.specs) or settings.data.seq_len
         self.curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, farthest)
@@ -108,8 +106,8 @@ class Trainer:
         # 6. Resume.
         if checkpoint is not None:
             self._resume(checkpoint)
-        elif origin.auxiliary:
-            load_whole(self.scorer.auxiliary(), origin.auxiliary)
+        elif auxiliary:
+            load_whole(self.scorer.auxiliary(), auxiliary)
 
     def _cached_data(self) -> tuple[Tokenizer, TokenStore, TokenStore]:
         tokenizer = prepare_tokenizer(self.settings)
@@ -117,7 +115,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
-        check_checkpoint(path, saved, self.facts)
+        check_same_data(path, saved, self.facts)
         load_whole(dict(self.decoder.named_parameters()), dict(hub.load(path / "hf").named_parameters()))
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
@@ -126,7 +124,8 @@ class Trainer:
         to_come = [dict.fromkeys(reached, distance) for distance in range(min(reached.values()), last + 1)]
         check_same_batches(path, self.objectives, len(saved["random"]), to_come)
         if self.ranks.process_index < len(saved["random"]):
-            set_random_states(saved["random"][self.ranks.process_index])
+            random = bytearray(base64.b64decode(saved["random"][self.ranks.process_index]["torch"]))
+            torch.set_rng_state(torch.frombuffer(random, dtype=torch.uint8))
         if path.parent.resolve() == (self.dir / "checkpoints").resolve():
             self.saved_step = self.state.step
         self.ranks.print(f"resumed {path} at step {self.state.step}")
@@ -164,8 +163,9 @@ class Trainer:
             self.optimizer.step(rate, weights)
             self.state.skipped_in_a_row = 0
             if "recall" in measured:
-                for task, answered in measured["recall"].answered.items():
-                    self.state.curriculum[task] = self.curriculum.advance(self.state.curriculum[task], *answered)
+                right, asked = measured["recall"].right, measured["recall"].count
+                for task, state in self.state.curriculum.items():
+                    self.state.curriculum[task] = self.curriculum.advance(state, right[task], asked[task])
         else:
             self._skip(measured)
 
@@ -176,18 +176,18 @@ class Trainer:
             self._evaluate()
         if step % settings.save_every_steps == 0 or last:
             self._save()
-        self.progress.advance(step)
+        self.progress.update(self.progress.task, completed=step)
 
     def _differentiate(self, objective: Objective, step: int) -> Measured:
         """Compute one objective's gradients, clip them, and set them aside until the update."""
         distances = self.state.distances
         measured = differentiate(objective, self.accelerator, self.wrapped, step, distances)
         measured.grad_norm = float(self.optimizer.take(objective.name, objective.max_grad_norm))
-        plan, counts = objective.plan(distances), {term: tally.count for term, tally in measured.terms.items()}
-        relayed = counts.pop("relay", 0)
+        plan, relayed = objective.plan(distances), measured.count.get("relay", 0)
+        scored = sum(measured.count[term] for term in measured.loss) - relayed
         self.state.tokens += plan.tokens
         self.tokens += plan.tokens
-        self.flops += step_flops(self.config, plan, sum(counts.values()), relayed, self.relay_values)
+        self.flops += step_flops(self.config, plan, scored, relayed, self.relay_values)
         return measured
 
     def _skip(self, measured: dict[str, Measured]) -> None:
@@ -196,12 +196,11 @@ class Trainer:
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         step, distances, in_a_row = self.state.step, self.state.distances, self.state.skipped_in_a_row
-        for objective in self.objectives:
-            name = objective.name
-            if name in measured and not measured[name].finite:
-                saved = keep_batch(self.dir, objective, measured[name], step - 1, distances, self.tokenizer)
-                self.progress.say(f"step {step} skipped: loss or gradient of {name} is not finite; {saved}")
-                self.metrics.write("skipped", step, objective=name, in_a_row=in_a_row)
+        for o in self.objectives:
+            if o.name in measured and not measured[o.name].finite:
+                saved = keep_batch(self.dir, o, measured[o.name], step - 1, distances, self.tokenizer)
+                self.progress.say(f"step {step} skipped: loss or gradient of {o.name} is not finite; {saved}")
+                self.metrics.write("skipped", step, objective=o.name, in_a_row=in_a_row)
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 
     def _start_clock(self) -> None:
@@ -243,19 +242,18 @@ class Trainer:
         if self.state.step == self.saved_step:
             return
         paused = time.perf_counter()
-        state = {"progress": asdict(self.state), "random": gather_object([get_random_states()])}
+        random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
+        state = {"progress": asdict(self.state), "random": gather_object([random])}
         state |= {name: self.facts[name] for name in FACTS_SAVED}
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
-        ask_main(lambda: self._write_checkpoint(state, weights, stored))
+        write_hf = partial(self._write_hf, weights)
+        ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, write_hf))
+        ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
         self.saved_step = self.state.step
         gc.collect()
         self.began += time.perf_counter() - paused
-
-    def _write_checkpoint(self, state: dict[str, Any], weights: Tensors, stored: Tensors | Path) -> None:
-        save_checkpoint(self.dir, self.state.step, state, stored, lambda folder: self._write_hf(weights, folder))
-        prune(self.dir, self.settings.training.keep_checkpoints)
 
     def _write_hf(self, weights: Tensors, folder: Path) -> None:
         """A Hugging Face checkpoint with its tokenizer, without the relay head."""
@@ -267,7 +265,7 @@ class Trainer:
     def export(self) -> None:
         """Write the last weights to runs/NAME/hf and print where everything is."""
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
-        ask_main(lambda: replace_export(self.dir / "hf", lambda folder: self._write_hf(weights, folder)))
+        ask_main(lambda: replace_export(self.dir / "hf", partial(self._write_hf, weights)))
         s, R = self.state, reach(self.config.specs)
         self.ranks.print(
             f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"

@@ -8,7 +8,7 @@ eight times, eight sequences at once, and two ranks give the same step.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,6 @@ from training.settings.consistency import recall_seq_len, row_tokens
 from training.settings.schema import Settings
 
 RELAY_HEAD = "relay_head"  # its name in checkpoints
-NO_TASKS = torch.empty(0)
 
 
 class Target(NamedTuple):
@@ -53,14 +52,7 @@ class MicroBatch:
     input_ids: Tensor
     documents: Tensor | None
     targets: dict[str, Target]
-    answer_tasks: Tensor = NO_TASKS  # (N,) number of the task of each answer
-
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None, dict[str, Target]]:
-        """The arguments of `Scorer.forward`, on the device. It is not waited for."""
-        inputs = (self.input_ids, self.documents, self.targets)
-        if device.type == "cpu":
-            return inputs
-        return tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), inputs)
+    answer_tasks: Tensor  # (N,) number of the task of each answer
 
 
 @dataclass(frozen=True)
@@ -81,9 +73,9 @@ class Plan:
         >>> Plan(rows=8, seq_len=4, micro_rows=2).micro_ranges(rank=1, ranks=2)
         [range(4, 6), range(6, 8)]
         """
-        share = self.rows // ranks
-        first, last = rank * share, (rank + 1) * share
-        return [range(i, min(i + self.micro_rows, last)) for i in range(first, last, self.micro_rows)]
+        n = self.rows // ranks
+        own = range(rank * n, (rank + 1) * n)
+        return [own[i : i + self.micro_rows] for i in range(0, n, self.micro_rows)]
 
 
 def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: int) -> Plan:
@@ -98,28 +90,28 @@ def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: 
 
 
 class Objective(ABC):
-    """One source of gradients, with its own clipping and its own moments."""
+    """One source of gradients, with its own clipping and its own moments.
+
+    `points` are its weight over the run: [share of all steps, weight].
+    """
 
     name: str
-    max_grad_norm: float
-    points: list[tuple[float, float]]  # its weight over the run: [share of all steps, weight]
     term_weights: Mapping[str, float]
     tasks: tuple[str, ...] = ()  # recall tasks whose accuracy is reported separately
 
-    def __init__(self, settings: Settings, store: TokenStore, ranks: int):
+    def __init__(
+        self, settings: Settings, store: TokenStore, ranks: int, points: list[tuple[float, float]], max_grad_norm: float
+    ):
         self.settings, self.store, self.ranks = settings, store, ranks
+        self.points, self.max_grad_norm = points, max_grad_norm
 
     @abstractmethod
-    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
-        """Tokens of a step and tokens of a sequence; `distances` is D of each recall task."""
+    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
+        """The plan of a step for `ranks` processes, default: as many as there are; `distances` is D of each task."""
 
     @abstractmethod
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         """Sequences `rows` of a step."""
-
-    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
-        """The plan of a step for `ranks` processes; default: as many as there are."""
-        return step_plan(*self.size(distances), self.settings.training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batches(self, step: int, distances: Mapping[str, int], rank: int) -> list[MicroBatch]:
         """All micro-batches of one rank in a step."""
@@ -133,17 +125,13 @@ class TextObjective(Objective):
     name = "text"
     term_weights: Mapping[str, float] = {"text": 1.0}
 
-    def __init__(self, settings: Settings, store: TokenStore, ranks: int):
-        super().__init__(settings, store, ranks)
-        self.max_grad_norm = settings.training.optimizer.max_grad_norm
-        self.points = settings.training.text_weight
-
-    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
-        return self.settings.training.tokens_per_step, self.settings.data.seq_len
+    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
+        training, seq_len = self.settings.training, self.settings.data.seq_len
+        return step_plan(training.tokens_per_step, seq_len, training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
-        return MicroBatch(batch.input_ids, batch.documents, {"text": _target(batch.labels)})
+        return MicroBatch(batch.input_ids, batch.documents, {"text": _target(batch.labels)}, batch.tasks[:0])
 
 
 class RecallObjective(Objective):
@@ -158,43 +146,35 @@ class RecallObjective(Objective):
     def __init__(
         self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary, curriculum: Curriculum, ranks: int
     ):
-        super().__init__(settings, store, ranks)
-        self.vocabulary, self.curriculum = vocabulary, curriculum
         recall = settings.recall
-        self.max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
-        self.points = recall.weight
+        max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
+        super().__init__(settings, store, ranks, recall.weight, max_grad_norm)
+        self.vocabulary, self.curriculum = vocabulary, curriculum
         optional = {"relay": recall.relay_loss_weight, "text": recall.text_loss_weight}
         self.term_weights = {"answer": recall.answer_loss_weight} | {t: w for t, w in optional.items() if w > 0}
         self.tasks = tuple(str(task) for task in recall.tasks)
         self.rules, self.options = recall_rules(settings)
 
-    def size(self, distances: Mapping[str, int]) -> tuple[int, int]:
+    def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
         """All tasks share a step's sequences, so the largest of their distances decides."""
-        farthest, recall = max(distances.values()), self.settings.recall
-        tokens = recall.tokens_per_step or self.settings.training.tokens_per_step
+        farthest, training = max(distances.values()), self.settings.training
+        tokens = self.settings.recall.tokens_per_step or training.tokens_per_step
         needed = row_tokens(self.settings, distances)
         seq_len = self.curriculum.row_length(farthest, recall_seq_len(self.settings), needed)
-        return tokens * self.curriculum.batch_factor(farthest), seq_len
+        tokens *= self.curriculum.batch_factor(farthest)
+        return step_plan(tokens, seq_len, training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = recall_batch(
-            self.store,
-            self.vocabulary,
-            self.settings.seed,
-            step,
-            rows,
-            plan.seq_len,
-            max_distances=distances,
-            tasks={str(task): share for task, share in self.settings.recall.tasks.items()},
-            rules=self.rules,
-            options=self.options,
-        )
+            self.store, self.vocabulary, self.settings.seed, step, rows, plan.seq_len, distances,
+            {str(task): share for task, share in self.settings.recall.tasks.items()}, self.rules, self.options,
+        )  # fmt: skip
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
         targets = {term: _target(labels[term]) for term in self.term_weights}
         if "relay" in targets:
-            index = targets["relay"].index
+            index, values = targets["relay"]
             layers = batch.relay_layers.flatten()[index]
-            targets["relay"] = targets["relay"]._replace(index=layers * batch.input_ids.numel() + index)
+            targets["relay"] = Target(layers * batch.input_ids.numel() + index, values)
         return MicroBatch(batch.input_ids, None, targets, batch.tasks[targets["answer"].index // plan.seq_len])
 
 
@@ -202,7 +182,8 @@ def objectives(
     settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum, ranks: int
 ) -> list[Objective]:
     """Text, and recall where there is a vocabulary for it."""
-    text = TextObjective(settings, store, ranks)
+    training = settings.training
+    text = TextObjective(settings, store, ranks, training.text_weight, training.optimizer.max_grad_norm)
     return [text] if vocabulary is None else [text, RecallObjective(settings, store, vocabulary, curriculum, ranks)]
 
 
@@ -224,9 +205,6 @@ class Scorer(nn.Module):
     The relay head reads the value from the residual stream at a filler position; it is discarded at export.
     """
 
-    decoder: WindreachForCausalLM
-    relay_head: nn.Linear | None
-
     def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None, z_loss_weight: float = 0.0):
         super().__init__()
         self.decoder, self.z_loss_weight = decoder, z_loss_weight
@@ -240,7 +218,9 @@ class Scorer(nn.Module):
         scores = {}
         for term, (index, labels) in targets.items():
             if term == "relay":
-                scores[term] = _score_relay(self._relay_logits(out.hidden_states, index), labels)
+                assert self.relay_head is not None
+                stream_ne = torch.stack(out.hidden_states).flatten(0, 2).index_select(0, index)
+                scores[term] = _score_relay(self.relay_head(self.decoder.model.norm(stream_ne)), labels)
             else:
                 hidden_ne = out.last_hidden_state.flatten(0, 1).index_select(0, index)
                 scores[term] = cross_entropy(hidden_ne, self.decoder.lm_head.weight, labels, self.z_loss_weight)
@@ -253,44 +233,29 @@ class Scorer(nn.Module):
         """Weights that are trained and saved, but are not part of the decoder."""
         return {} if self.relay_head is None else {RELAY_HEAD: self.relay_head.weight}
 
-    def _relay_logits(self, streams: tuple[Tensor, ...] | None, index: Tensor) -> Tensor:
-        """(N, values) logits at `index` into the positions of all `streams` (B, T, E), bottom first."""
-        assert streams is not None
-        assert self.relay_head is not None
-        stream_ne = torch.stack(streams).flatten(0, 2).index_select(0, index)
-        return self.relay_head(self.decoder.model.norm(stream_ne))
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Sums over the scored positions of a term, over all ranks: loss in nats, right answers, positions."""
-
-    loss: float
-    right: float
-    count: float
-
 
 @dataclass
 class Measured:
-    """Results of one objective in one step, over all ranks, by term; `answered`: by task, right answers and queries."""
+    """Sums of one objective in one step, over all ranks: `loss` in nats by term, the others by term and recall task."""
 
-    terms: dict[str, Tally]
-    answered: dict[str, tuple[float, float]] = field(default_factory=dict)
+    loss: dict[str, float]
+    right: dict[str, float]  # answers
+    count: dict[str, float]  # scored positions
     grad_norm: float = math.nan
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.grad_norm) and all(math.isfinite(tally.loss) for tally in self.terms.values())
+        return all(map(math.isfinite, (self.grad_norm, *self.loss.values())))
 
     def columns(self, objective: str) -> dict[str, float]:
         """For the log: `loss_text`, `accuracy_answer`, `grad_norm_recall` and so on."""
         columns = {f"grad_norm_{objective}": self.grad_norm}
-        for term, tally in self.terms.items():
-            name = term if term != "text" or objective == "text" else f"text_of_{objective}"
-            count = max(tally.count, 1.0)
-            columns |= {f"loss_{name}": tally.loss / count, f"accuracy_{name}": tally.right / count}
-        if len(self.answered) > 1:
-            columns |= {f"accuracy_{task}": right / max(n, 1.0) for task, (right, n) in self.answered.items()}
+        for name, count in self.count.items():
+            shown = f"text_of_{objective}" if name == "text" != objective else name
+            if name in self.loss:
+                columns[f"loss_{shown}"] = self.loss[name] / max(count, 1.0)
+            if name in self.loss or len(self.count) > len(self.loss) + 1:  # one task alone has all answers
+                columns[f"accuracy_{shown}"] = self.right[name] / max(count, 1.0)
         return columns
 
 
@@ -299,38 +264,37 @@ def differentiate(
 ) -> Measured:
     """Add the objective's gradients of this step to the parameters. The device is not waited for until the end."""
     micro_batches = objective.micro_batches(step, distances, accelerator.process_index)
-    terms, ranks = list(objective.term_weights), accelerator.num_processes
+    terms, device = list(objective.term_weights), accelerator.device
     counts = sum_over_ranks({t: float(sum(len(m.targets[t].labels) for m in micro_batches)) for t in terms})
     scores: list[dict[str, Score]] = []
     for micro_batch in micro_batches:
         exchange_gradients(scorer, on=micro_batch is micro_batches[-1])
-        score = scorer(*micro_batch.inputs(accelerator.device))
-        accelerator.backward(weighted_loss(score, objective.term_weights, counts, ranks))
+        inputs = (micro_batch.input_ids, micro_batch.documents, micro_batch.targets)
+        if device.type != "cpu":
+            inputs = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), inputs)
+        score = scorer(*inputs)
+        accelerator.backward(weighted_loss(score, objective.term_weights, counts, accelerator.num_processes))
         scores.append({term: Score(s.loss.detach(), s.right) for term, s in score.items()})
 
-    mine: dict[tuple[str, str], float] = {}  # sums of this rank by (what, term or task)
-    for term in terms:
-        mine["loss", term] = float(sum(s[term].loss.double() for s in scores))
-        mine["right", term] = float(sum(s[term].right.sum() for s in scores))
+    mine = {("loss", t): float(sum(s[t].loss.double() for s in scores)) for t in terms}  # sums of this rank
+    mine |= {("right", t): float(sum(s[t].right.sum() for s in scores)) for t in terms}
     if objective.tasks:
         tasks = torch.cat([m.answer_tasks for m in micro_batches])
         right = torch.cat([s["answer"].right for s in scores]).cpu()
-        for number, task in enumerate(objective.tasks):
-            mine["answered", task] = float(right[tasks == number].sum())
-            mine["asked", task] = float((tasks == number).sum())
-    total = sum_over_ranks(mine)
-    return Measured(
-        {term: Tally(total["loss", term], total["right", term], counts[term]) for term in terms},
-        {task: (total["answered", task], total["asked", task]) for task in objective.tasks},
-    )
+    for number, task in enumerate(objective.tasks):
+        mine["right", task] = float(right[tasks == number].sum())
+        mine["count", task] = float((tasks == number).sum())
+    measured = Measured({}, {}, counts)
+    for (what, name), total in sum_over_ranks(mine).items():
+        getattr(measured, what)[name] = total
+    return measured
 
 
 def weighted_loss(
     scores: dict[str, Score], weights: Mapping[str, float], counts: Mapping[str, float], ranks: int
 ) -> Tensor:
     """The loss to differentiate. It is multiplied by `ranks` because data parallelism averages gradients over ranks."""
-    parts = [ranks * weights[term] / max(counts[term], 1.0) * score.loss for term, score in scores.items()]
-    return torch.stack(parts).sum()
+    return torch.stack([ranks * weights[t] / max(counts[t], 1.0) * s.loss for t, s in scores.items()]).sum()
 
 
 def step_flops(config: WindreachConfig, plan: Plan, scored: float, relayed: float = 0, relay_values: int = 0) -> float:

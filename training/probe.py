@@ -6,7 +6,6 @@ Layers run uncompiled here, because other shapes and no gradients would compile 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 
 from data.batches import text_batch
+from data.tasks.distance import last_distance_holding
 from data.tasks.layout import RecallItem, item, task_size
 from data.tasks.question import UNSCORED
 from data.tasks.vocabulary import RecallVocabulary
@@ -36,31 +36,21 @@ class Probe:
     ):
         self.settings, self.store = settings, store
         self.rank, self.ranks = PartialState().process_index, PartialState().num_processes
-        far, window = curriculum.last_distance, curriculum.window
-        distances = settings.training.probe_distances or default_distances(window, far)
-        tasks = [str(task) for task in settings.recall.tasks] if vocabulary is not None else []
-        length = max(distances) + 2 * window
-        self.items = {task: self._questions(task, vocabulary, distances, length) for task in tasks if vocabulary}
+        self.items: dict[str, dict[int, list[RecallItem]]] = {}  # by task and distance
+        if vocabulary is None:
+            return
+        far, window, options = curriculum.last_distance, curriculum.window, recall_rules(settings)[1]
+        doubled = [d for i in range(32) if (d := window << i) < far]  # W, 2W, 4W ...
+        distances = settings.training.probe_distances or [*doubled, far]
+        for task in map(str, settings.recall.tasks):
+            size, questions = task_size(task, vocabulary, options), self.items.setdefault(task, {})
+            length = max(max(distances) + 2 * window, size.row(max(distances)))
+            for d in distances:
+                if d >= size.nearest:
+                    seeds = ([settings.seed, d, i] for i in range(settings.training.probe_items))
+                    rngs = map(np.random.default_rng, seeds)
+                    questions[d] = [item(task, rng, store, vocabulary, length, d, options) for rng in rngs]
 
-    def _questions(
-        self, task: str, vocabulary: RecallVocabulary, distances: list[int], length: int
-    ) -> dict[int, list[RecallItem]]:
-        """Questions by distance, at the distances that the task can have."""
-        _, options = recall_rules(self.settings)
-        size = task_size(task, vocabulary, options)
-        length = max(length, size.row(max(distances)))
-        return {
-            d: [
-                item(
-                    task, np.random.default_rng([self.settings.seed, d, i]), self.store, vocabulary, length, d, options
-                )
-                for i in range(self.settings.training.probe_items)
-            ]
-            for d in distances
-            if d >= size.nearest
-        }
-
-    @torch.no_grad()
     def text(self, decoder: WindreachForCausalLM) -> float:
         """Bits per byte over the first `training.validation_tokens` tokens, in sequences of `data.seq_len`."""
         seq_len, device = self.settings.data.seq_len, decoder.device
@@ -76,7 +66,6 @@ class Probe:
         total = sum_over_ranks({"nats": nats, "bytes": float(n_bytes)})
         return total["nats"] / math.log(2) / max(1.0, total["bytes"])
 
-    @torch.no_grad()
     def recall(self, decoder: WindreachForCausalLM) -> "Recalled":
         """Share of questions whose answer is the most likely of all tokens; empty without recall."""
         right: dict[tuple[str, int], float] = {}
@@ -85,13 +74,10 @@ class Probe:
                 for distance, items in by_distance.items():
                     mine = items[self.rank :: self.ranks]
                     right[task, distance] = sum(_right(decoder, mine[i : i + ROWS]) for i in range(0, len(mine), ROWS))
-        total = sum_over_ranks(right)
-        return Recalled(
-            {
-                task: {d: total[task, d] / len(items) for d, items in groups.items()}
-                for task, groups in self.items.items()
-            }
-        )
+        recalled = Recalled({task: {} for task in self.items})
+        for (task, distance), total in sum_over_ranks(right).items():
+            recalled[task][distance] = total / len(self.items[task][distance])
+        return recalled
 
 
 class Recalled(dict[str, dict[int, float]]):
@@ -122,22 +108,9 @@ class Recalled(dict[str, dict[int, float]]):
         return "".join(f"  {task}{shares}" if len(self) > 1 else shares for task, shares in shown.items()) or " off"
 
 
-def default_distances(window: int, reach: int) -> list[int]:
-    """W, 2W, 4W ... and R.
-
-    >>> default_distances(16, 480)
-    [16, 32, 64, 128, 256, 480]
-    """
-    return [d for i in range(32) if (d := window << i) < reach] + [reach]
-
-
-def horizon(accuracy: dict[int, float], level: float = 0.9) -> int:
-    """Largest measured distance up to which every measured distance reaches `level`; 0 if the first does not.
-
-    >>> horizon({16: 1.0, 32: 0.95, 64: 0.2, 128: 0.9})
-    32
-    """
-    return max(takewhile(lambda distance: accuracy[distance] >= level, sorted(accuracy)), default=0)
+def horizon(accuracy: dict[int, float]) -> int:
+    """Largest distance up to which 90 % are right at every measured distance; 0 if they are not at the first."""
+    return last_distance_holding(accuracy, accuracy.values(), 0.9)
 
 
 def _right(decoder: WindreachForCausalLM, items: list[RecallItem]) -> int:
@@ -151,10 +124,10 @@ def _right(decoder: WindreachForCausalLM, items: list[RecallItem]) -> int:
 
 @contextmanager
 def _evaluating(decoder: WindreachForCausalLM) -> Iterator[None]:
-    """Eval mode without compilation inside; training mode again after."""
+    """Eval mode without gradients and compilation inside; training mode again after."""
     decoder.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         decoder.train()

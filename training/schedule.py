@@ -32,12 +32,9 @@ def interpolate(points: Sequence[tuple[float, float]], step: int, max_steps: int
     >>> interpolate([(0.5, 0.0), (1.0, 0.4)], step=10, max_steps=100)
     0.0
     """
-    ordered = sorted(points)
-    share = step / max_steps
+    ordered, share = sorted(points), step / max_steps
     after = bisect_right([x for x, _ in ordered], share)
-    if after == 0:
-        return ordered[0][1]
-    if after == len(ordered):
-        return ordered[-1][1]
+    if after in (0, len(ordered)):
+        return ordered[max(0, after - 1)][1]
     (x0, y0), (x1, y1) = ordered[after - 1 : after + 1]
     return y0 + (y1 - y0) * (share - x0) / (x1 - x0)

@@ -1,6 +1,5 @@
 """The decoder before its first step: random weights, or the layers of a shallower run."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -12,17 +11,9 @@ from model.errors import UserError
 from model.growth import grow
 from training.objective import RELAY_HEAD
 from training.run.checkpoint import file_sha256, load_state, newest_valid
-from training.run.folder import check_tokenizer, read_facts, run_dir
+from training.run.folder import check_same_data, read_facts, run_dir
 from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The source of weights that are not random: `facts` for run.json, and tensors outside the decoder."""
-
-    facts: dict[str, str] = field(default_factory=dict)
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
 
 def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalLM:
@@ -30,33 +21,33 @@ def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalL
     return build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), settings.seed)
 
 
-def grow_from_run(decoder: WindreachForCausalLM, settings: Settings, tokenizer: Tokenizer, resume: str) -> Origin:
-    """Fill `decoder`, in place, with the layers of the run `model.init.grow_from`. Returns that run's relay head too.
+def grow_from_run(
+    decoder: WindreachForCausalLM, settings: Settings, tokenizer: Tokenizer, resume: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Fill `decoder`, in place, with the layers of the run `model.init.grow_from`.
 
-    Does nothing if no run is named or a checkpoint will be resumed. Every rank calls this and gets the same answer.
+    Returns a fact about that run for run.json, and its relay head. Does nothing if no run is named or a checkpoint will
+    be resumed. Every rank calls this and gets the same answer.
     Raises UserError if that run has no export, another tokenizer or other widths.
     """
     named = settings.model.init.grow_from
     if named is None or (resume != "never" and (resume != "auto" or newest_valid(run_dir(settings)))):
-        return Origin()
+        return {}, {}
     run, export = Path(named), Path(named) / "hf"
     try:
         if not export.is_dir():
             raise UserError("holds no hf/, the export of a finished run; train that one first")
-        check_tokenizer(run, read_facts(run).get("tokenizer_sha256"), tokenizer.sha256)
+        check_same_data(run, read_facts(run), {"tokenizer_sha256": tokenizer.sha256})
         grow(decoder, hub.load(export))
-        head = _relay_head(run, settings)
+        return {"grown_from_sha256": file_sha256(export / "model.safetensors")}, _relay_head(run, settings)
     except UserError as error:
         raise UserError(f"model.init.grow_from = {named!r}: {error}") from error
-    return Origin({"grown_from_sha256": file_sha256(export / "model.safetensors")}, head)
 
 
 def _relay_head(run: Path, settings: Settings) -> dict[str, Tensor]:
     """The relay head of the run's last checkpoint, if both runs have one. A new head would mislead trained layers."""
     checkpoint = newest_valid(run) if settings.recall.enabled and settings.recall.relay_loss_weight else None
     head = load_state(checkpoint)[1].get(RELAY_HEAD) if checkpoint is not None else None
-    if head is None:
-        return {}
-    if len(head) != settings.recall.values:
+    if head is not None and len(head) != settings.recall.values:
         raise UserError(f"recall.values is {len(head)} there, {settings.recall.values} here")
-    return {RELAY_HEAD: head}
+    return {} if head is None else {RELAY_HEAD: head}

@@ -1,6 +1,8 @@
-"""Distances as people write them: in tokens, or as a share of the window W or of the reach R."""
+"""Distances as people write them, in tokens or as a share of the window W or the reach R; and horizons."""
 
 import re
+from collections.abc import Iterable
+from itertools import takewhile
 
 PATTERN = r"(?P<share>\d*\.?\d+)?(?P<unit>[WR])(/(?P<part>[1-9]\d{0,8}))?(?P<more>[+-]\d{1,9})?"
 
@@ -23,3 +25,15 @@ def in_tokens(word: str, window: int | None, reach: int | None) -> int:
     if unit is None:
         raise ValueError(f"this model has no {parts['unit']}")
     return round(float(parts["share"] or 1) * unit / int(parts["part"] or 1)) + int(parts["more"] or 0)
+
+
+def last_distance_holding(distances: Iterable[int], values: Iterable[float], threshold: float) -> int:
+    """Largest distance up to which every value is at least the threshold; 0 if the first one is not.
+
+    A single low value ends it, however high later values are:
+
+    >>> last_distance_holding([1, 8, 16, 32], [1.0, 0.95, 0.5, 0.99], 0.9)
+    8
+    """
+    pairs = sorted(zip(distances, values, strict=True))
+    return max((distance for distance, _ in takewhile(lambda pair: pair[1] >= threshold, pairs)), default=0)

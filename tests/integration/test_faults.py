@@ -131,11 +131,11 @@ def test_a_batch_that_gives_nan_is_skipped_counted_and_kept_and_the_run_goes_on(
     assert 0 < len(skipped) < 30
     assert f"{len(skipped)} skipped" in output
     assert all(f"step {step} skipped: loss or gradient of" in output for step in skipped)
-    kept = sorted((tmp_path / "run/skipped").glob("*.safetensors"))
+    kept = sorted((tmp_path / "run/skipped").glob("*.json"))
     assert {int(path.name.split("-")[1]) for path in kept} == set(skipped)
     for path in kept:
-        assert (load_file(path)["micro-0/input_ids"] == token).any()
-        facts = json.loads(path.with_suffix(".json").read_text())
+        facts = json.loads(path.read_text())
+        assert any(token in ids for ids in facts["micro_batches"][0]["input_ids"])
         assert "nan" in facts["measured"].values()
         assert any(MARK in row for row in facts["text"])
     unharmed = [row for step, row in metrics(tmp_path).items() if step not in skipped]

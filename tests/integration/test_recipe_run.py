@@ -48,9 +48,10 @@ def test_a_run_grows_from_a_shallower_one_and_no_longer_needs_it_once_it_has_a_c
     run(config, *grown)
     assert len(json.loads((deep / "run.json").read_text())["grown_from_sha256"]) == 64
     settings = load_settings(config, grown)
-    found = grow_from_run(new_decoder(settings, tokenizer := prepare_tokenizer(settings)), settings, tokenizer, "never")
+    decoder = new_decoder(settings, tokenizer := prepare_tokenizer(settings))
+    _, auxiliary = grow_from_run(decoder, settings, tokenizer, "never")
     last = load_file(shallow / "checkpoints/step-000002/trainer.safetensors")
-    assert torch.equal(found.auxiliary["relay_head"], last["relay_head"])
+    assert torch.equal(auxiliary["relay_head"], last["relay_head"])
     assert "recall.values is 8 there, 7 here" in run(config, *grown, "recall.values=7", "--resume=never", expect=2)
     shutil.rmtree(shallow)
     (deep / "checkpoints/step-000002").rename(whole := tmp_path / "whole")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.cross_entropy
-from training.cross_entropy import at_once, cross_entropy, in_chunks
+from training.cross_entropy import cross_entropy
 
 N, E, V = 37, 8, 29
 
@@ -32,8 +32,8 @@ def outcome(loss: Tensor, right: Tensor, hidden: Tensor, weight: Tensor, scale: 
 @given(st.integers(1, 50), st.integers(2, 40), st.integers(1, 60), st.sampled_from([0.0, 0.01]), st.integers(0, 99))
 def test_chunks_of_any_size_equal_the_loss_at_once(n: int, v: int, rows: int, z_weight: float, seed: int) -> None:
     hidden, weight, labels = case(n, v, seed)
-    chunks = outcome(*in_chunks(hidden, weight, labels, z_weight, rows), hidden, weight)
-    whole = outcome(*at_once(F.linear(hidden, weight), labels, z_weight), hidden, weight)
+    chunks = outcome(*cross_entropy(hidden, weight, labels, z_weight, rows), hidden, weight)
+    whole = outcome(*cross_entropy(hidden, weight, labels, z_weight, rows=n), hidden, weight)
     for a, b in zip(chunks, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -41,7 +41,7 @@ def test_chunks_of_any_size_equal_the_loss_at_once(n: int, v: int, rows: int, z_
 def test_under_autocast_both_multiply_in_bfloat16_and_sum_in_float32() -> None:
     hidden, weight, labels = case(n=200)
     with torch.autocast("cpu", torch.bfloat16):
-        chunks, whole = in_chunks(hidden, weight, labels, 0.0, 64), at_once(F.linear(hidden, weight), labels, 0.0)
+        chunks, whole = (cross_entropy(hidden, weight, labels, rows=rows) for rows in (64, 200))
     assert chunks[0].dtype == whole[0].dtype == torch.float32
     assert torch.equal(chunks[1], whole[1])
     torch.testing.assert_close(chunks[0], whole[0], rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""How the model is spread over the processes that accelerate launched: a copy on each (DDP), or sharded (FSDP2).
+"""How a model is spread over the processes of a launch: a copy on each (DDP) or shards (FSDP2), also in checkpoints.
 
 Under FSDP2 a parameter is a `DTensor`: each process holds some rows of it and of its moments, and gathers the whole
 parameter only while its layer computes. `accelerate` reads the launch file. We call torch's `fully_shard` ourselves,
@@ -6,13 +6,18 @@ because accelerate's own call has no CPU processes, and in bf16 it rounds the re
 """
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,17 +25,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.decoder import DecoderLayer
 from model.errors import UserError
+from training.run.checkpoint import MAKE_ROOM
 
 Tensors = dict[str, Tensor]
 
 
 def spread(module: nn.Module, precision: str) -> tuple[Accelerator, nn.Module]:
     """The accelerator, and `module` wrapped for these processes. Raises UserError for FSDP options we don't support."""
-    bf16, plugin = precision == "bf16", _sharding()
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", fsdp_plugin=plugin)
-    if plugin is None:
+    mixed = "bf16" if precision == "bf16" else "no"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        accelerator = Accelerator(mixed_precision=mixed)
         return accelerator, accelerator.prepare(module)
-    _shard(module.to(accelerator.device), plugin, accelerator.device.type, bf16)
+    where, version = "in the accelerate config file", os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"fsdp_config.fsdp_version is {version} {where}; set it to 2")
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.activation_checkpointing:
+        remedy = "remove it and set training.activation_checkpointing: true"
+        raise UserError(f"fsdp_config.fsdp_activation_checkpointing is true {where}; {remedy}")
+    accelerator = Accelerator(mixed_precision=mixed, fsdp_plugin=plugin)
+    _shard(module.to(accelerator.device), plugin, accelerator.device.type, precision == "bf16")
     return accelerator, module
 
 
@@ -61,12 +75,9 @@ def whole(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
 
 def whole_weights(module: nn.Module, keep: bool) -> Tensors:
     """The state dict without shards. All processes must call this; those that do not `keep` it get an empty one."""
-    weights = {}
-    for name, tensor in module.state_dict().items():
-        full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-        if keep:
-            weights[name] = full
-    return weights
+    state = module.state_dict().items()
+    whole = ((name, t.full_tensor().cpu() if isinstance(t, DTensor) else t) for name, t in state)
+    return {name: tensor for name, tensor in whole if keep}
 
 
 @torch.no_grad()
@@ -88,20 +99,37 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sharding() -> FullyShardedDataParallelPlugin | None:
-    """What the launch file says about FSDP; None: no sharding."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise UserError(f"fsdp_config.fsdp_version is {version} in the accelerate config file; set it to 2")
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.activation_checkpointing:
-        raise UserError(
-            "fsdp_config.fsdp_activation_checkpointing is true in the accelerate config file; "
-            "remove it and set training.activation_checkpointing: true"
-        )
-    return plugin
+def stored_in_shards(checkpoints: Path, step: int, tensors: Tensors) -> Tensors | Path:
+    """The tensors themselves if none is sharded; else a folder in `checkpoints` to which each process wrote one file.
+
+    The file `shard-00001-model-00001-of-00001.safetensors` has the rows of the first process, and their positions
+    (torch.distributed.checkpoint). Any number of processes can read them, and so can one that holds whole tensors.
+    Raises UserError on every process if one can't write.
+    """
+    if not any(isinstance(t, DTensor) for t in tensors.values()):
+        return tensors
+    folder = checkpoints / f".shards-step-{step:06d}"
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as problem:
+        causes = {str(cause[0]) for cause in problem.failures.values()}
+        what = "the parts of a checkpoint could not be written"
+        raise UserError(f"{folder}: {what}: {'; '.join(sorted(causes))}\n{MAKE_ROOM}") from problem
+    return folder
+
+
+def read_shards(folder: Path, like: Mapping[str, Tensor]) -> Tensors:
+    """All tensors of the shards in `folder`. One named `.../NAME` is sharded as `like[NAME]` is, if shapes agree."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {}
+    for name, saved in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(saved, TensorStorageMetadata):
+            owner = like.get(name.rpartition("/")[2], torch.empty(0))
+            tensors[name] = torch.empty_like(owner) if owner.shape == saved.size else torch.empty(saved.size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is for one process alone
+        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    return tensors
 
 
 def _shard(module: nn.Module, plugin: FullyShardedDataParallelPlugin, device: str, bf16: bool) -> None:

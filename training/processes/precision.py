@@ -1,5 +1,6 @@
 """Threads, determinism, and the matmul rates of this machine, which decide what precision `auto` is."""
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -28,13 +29,9 @@ class Machine:
         return "bf16" if self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
 
 
-def measure(device: torch.device) -> Machine:
-    """The rates with this process's current number of threads; each number of threads is measured once."""
-    return _measure(device, torch.get_num_threads())
-
-
 @cache
-def _measure(device: torch.device, threads: int) -> Machine:
+def measure(device: torch.device) -> Machine:
+    """The rates with this process's number of threads at the first call; later calls return the same."""
     return Machine(matmul_rate(device, torch.float32), matmul_rate(device, torch.bfloat16))
 
 
@@ -44,22 +41,20 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seco
     A CPU starts at an eighth of `size` and stays lower if it is slow, as in bfloat16 without instructions for it.
     """
     size, width = (8 * size, 8 * size) if device.type == "cuda" else (size, size // 8)
-    _matmul_seconds(width, device, dtype)  # the first one also loads the kernel
-    best, began = 0.0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        took = _matmul_seconds(width, device, dtype)
+    best, end = 0.0, math.inf
+    while time.perf_counter() < end:
+        a = torch.ones(width, width, device=device, dtype=dtype)
+        a[0, 0].item()  # waits for the device, as it does below
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        took = time.perf_counter() - start
+        if end == math.inf:  # the first one also loads the kernel
+            end = time.perf_counter() + seconds
+            continue
         best = max(best, 2 * width**3 / took)
         if width < size and 8 * took < seconds:
             width *= 2
     return best
-
-
-def _matmul_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.ones(width, width, device=device, dtype=dtype)
-    a[0, 0].item()  # waits for the device, as it does below
-    start = time.perf_counter()
-    (a @ a)[0, 0].item()
-    return time.perf_counter() - start
 
 
 def set_up_threads(wanted: int | None, local_processes: int) -> int:

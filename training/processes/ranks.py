@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -40,13 +40,13 @@ def lost_rank_is_fault() -> Iterator[None]:
 
 def ask_main(call: Callable[[], Answer]) -> Answer:
     """Run `call` on the main process; every process gets its answer, or its `UserError`."""
-    outcome: list[tuple[Answer | None, str | None]] = [(None, None)]
+    outcome: list[Any] = [None, None]  # the answer, the text of the error
     if PartialState().is_main_process:
         try:
-            outcome = [(call(), None)]
+            outcome[0] = call()
         except UserError as problem:
-            outcome = [(None, str(problem))]
-    answer, problem_text = broadcast_object_list(outcome)[0]
+            outcome[1] = str(problem)
+    answer, problem_text = broadcast_object_list(outcome)
     if problem_text is not None:
         raise UserError(problem_text)
     return answer

@@ -1,46 +1,45 @@
-"""Where figures go: always to `metrics.jsonl`, and to wandb with the same columns while wandb works."""
+"""Where figures go: to `metrics.jsonl`, to wandb with the same columns while it works, and to the progress bar."""
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training.settings.schema import Settings
 
+DAY = 24 * 3600  # seconds: the time left is computed from all steps of the last day, because steps may take minutes
 
-class Metrics:
+
+class Metrics(AbstractContextManager["Metrics"]):
     """Appends one JSON object per line. A resume first cuts off the lines beyond the checkpoint's step.
 
     With `write=False` (ranks other than the first) nothing is written anywhere.
     """
 
     def __init__(self, run_dir: Path, settings: Settings, wandb_id: str, step: int, write: bool = True):
-        self.path = run_dir / "metrics.jsonl"
-        self._file: TextIO | None = None
+        self.path = run_dir / "metrics.jsonl" if write else Path(os.devnull)
+        truncate(self.path, step)
+        self._file = self.path.open("a", buffering=1)
         self._wandb: Any = None
-        if write:
-            truncate(self.path, step)
-            self._file = self.path.open("a", buffering=1)
-            if settings.tracking.wandb_mode != "disabled":
-                self._guarded("is not available", lambda: self._start_wandb(settings, wandb_id))
+        if write and settings.tracking.wandb_mode != "disabled":
+            self._guarded("is not available", lambda: self._start_wandb(settings, wandb_id))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        if self._file is None:
-            return
         nan = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]  # JSON has no NaN
         self._file.write(json.dumps({"step": step, "kind": kind} | values | dict.fromkeys(nan)) + "\n")
         if self._wandb is not None:
             columns = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self._guarded("failed", lambda: self._wandb.log(columns, step=step))
 
-    def __enter__(self) -> "Metrics":
-        return self
-
     def __exit__(self, *problem: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
         if self._wandb is not None:
             self._guarded("failed", self._wandb.finish)
 
@@ -51,14 +50,10 @@ class Metrics:
             import wandb
 
             self._wandb = wandb.init(
-                project=tracking.wandb_project,
-                name=settings.name,
-                id=wandb_id,
-                resume="allow" if tracking.wandb_mode == "online" else None,
-                mode=tracking.wandb_mode,
-                dir=self.path.parent,
+                project=tracking.wandb_project, name=settings.name, id=wandb_id, mode=tracking.wandb_mode,
+                resume="allow" if tracking.wandb_mode == "online" else None, dir=self.path.parent,
                 settings=wandb.Settings(silent=True, console="off"),
-            )
+            )  # fmt: skip
 
     def _guarded(self, what: str, call: Callable[[], object]) -> None:
         """Call wandb. Whatever it raises (absent, broken, unreachable) is printed once, and never ends a run."""
@@ -71,16 +66,33 @@ class Metrics:
 
 def truncate(path: Path, step: int) -> None:
     """Keep the lines up to `step`; an incomplete last line goes too."""
-    if not path.exists():
+    if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= step:
-            kept.append(line)
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     aside = path.with_suffix(".new")
-    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
     aside.replace(path)
+
+
+class TrainingProgress(Progress):
+    """The bar on a terminal, plain lines elsewhere, nothing with `show=False`."""
+
+    def __init__(self, max_steps: int, step: int, show: bool):
+        console = Console(quiet=not show)
+        super().__init__(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"),
+            TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not (show and console.is_terminal), speed_estimate_period=DAY,
+        )  # fmt: skip
+        self.first_step = step
+        self.task = self.add_task("train", total=max_steps, completed=step, figures="compiling ...")
+
+    def figures(self, step: int, text: str) -> None:
+        """Show the figures of the last logged step."""
+        self.update(self.task, completed=step, figures=text)
+        if self.disable:
+            (task,) = self.tasks
+            self.say(f"step {step}/{task.total}  {text}  left {TimeRemainingColumn().render(task)}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

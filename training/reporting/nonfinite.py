@@ -1,21 +1,21 @@
 """Steps whose loss or gradient is not finite: their batches are saved for inspection; too many in a row end the run.
 
-    skipped/step-000013-text-rank-0.safetensors   input_ids, documents and scored positions of every micro-batch
-                                    ....json      loss, gradient norm, and the sequences as text
+    skipped/step-000013-text-rank-0.json    loss, gradient norm, and every micro-batch as token ids and as text
 
 Steps count from 1 here: step 13 is the one that would have been the thirteenth update.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import PartialState
-from safetensors.torch import save_file
+from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from training.objective import Measured, Objective
 from training.processes.signals import TrainingFault
-from training.run.checkpoint import write_json
+from training.run.checkpoint import write_text
 
 KEPT_FILES = 200  # so that a run that skips for hours does not fill the disk
 
@@ -37,16 +37,6 @@ def keep_batch(
     if sum(1 for _ in folder.iterdir()) >= KEPT_FILES:
         return f"{folder} holds {KEPT_FILES} files already"
     batches = objective.micro_batches(step, distances, rank)
-    tensors = {}
-    for number, batch in enumerate(batches):
-        tensors[f"micro-{number}/input_ids"] = batch.input_ids.contiguous()
-        if batch.documents is not None:
-            tensors[f"micro-{number}/documents"] = batch.documents.contiguous()
-        for term, target in batch.targets.items():
-            tensors[f"micro-{number}/{term}/index"] = target.index.contiguous()
-            tensors[f"micro-{number}/{term}/labels"] = target.labels.contiguous()
-    path = folder / f"step-{step + 1:06d}-{objective.name}-rank-{rank}.safetensors"
-    save_file(tensors, path)
     facts = {
         "step": step + 1,
         "objective": objective.name,
@@ -54,8 +44,10 @@ def keep_batch(
         "rows": [rows.start for rows in objective.plan(distances).micro_ranges(rank, objective.ranks)],
         "measured": {k: repr(v) for k, v in measured.columns(objective.name).items()},  # repr: JSON has no NaN
         "text": [tokenizer.decode(ids) for batch in batches for ids in batch.input_ids.tolist()],
+        "micro_batches": [vars(batch) for batch in batches],  # of the targets, the positions and their labels
     }
-    write_json(path.with_suffix(".json"), facts)
+    path = folder / f"step-{step + 1:06d}-{objective.name}-rank-{rank}.json"
+    write_text(path, json.dumps(facts, default=Tensor.tolist))
     return f"its batch is in {path}"
 
 

@@ -15,8 +15,6 @@ from torch.profiler import ProfilerAction, profile
 
 from training.settings.schema import ProfileSettings
 
-TOP = 40  # operations in the table
-
 
 @contextmanager
 def profiled(
@@ -30,18 +28,18 @@ def profiled(
         yield lambda: None
         return
     folder, first = run_dir / "profile", settings.start_step - step
-    last = first + settings.steps - 1
+    recorded = range(first, first + settings.steps)
 
     def action(done: int) -> ProfilerAction:
-        if done == last:
+        if done == recorded[-1]:
             return ProfilerAction.RECORD_AND_SAVE
-        return ProfilerAction.RECORD if first <= done < last else ProfilerAction.NONE
+        return ProfilerAction.RECORD if done in recorded else ProfilerAction.NONE
 
     def write(profiler: profile) -> None:
         folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=80)
+        table = profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80)
         (folder / "top-ops.txt").write_text(table)
         say(f"profile written to {folder}")
 

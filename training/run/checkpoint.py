@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 PREFIX = "step-"
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
+MAKE_ROOM = "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
 Write = Callable[[Path], None]  # writes files into an existing folder
 
 
@@ -32,56 +34,65 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that appears complete or not at all. Raises UserError where the disk is full or read-only.
 
-    `tensors` are the trainer's, or a folder that holds their shards (`training.run.shards`).
+    `tensors` are the trainer's, or a folder that holds their shards (`training.processes.parallel`).
     """
+    from safetensors.torch import save_file
+
     path = run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
-    aside = path.with_name(f".writing-{path.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "hf").mkdir(parents=True)
-        write_hf(aside / "hf")
-        _put_tensors(tensors, aside)
-        write_json(aside / "state.json", state)
-        write_json(aside / MANIFEST, {"step": step, "files": _hashes(aside)})
-        for file in [*aside.rglob("*"), aside]:
-            _sync(file)
-        if path.exists():  # an invalid one that the last resume passed over
-            shutil.rmtree(path)
-        aside.rename(path)
-        _sync(path.parent)
+        with replaced(path) as folder:  # an invalid one that the last resume passed over may be there
+            (folder / "hf").mkdir()
+            write_hf(folder / "hf")
+            if isinstance(tensors, Path):
+                for shard in tensors.glob(SHARDS):
+                    shard.rename(folder / shard.name)
+                shutil.rmtree(tensors)
+            else:
+                copies = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+                save_file(copies, folder / "trainer.safetensors")
+            write_json(folder / "state.json", state)
+            files = sorted(p for p in folder.rglob("*") if p.is_file())
+            facts = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+            write_json(folder / MANIFEST, {"step": step, "files": facts})
     except (OSError, SafetensorError) as problem:  # safetensors reports a full disk as an error of its own
-        shutil.rmtree(aside, ignore_errors=True)
+        clear_leftovers(run_dir)
         raise UserError(
-            f"{path}: the checkpoint of step {step} could not be written: {problem}\n"
-            "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
+            f"{path}: the checkpoint of step {step} could not be written: {problem}\n{MAKE_ROOM}"
         ) from problem
 
 
 def replace_export(folder: Path, write_hf: Write) -> None:
     """Write `folder` anew; the old one stays until the new one is complete."""
-    aside = folder.with_name(f".writing-{folder.name}")
+    with replaced(folder) as aside:
+        write_hf(aside)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A new folder to write into, which then replaces the one at `path`; that one stays until everything is synced."""
+    aside = path.with_name(f".writing-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    write_hf(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    aside.mkdir(parents=True)
+    yield aside
+    for file in [*aside.rglob("*"), aside]:
+        _sync(file)
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
+    _sync(path.parent)
 
 
 def problem_with(path: Path) -> str | None:
-    """Why the checkpoint can't be trusted; None if every file has the size and hash of the manifest."""
+    """Why the checkpoint can't be trusted; None if every file has its size and hash in the manifest."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        expected = {path / name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
-    for name, (size, sha256) in files.items():
-        file = path / name
+    for file, size_and_hash in expected.items():
         if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}: cut short"
-        if file_sha256(file) != sha256:
-            return f"{name} has another sha256 than when it was written"
+            return f"{file.relative_to(path)} is missing"
+        if (file.stat().st_size, file_sha256(file)) != size_and_hash:
+            return f"{file.relative_to(path)} has another size or sha256 than when it was written"
     return None
 
 
@@ -101,22 +112,21 @@ def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | No
         problem = problem_with(path)
         if problem is None:
             return path
-        problems.append(f"{path}: {problem}")
-        say(f"checkpoint passed over: {problems[-1]}")
-    if problems:
-        raise UserError(
-            "no valid checkpoint is left to resume from:\n  "
-            + "\n  ".join(problems)
-            + "\n  restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
-        )
-    return None
+        problems.append(f"{path}: {problem}\n  ")
+        say(f"checkpoint passed over: {path}: {problem}")
+    if not problems:
+        return None
+    raise UserError(
+        f"no valid checkpoint is left to resume from:\n  {''.join(problems)}"
+        "restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
+    )
 
 
 def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple[dict[str, Any], dict[str, Tensor]]":
     """state.json and the trainer's tensors; shards are spread over the processes as the parameters `like` are."""
     from safetensors.torch import load_file
 
-    from training.run.shards import read_shards
+    from training.processes.parallel import read_shards
 
     state, whole = json.loads((path / "state.json").read_text()), path / "trainer.safetensors"
     return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
@@ -125,9 +135,7 @@ def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep`, and leftovers."""
     for path in checkpoints(run_dir)[keep:]:
-        doomed = path.with_name(f".deleting-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        path.rename(path.with_name(f".deleting-{path.name}"))
     clear_leftovers(run_dir)
 
 
@@ -144,32 +152,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
     aside = path.with_name(f".writing-{path.name}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    aside.write_text(text)
+    _sync(aside)
     aside.replace(path)
 
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _put_tensors(tensors: "dict[str, Tensor] | Path", folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    if not isinstance(tensors, Path):
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "trainer.safetensors")
-        return
-    for shard in tensors.glob(SHARDS):
-        shard.rename(folder / shard.name)
-    shutil.rmtree(tensors)
-
-
-def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
 
 
 def _sync(path: Path) -> None:

@@ -6,11 +6,10 @@ checkpoints/    step-000200/ ...                       tokenizer/  metrics.jsonl
 
 import hashlib
 import json
-from collections.abc import Mapping
-from functools import reduce
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, takewhile
-from operator import getitem
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -26,32 +25,21 @@ if TYPE_CHECKING:
 
     from data.token_store import TokenStore
     from data.tokenizer import Tokenizer
+    from training.objective import Objective
 
+FACTS_SAVED = ("data_sha256", "tokenizer_sha256", "settings_sha256", "precision", "wandb_id")  # with a checkpoint
 # These settings change no weight, so they may change between two starts of a run.
 FREE = (
-    "name",
-    "run_dir",
-    "tracking.",
-    "training.log_every_steps",
-    "training.save_every_steps",
-    "training.keep_checkpoints",
-    "training.validate_every_steps",
-    "training.validation_tokens",
-    "training.probe_distances",
-    "training.probe_items",
-    "training.max_skipped_steps",
-    "training.profile",
-    "data.cache_dir",
-)
+    "name", "run_dir", "tracking.", "data.cache_dir", "training.log_every_steps", "training.save_every_steps",
+    "training.keep_checkpoints", "training.validate_every_steps", "training.validation_tokens",
+    "training.probe_distances", "training.probe_items", "training.max_skipped_steps", "training.profile",
+)  # fmt: skip
 # These change weights only by rounding: the order of a sum, or where a product is computed. So a run that ran out of
 # memory can go on with smaller micro-batches, and on another machine. Not `training.precision`: the run keeps its own.
 ROUNDING = (
-    "training.micro_batch_tokens",
-    "training.activation_checkpointing",
-    "training.compile",
-    "training.num_threads",
+    "training.micro_batch_tokens", "training.activation_checkpointing", "training.compile", "training.num_threads",
     "model.attention_backend",
-)
+)  # fmt: skip
 
 
 def run_dir(settings: Settings) -> Path:
@@ -78,28 +66,33 @@ def open_run(settings: Settings, resume: str) -> Path | None:
     `resume` is `auto` (newest valid checkpoint), `never` (an existing folder is set aside) or a checkpoint's path.
     """
     folder = run_dir(settings)
-    if resume == "never":
-        _set_aside(folder)
-    _check_writable(folder)
+    try:
+        if resume == "never" and folder.is_dir() and any(folder.iterdir()):
+            print(f"--resume never: {folder} was there and is now {_set_aside(folder, folder.name)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as problem:
+        raise UserError(
+            f"run_dir: {folder} can't be written or set aside: {problem.strerror}\n"
+            "  choose another with run_dir=PATH, or change its permissions"
+        ) from problem
     for key in check_settings(folder, settings):
         print(f"{folder / 'settings.yaml'}: {key} is ignored, because this version has no such setting")
     clear_leftovers(folder)
     chosen = newest_valid(folder) if resume in ("auto", "never") else _explicit(Path(resume), settings)
     (folder / "checkpoints").mkdir(exist_ok=True)
     if chosen is not None and chosen.parent.resolve() == (folder / "checkpoints").resolve():
-        _set_aside_newer(chosen, folder)
+        for path in takewhile(lambda p: p.name != chosen.name, checkpoints(folder)):  # or the next start resumes them
+            target = _set_aside(path, f"not-resumed-{path.name}")
+            print(f"{path} is newer than the checkpoint resumed and is now {target.name}")
     write_text(folder / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     return chosen
 
 
 def decide_once(
-    settings: Settings,
-    tokenizer: "Tokenizer",
-    stores: Mapping[str, "TokenStore"],
-    device: "torch.device",
-    checkpoint: Path | None = None,
-    origin: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+    settings: Settings, tokenizer: "Tokenizer", stores: Mapping[str, "TokenStore"], device: "torch.device",
+    checkpoint: Path | None = None, origin: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The facts that the first start writes and every resume keeps, and this machine's matmul rate in FLOP/s.
 
     A run that resumes another run's `checkpoint` takes its precision. `origin` describes initial weights that were not
@@ -107,21 +100,18 @@ def decide_once(
     """
     from training.processes.precision import measure
 
-    folder = run_dir(settings)
-    machine = measure(device)
-    data_sha256 = {split: store.source_sha256 for split, store in stores.items()}
-    facts: dict[str, Any] = {
+    folder, machine = run_dir(settings), measure(device)
+    now = {
         "precision": machine.choose(settings.training.precision),
-        "data_sha256": data_sha256,
+        "data_sha256": {split: store.source_sha256 for split, store in stores.items()},
         "tokenizer_sha256": tokenizer.sha256,
         "settings_sha256": settings_hash(settings),
         "wandb_id": uuid4().hex[:8],
     } | dict(origin or {})
     if checkpoint is not None:
-        facts["precision"] = _state(checkpoint).get("precision", facts["precision"])
-    facts |= read_facts(folder)
-    check_data(folder, facts["data_sha256"], data_sha256)
-    check_tokenizer(folder, facts["tokenizer_sha256"], tokenizer.sha256)
+        now["precision"] = _state(checkpoint).get("precision", now["precision"])
+    facts: dict[str, Any] = now | read_facts(folder)
+    check_same_data(folder, facts, now)
     write_json(folder / "run.json", facts)
     tokenizer.save(folder / "tokenizer")
     print(
@@ -137,26 +127,43 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def check_data(where: Path, expected: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises UserError if the fingerprint of the text differs in any split."""
-    changed = [split for split in now if expected[split] != now[split]]
-    if changed:
-        lines = [f"  {split}: sha256 {expected[split][:16]}... there, {now[split][:16]}... now" for split in changed]
+def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError if a hash of `now`, of a split of the text or of the tokenizer, is another one in `saved`."""
+    text = now.get("data_sha256", {})
+    if changed := [split for split in text if saved["data_sha256"][split] != text[split]]:
+        lines = (f"  {s}: sha256 {saved['data_sha256'][s][:16]}... there, {text[s][:16]}... now\n" for s in changed)
         raise UserError(
-            f"{where}: the text under this run has changed since it began\n"
-            + "\n".join(lines)
-            + "\n  put the old text back, or start a run under another name, or --resume never to start anew"
+            f"{where}: the text under this run has changed since it began\n{''.join(lines)}"
+            "  put the old text back, or start a run under another name, or --resume never to start anew"
         )
-
-
-def check_tokenizer(where: Path, expected: str | None, tokenizer_sha256: str) -> None:
-    """Raises UserError if the run at `where` has another tokenizer."""
-    if expected not in (None, tokenizer_sha256):
+    if saved.get("tokenizer_sha256") not in (None, now["tokenizer_sha256"]):
         raise UserError(
             f"{where}: was trained with another tokenizer\n"
-            f"  there: sha256 {expected}\n  now:   sha256 {tokenizer_sha256}\n"
+            f"  there: sha256 {saved['tokenizer_sha256']}\n  now:   sha256 {now['tokenizer_sha256']}\n"
             "  give data.tokenizer.model_file the tokenizer of that run, or start a run under another name"
         )
+
+
+def check_same_batches(
+    path: Path, objectives: Sequence["Objective"], before: int, distances: Iterable[Mapping[str, int]]
+) -> None:
+    """Raises UserError if a step would have another number of sequences than with the `before` processes of `path`.
+
+    Otherwise another number of processes changes nothing: each takes an equal share of the same sequences.
+    `distances` are the values of D that are still to come, by task.
+    """
+    processes = "1 process" if before == 1 else f"{before} processes"
+    for objective in objectives:
+        now = objective.ranks
+        for of_tasks in distances:
+            rows = objective.plan(of_tasks, before).rows
+            if rows != objective.plan(of_tasks).rows:
+                at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
+                raise UserError(
+                    f"{path}: was saved by {processes}; {now} would train on other batches\n"
+                    f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
+                    f"  start it with {processes}, or with a number that divides {rows}"
+                )
 
 
 def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = None) -> list[str]:
@@ -169,37 +176,31 @@ def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = N
         return []
     saved, dropped = _read_settings(path)
     there, now = (_flat(s.model_dump(mode="json")) for s in (saved, settings))
-    differing = sorted(k for k in there.keys() | now.keys() if there.get(k) != now.get(k))
-    lines = [
-        f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in differing if not k.startswith(FREE + ROUNDING)
-    ]
-    if lines:
+    differing = (k for k in sorted(there | now) if there.get(k) != now.get(k))
+    if names := [k for k in differing if not k.startswith(FREE + ROUNDING)]:
+        lines = (f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now\n" for k in names)
         raise UserError(
-            f"{checkpoint or f'run folder {folder}'} holds a run with other settings:\n"
-            + "\n".join(lines)
-            + "\n  use another name=..., or --resume never to set that folder aside and start anew"
+            f"{checkpoint or f'run folder {folder}'} holds a run with other settings:\n{''.join(lines)}"
+            "  use another name=..., or --resume never to set that folder aside and start anew"
         )
     return dropped
 
 
 def _read_settings(path: Path) -> tuple[Settings, list[str]]:
     """The settings saved at `path`, and the names of those that this version does not have."""
-    tree: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
-    dropped: list[str] = []
-    while True:
-        try:
-            return Settings.model_validate(tree), dropped
-        except ValidationError as problem:
-            unknown = [error["loc"] for error in problem.errors() if error["type"] == "extra_forbidden"]
-            if not unknown:
-                wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
-                raise UserError(
-                    f"{path}: this version can't read the settings of that run: {wrong}\n"
-                    "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
-                ) from problem
-            for where in unknown:
-                del reduce(getitem, where[:-1], tree)[where[-1]]  # type: ignore[arg-type]
-                dropped.append(".".join(map(str, where)))
+    tree, dropped = yaml.safe_load(path.read_text()) or {}, []
+    try:
+        return Settings.model_validate(tree), []
+    except ValidationError as problem:
+        dropped = [".".join(map(str, e["loc"])) for e in problem.errors() if e["type"] == "extra_forbidden"]
+    try:
+        return Settings.model_validate(tree, extra="ignore"), dropped
+    except ValidationError as problem:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
+        raise UserError(
+            f"{path}: this version can't read the settings of that run: {wrong}\n"
+            "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
+        ) from problem
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -211,19 +212,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as problem:
-        raise UserError(
-            f"run_dir: {folder} can't be written: {problem.strerror}\n"
-            "  choose another with run_dir=PATH, or change its permissions"
-        ) from problem
 
 
 def _explicit(path: Path, settings: Settings) -> Path:
@@ -245,25 +233,7 @@ def _no_checkpoint(path: Path | str, problem: str) -> UserError:
     return UserError(f"--resume {path}: {problem}\n  give a folder such as runs/NAME/checkpoints/step-000200")
 
 
-def _set_aside(folder: Path) -> None:
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    target = _free_name(folder)
-    try:
-        folder.rename(target)
-    except OSError as problem:
-        raise UserError(f"--resume never: {folder} can't be set aside as {target}: {problem.strerror}") from problem
-    print(f"--resume never: {folder} was there and is now {target}")
-
-
-def _set_aside_newer(chosen: Path, folder: Path) -> None:
-    """Rename checkpoints later than `chosen`, so that the next start does not resume them."""
-    for path in takewhile(lambda p: p.name != chosen.name, checkpoints(folder)):
-        target = _free_name(path.with_name(f"not-resumed-{path.name}"))
-        path.rename(target)
-        print(f"{path} is newer than the checkpoint resumed and is now {target.name}")
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.old-{number}") for number in count(1))
-    return next(name for name in names if not name.exists())
+def _set_aside(path: Path, name: str) -> Path:
+    """Rename `path` to the first of NAME.old-1, NAME.old-2 ... that is free."""
+    names = (path.with_name(f"{name}.old-{number}") for number in count(1))
+    return path.rename(next(name for name in names if not name.exists()))

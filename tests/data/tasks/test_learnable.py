@@ -17,7 +17,6 @@ from data.tasks.vocabulary import RecallVocabulary
 from data.token_store import TokenStore
 from model.config import WindreachConfig
 from model.decoder import build_model
-from training.run.random_state import seed_everything
 
 VOCAB = RecallVocabulary((1,), (2,), tuple(range(3, 11)), np.arange(19, 64), tuple(range(11, 19)))
 TEXT = np.random.default_rng(0).integers(19, 64, 50_000).astype(np.uint16)
@@ -59,7 +58,7 @@ def accuracy(model, task, distance):
 
 @pytest.mark.parametrize("task", ["needle", "instruction"])
 def test_a_small_model_learns_it_in_seconds_from_the_rows_of_training(task):
-    seed_everything(0, 0)
+    torch.manual_seed(0)
     assert accuracy(small_model(), task, FAR) < TASKS[task].chance(len(VOCAB.values), DEFAULT_OPTIONS) + 0.15
     model = trained(task)
     assert min(accuracy(model, task, distance) for distance in (4, FAR)) > 0.9

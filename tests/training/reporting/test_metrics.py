@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training.reporting.metrics import Metrics, truncate
+from training.reporting.metrics import Metrics, TrainingProgress, truncate
 from training.settings.schema import Settings
 
 
@@ -59,3 +59,16 @@ def test_training_goes_on_without_wandb(
         metrics.write("train", 1, loss=1.0)
     assert "wandb is not available" in capsys.readouterr().out
     assert len(rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_without_a_terminal_figures_are_plain_lines_and_other_ranks_print_none(
+    capsys: pytest.CaptureFixture[str], show: bool
+) -> None:
+    long = "loss [bold]3.14[/bold] " * 9
+    with TrainingProgress(10, 2, show) as progress:
+        progress.figures(3, "compiled")
+        progress.figures(4, long)
+    expected = ["step 3/10  compiled  left -:--:--", f"step 4/10  {long}  left 0:00:"] if show else []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected

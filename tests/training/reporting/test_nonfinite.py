@@ -2,18 +2,16 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from data.tasks.vocabulary import recall_vocabulary
 from tests.training.conftest import Prepared
 from training.curriculum import Curriculum
-from training.objective import Measured, Objective, Tally, objectives
+from training.objective import Measured, Objective, objectives
 from training.processes.signals import TrainingFault
 from training.reporting.nonfinite import KEPT_FILES, keep_batch, stop_after
 
 FAR = {"needle": 8}
-NAN = Measured({"text": Tally(float("nan"), 0.0, 504.0)}, grad_norm=float("inf"))
+NAN = Measured({"text": float("nan")}, {"text": 0.0}, {"text": 504.0}, grad_norm=float("inf"))
 
 
 @pytest.fixture
@@ -27,13 +25,13 @@ def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
     prepared: Prepared, tmp_path: Path, both: list[Objective]
 ) -> None:
     said = keep_batch(tmp_path, both[0], NAN, 12, FAR, prepared.tokenizer)
-    path = tmp_path / "skipped/step-000013-text-rank-0.safetensors"
+    path = tmp_path / "skipped/step-000013-text-rank-0.json"
     assert said == f"its batch is in {path}"
     batch = both[0].micro_batch(12, both[0].plan(FAR), range(8), FAR)
-    kept = load_file(path)
-    assert torch.equal(kept["micro-0/input_ids"], batch.input_ids)
-    assert torch.equal(kept["micro-0/text/labels"], batch.targets["text"].labels)
-    facts = json.loads(path.with_suffix(".json").read_text())
+    facts = json.loads(path.read_text())
+    (kept,) = facts["micro_batches"]
+    assert (kept["input_ids"], kept["documents"]) == (batch.input_ids.tolist(), batch.documents.tolist())
+    assert kept["targets"]["text"] == [tensor.tolist() for tensor in batch.targets["text"]]
     assert (facts["step"], facts["objective"], facts["distances"], facts["rows"]) == (13, "text", FAR, [0])
     assert facts["measured"] == {"accuracy_text": "0.0", "grad_norm_text": "inf", "loss_text": "nan"}
     assert facts["text"] == [prepared.tokenizer.decode(row) for row in batch.input_ids.tolist()]
@@ -42,10 +40,12 @@ def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
 def test_recall_rows_are_kept_with_all_that_was_asked(
     prepared: Prepared, tmp_path: Path, both: list[Objective]
 ) -> None:
-    keep_batch(tmp_path, both[1], Measured({}, grad_norm=float("nan")), 0, FAR, prepared.tokenizer)
-    kept = load_file(tmp_path / "skipped/step-000001-recall-rank-0.safetensors")
-    assert {"micro-0/input_ids", "micro-0/answer/labels", "micro-0/relay/labels"} <= set(kept)
-    assert "micro-0/documents" not in kept
+    keep_batch(tmp_path, both[1], Measured({}, {}, {}, grad_norm=float("nan")), 0, FAR, prepared.tokenizer)
+    (kept,) = json.loads((tmp_path / "skipped/step-000001-recall-rank-0.json").read_text())["micro_batches"]
+    batch = both[1].micro_batch(0, both[1].plan(FAR), range(8), FAR)
+    assert kept["targets"] == {term: [tensor.tolist() for tensor in batch.targets[term]] for term in batch.targets}
+    assert {"answer", "relay"} <= kept["targets"].keys()
+    assert kept["documents"] is None
 
 
 def test_a_run_that_skips_for_hours_does_not_fill_the_disk(

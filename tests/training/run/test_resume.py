@@ -10,10 +10,9 @@ from data.tasks.vocabulary import recall_vocabulary
 from model.errors import UserError
 from tests.training.conftest import Prepared
 from tests.training.run.test_folder import changed
-from training.curriculum import Curriculum, CurriculumState
+from training.curriculum import Curriculum, CurriculumState, State
 from training.objective import Objective, objectives, step_plan
-from training.run.folder import decide_once, open_run
-from training.run.resume import State, check_checkpoint, check_same_batches
+from training.run.folder import check_same_batches, check_same_data, decide_once, open_run
 
 HERE = Path("runs/a/checkpoints/step-000003")
 
@@ -90,6 +89,6 @@ def test_a_checkpoint_made_from_other_text_or_tokens_is_refused(
     settings = changed(prepared.settings, run_dir=str(tmp_path / "run"))
     open_run(settings, "auto")
     facts = decide_once(settings, prepared.tokenizer, prepared.stores, torch.device("cpu"))
-    check_checkpoint(HERE, facts, facts)
+    check_same_data(HERE, facts, facts)
     with pytest.raises(UserError, match=expected):
-        check_checkpoint(HERE, facts, facts | {fact: other})
+        check_same_data(HERE, facts, facts | {fact: other})
