@@ -1,7 +1,7 @@
 """The settings of a run: one frozen, validated object that is read from YAML.
 
-The text below a field or a class is its description in configs/base.yaml, docs/configs.md and editors. After a change
-here or in data/settings.py run `python -m training.settings.generate`. `config_file.py` reads the files, `problems.py`
+The text below a field or a class is its description in configs/base.yaml and editors. After a change here or in
+data/settings.py run `python -m training.settings.generate`. `config_file.py` reads the files, `problems.py`
 words the mistakes, and `consistency.py` checks settings against each other.
 """
 
