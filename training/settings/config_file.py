@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -158,10 +158,8 @@ def _items(section: Any) -> dict[str, Any]:
 # -- YAML 1.2 ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes nodes with the tags of the YAML 1.2 core schema: null, bool, int, float."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]
+class _Loader(yaml.BaseLoader):
+    """Leaves every scalar as text, and refuses what settings don't need."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
@@ -179,16 +177,6 @@ def _refused(what: str, where: Any) -> yaml.MarkedYAMLError:
     return yaml.composer.ComposerError(None, None, what, where.start_mark)
 
 
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+0123456789.")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-):
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
-
-
 def parse(text: str | bytes) -> tuple[Any, dict[Keys, int]]:
     """The value of a YAML text, and the line of every key and list item by its path.
 
@@ -197,14 +185,12 @@ def parse(text: str | bytes) -> tuple[Any, dict[Keys, int]]:
     >>> parse("lr: 3e-4\\nswitch: off\\nsteps: 1e3")
     ({'lr': 0.0003, 'switch': 'off', 'steps': 1000}, {('lr',): 1, ('switch',): 2, ('steps',): 3})
     """
-    loader, lines = _Loader(text), dict[Keys, int]()
+    lines = dict[Keys, int]()
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text, _Loader)
         return (None if node is None else _value(node, (), lines)), lines
     except RecursionError as problem:
         raise yaml.YAMLError("nested too deeply") from problem
-    finally:
-        loader.dispose()
 
 
 def _value(node: Any, path: Keys, lines: dict[Keys, int]) -> Any:
@@ -213,7 +199,7 @@ def _value(node: Any, path: Keys, lines: dict[Keys, int]) -> Any:
         lines |= {(*path, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
         return [_value(item, (*path, i), lines) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
-        return _scalar(node.tag, node.value)
+        return _plain(node.value) if node.style is None else node.value
     section: dict[str, Any] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -225,14 +211,15 @@ def _value(node: Any, path: Keys, lines: dict[Keys, int]) -> Any:
     return section
 
 
-def _scalar(tag: str, text: str) -> Any:
-    if tag == "null":
+def _plain(text: str) -> Any:
+    """The value of a scalar without quotes."""
+    if text in ("", "~", "null", "Null", "NULL"):
         return None
-    if tag == "bool":
+    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
         return text.lower() == "true"
-    if tag == "int":
+    if re.fullmatch(r"[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}", text):
         return int(text, 0 if text[:2] in ("0x", "0o") else 10)
-    if tag == "float":
+    if re.fullmatch(r"[-+]?((\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)", text):
         number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         return int(number) if number.is_integer() else number
     return text
