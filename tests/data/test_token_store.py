@@ -54,17 +54,14 @@ def test_a_sound_cache_is_not_written_again(make_settings, tmp_path):
     assert cache_files(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "index is not an object", "no index"])
+@pytest.mark.parametrize("damage", ["cut", "remove", "index", "index is not an object", "no index"])
 def test_a_damaged_cache_is_made_again(damage, make_settings, tmp_path):
     train, _ = prepared(make_settings())
     expected = np.array(train.tokens)
     del train
     (file,) = tmp_path.glob("cache/tokens-*/train.bin")
-    index, content = file.with_name("index.json"), bytearray(file.read_bytes())
-    if damage == "flip":
-        content[100] ^= 1
-        file.write_bytes(content)
-    elif damage == "cut":
+    index, content = file.with_name("index.json"), file.read_bytes()
+    if damage == "cut":
         file.write_bytes(content[:-10])
     elif damage == "remove":
         file.unlink()
