@@ -9,7 +9,6 @@ from training.settings.build import layer_dicts
 from training.settings.problems import ABSENT, Keys, Problem
 from training.settings.schema import Settings
 
-MANY_HEADS = 4096  # the search for a divisor ends here, because a mistyped number may be huge
 Check = tuple[str, object, str, str]  # the setting, whether it is wrong, what is wrong, the remedy
 
 
@@ -66,12 +65,10 @@ def _layers(s: Settings) -> Iterator[Check]:
 
 def _model(s: Settings) -> list[Check]:
     m, heads = s.model, f"model.num_attention_heads = {s.model.num_attention_heads}"
-    fewer = range(1, min(m.num_key_value_heads, MANY_HEADS))
-    near = max((k for k in fewer if m.num_attention_heads % k == 0), default=1)
     uneven = m.head_dim is None and m.hidden_size % m.num_attention_heads
     return [
         ("model.num_key_value_heads", m.num_attention_heads % m.num_key_value_heads, f"{heads} is not a multiple of it",
-         f"use {near} for example"),
+         f"use {m.num_attention_heads} or a divisor of it"),
         ("model.hidden_size", uneven, f"not a multiple of {heads}", "change one of them, or give model.head_dim"),
         ("model.head_dim", not uneven and m.head_size % 2, "rotary positions need heads of even size",
          f"set model.head_dim to {m.head_size + 1}"),

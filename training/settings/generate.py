@@ -8,9 +8,8 @@ import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 
 from training.settings.problems import described, section_of
@@ -59,7 +58,7 @@ def _base_lines(model: type[BaseModel], depth: int = 0) -> Iterator[str]:
         yield from [""] if section and depth == 0 else []
         yield from textwrap.wrap(comment, 118, subsequent_indent=f"{indent}# ")
         if section is None or value is None:
-            yield f"{indent}{name}: {_flow(value)}"
+            yield f"{indent}{name}: " + json.dumps(value).replace('"', "")  # no default needs quotes in YAML
         elif get_origin(info.annotation) is list:
             first, *others = _base_lines(section, depth + 2)
             yield f"{indent}{name}:\n{indent}  - {first.strip()}"
@@ -67,18 +66,6 @@ def _base_lines(model: type[BaseModel], depth: int = 0) -> Iterator[str]:
         else:
             yield f"{indent}{name}:"
             yield from _base_lines(section, depth + 1)
-
-
-def _flow(value: Any) -> str:
-    """One line of YAML.
-
-    >>> _flow(None), _flow([(0.0, 1.0)]), _flow({"needle": 1.0}), _flow("auto")
-    ('null', '[[0.0, 1.0]]', '{needle: 1.0}', 'auto')
-    """
-    plain = json.loads(json.dumps(value))
-    if isinstance(plain, float):
-        return repr(plain)
-    return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 if __name__ == "__main__":

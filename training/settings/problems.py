@@ -34,29 +34,25 @@ class Problem:
         return f"  {' = '.join(parts)}  ({self.origin})\n    {self.what}; {self.remedy}"
 
 
-_SECTION = ("a section", "write it as key: value on lines of its own")
-_NUMBER = ("a number", "write it in digits, without quotes, commas and _")
-_OTHERWISE = "give such a value, or remove the line to take the default"
-# pydantic's name of the mistake: what is expected, and the remedy
-_EXPECTED = {
-    "int_type": ("a whole number", _NUMBER[1]),
-    "int_from_float": ("a whole number", _OTHERWISE),
-    "float_type": _NUMBER,
-    "string_type": ("text", "give text, in quotes if it looks like a number"),
-    "string_pattern_mismatch": ("a name of letters, digits and . _ -", _OTHERWISE),
-    "bool_type": ("true or false", "only true and false are read as switches: write one of them"),
-    "list_type": ("a list", "write it as [a, b]; a number in a path selects an item that is in the list"),
-    "tuple_type": ("a pair of numbers such as [0.5, 1.0]", _OTHERWISE),
+_WORDS = {  # plain words for pydantic's
+    "Input should be": "expected",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "valid integer": "whole number",
+    "valid dictionary( or instance of .*)?": "section",
+}
+_DIGITS = "write it in digits, without quotes, commas and _"
+_SECTION = "write it as key: value on lines of its own"
+_REMEDIES = {  # by pydantic's name of the mistake
+    "int_type": _DIGITS,
+    "float_type": _DIGITS,
+    "string_type": "put it in quotes if it looks like a number",
+    "string_pattern_mismatch": "use letters, digits and . _ -",
+    "bool_type": "only true and false are read as switches: write one of them",
+    "list_type": "write it as [a, b]; a number in a path selects an item that is in the list",
+    "tuple_type": "write it as [0.5, 1.0]",
     "model_type": _SECTION,
     "dict_type": _SECTION,
-    "greater_than": ("more than {gt}", _OTHERWISE),
-    "greater_than_equal": ("at least {ge}", _OTHERWISE),
-    "less_than": ("less than {lt}", _OTHERWISE),
-    "less_than_equal": ("at most {le}", _OTHERWISE),
-    "literal_error": ("one of {expected}", "choose one of these"),
-    "too_short": ("at least {min_length} of them", _OTHERWISE),
-    "too_long": ("{max_length} of them, not {actual_length}", _OTHERWISE),
-    "finite_number": ("a finite number", _OTHERWISE),
 }
 
 
@@ -75,11 +71,14 @@ def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings
             what = described(info).partition(". ")[0].rstrip(".") if info else "it has no default"
             problems[at] = Problem(keys, ABSENT, f"missing: {what}", "add it")
         else:
-            expected, remedy = _EXPECTED.get(mistake, (error["msg"], _OTHERWISE))
-            before = f"{problems[at].what} or " if at in problems else "expected "  # one of several types
-            if near := get_close_matches(str(value), re.findall(r"'([^']*)'", facts.get("expected", "")), n=1):
-                remedy = f"did you mean {near[0]}?"
-            problems[at] = Problem(keys, value, before + expected.format(**facts), remedy)
+            what = error["msg"]
+            for theirs, ours in _WORDS.items():
+                what = re.sub(theirs, ours, what)
+            if at in problems:  # the value may have one of several types
+                what = f"{problems[at].what} or {what.removeprefix('expected ')}"
+            near = get_close_matches(str(value), re.findall(r"'([^']*)'", facts.get("expected", "")), n=1)
+            remedy = _REMEDIES.get(mistake, "correct it, or remove the line to take the default")
+            problems[at] = Problem(keys, value, what, f"did you mean {near[0]}?" if near else remedy)
     return list(problems.values())
 
 
@@ -130,8 +129,3 @@ def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
         yield f"{prefix}{name}", info
         if section := section_of(info.annotation):
             yield from all_fields(section, f"{prefix}{name}.")
-
-
-def all_paths(model: type[BaseModel]) -> Iterator[str]:
-    """Dotted paths of all settings, without indices."""
-    return (path for path, info in all_fields(model) if section_of(info.annotation) is None)
