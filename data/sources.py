@@ -39,9 +39,8 @@ def documents(data: DataSettings, split: str) -> Iterator[Document]:
 
     Raises `UserError` for a missing or unreadable file, a missing column, and a split without any text.
     """
-    read = {"novels": _novels, "files": _files, "hub": _hub}[data.source]
     empty = True
-    for document in read(data, split):
+    for document in {"novels": _novels, "files": _files, "hub": _hub}[data.source](data, split):
         if document.text.strip():
             empty = False
             yield document
@@ -83,22 +82,16 @@ def _files(data: DataSettings, split: str) -> Iterator[Document]:
 
 
 def _split_files(data: DataSettings, split: str) -> tuple[list[Path], int | None]:
-    """The files to read; and n if both splits come from them, with every n-th document held out."""
-    if split == "heldout" and data.heldout_files:
-        return _expand(data.heldout_files, "data.heldout_files"), None
-    return _expand(data.train_files, "data.train_files"), None if data.heldout_files else HELDOUT_EVERY
-
-
-def _expand(patterns: list[str], setting: str) -> list[Path]:
-    """The files of the patterns, in order. Every pattern must match a file."""
+    """The files to read, in order; and n if both splits come from them, with every n-th document held out."""
+    setting = "heldout_files" if split == "heldout" and data.heldout_files else "train_files"
     paths: list[Path] = []
-    for pattern in patterns:
+    for pattern in getattr(data, setting):
         names = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # a file's own name may look like a pattern
         files = [path for path in map(Path, names) if path.is_file()]
         if not files:
-            raise UserError(f"{setting}: no such file: {pattern!r}; paths are relative to the working directory")
+            raise UserError(f"data.{setting}: no such file: {pattern!r}; paths are relative to the working directory")
         paths += files
-    return paths
+    return paths, None if data.heldout_files else HELDOUT_EVERY
 
 
 def _table_suffix(path: Path) -> str | None:
@@ -145,7 +138,7 @@ def _hub(data: DataSettings, split: str) -> Iterator[Document]:
         rows = datasets.load_dataset(hub.name, hub.config, split=name, streaming=hub.streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"data.hub.name {hub.name!r}, split {name!r} can't be loaded: {_first_line(error)}; "
+            f"data.hub.name {hub.name!r}, split {name!r} can't be loaded: {str(error).partition(chr(10))[0]}; "
             "check the name, data.hub.config, the splits and the connection"
         ) from error
     yield from islice(_rows(rows, hub.text_column, f"{hub.name}/{name}", "data.hub.text_column"), hub.max_documents)
@@ -161,8 +154,4 @@ def _rows(rows: Iterable[dict[str, Any]], column: str, name: str, setting: str) 
                 raise UserError(f"{setting} is {column!r}; row {i} of {name!r} has no such text, only {sorted(row)}")
             yield Document(f"{name}#{i}", row[column])
     except (ValueError, OSError, DatasetsError) as error:
-        raise UserError(f"{name!r} can't be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name!r} can't be read: {str(error).partition(chr(10))[0]}") from error

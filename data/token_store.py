@@ -44,18 +44,16 @@ class TokenStore:
         return int(self.token_bytes[self.tokens[start:end]].sum())
 
 
-def check_vocabulary(tokenizer_size: int, vocab_size: int | None) -> None:
-    """Raises `UserError` when the tokenizer has more tokens than the model has embeddings."""
-    if vocab_size is not None and tokenizer_size > vocab_size:
+def prepare_tokens(settings: RunSettings, tokenizer: "Tokenizer") -> tuple[TokenStore, TokenStore]:
+    """The train and held-out stores, from the cache if it is intact, else encoded now.
+
+    Raises `UserError` when the tokenizer has more tokens than the model has embeddings.
+    """
+    if tokenizer.vocab_size > (settings.model.vocab_size or tokenizer.vocab_size):
         raise UserError(
-            f"tokenizer has {tokenizer_size:,} tokens but model.vocab_size is {vocab_size:,}; "
+            f"tokenizer has {tokenizer.vocab_size:,} tokens but model.vocab_size is {settings.model.vocab_size:,}; "
             "leave model.vocab_size out to take the tokenizer's, or give data.tokenizer its own"
         )
-
-
-def prepare_tokens(settings: RunSettings, tokenizer: "Tokenizer") -> tuple[TokenStore, TokenStore]:
-    """The train and held-out stores, from the cache if it is intact, else encoded now."""
-    check_vocabulary(tokenizer.vocab_size, settings.model.vocab_size)
     sources = [source_fingerprint(settings.data, split) for split in SPLITS]
     folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(sources, tokenizer)[:16]}"
     index = _intact_index(folder)

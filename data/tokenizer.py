@@ -58,14 +58,11 @@ class Tokenizer:
 
     def token_bytes(self) -> NDArray[np.int64]:
         """(vocab,) UTF-8 bytes of text in each token: 0 for markers and the recall tokens."""
-        sp = self.processor
-        sizes = [
-            1 if sp.is_byte(i) else len(sp.id_to_piece(i).replace(_BLANK, " ").encode()) for i in range(self.vocab_size)
-        ]
-        markers = [
-            sp.is_control(i) or sp.is_unknown(i) or sp.id_to_piece(i) in RESERVED for i in range(self.vocab_size)
-        ]
-        return np.where(markers, 0, sizes).astype(np.int64)
+        sp, sizes = self.processor, np.zeros(self.vocab_size, dtype=np.int64)
+        for i, piece in enumerate(map(sp.id_to_piece, range(self.vocab_size))):
+            if not (sp.is_control(i) or sp.is_unknown(i) or piece in RESERVED):
+                sizes[i] = 1 if sp.is_byte(i) else len(piece.replace(_BLANK, " ").encode())
+        return sizes
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.model`, and files from which `AutoTokenizer` builds a tokenizer with the same ids."""
@@ -90,13 +87,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a sentencepiece model"
         raise UserError(f"{name}: {reason}; name a sentencepiece .model file, or leave it out to train one") from error
-    if not _is_bpe(_parsed(tokenizer.model)):
-        raise UserError(
-            f"{name} is not a BPE model, and Hugging Face can't repeat other models exactly; "
-            "name a BPE model, or leave it out to train one"
-        )
-    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError(f"{name} has no <s> or </s>, which mark the ends of documents; name another")
+    trainer = _parsed(tokenizer.model).trainer_spec
+    if trainer.model_type != trainer.BPE or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        # Hugging Face can't repeat other models exactly; <s> and </s> mark the ends of documents.
+        raise UserError(f"{name} is not a BPE model with <s> and </s>; name another, or leave it out to train one")
     return tokenizer
 
 
@@ -144,16 +138,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-# ------------------------------------------------------------------------------------------------ Hugging Face
-
-
 def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
     """The `tokenizers` version of a BPE sentencepiece model, which gives the same ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
     proto = _parsed(model)
-    assert _is_bpe(proto), "load_tokenizer accepts BPE models only"
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
@@ -188,7 +178,3 @@ def _parsed(model: bytes) -> Any:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     return ModelProto.FromString(model)
-
-
-def _is_bpe(proto: Any) -> bool:
-    return bool(proto.trainer_spec.model_type == proto.trainer_spec.BPE)

@@ -21,9 +21,6 @@ class Needle(Task):
         value_at = np.full_like(value, len(vocab.needle))
         return Questions(marked(vocab.needle, value), value_at, query, answered_last(query, value), number)
 
-    def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
-        return Size(nearest=query, before=needle + 1)
-
 
 class NeedleNoise(Needle):
     """The needle task in a haystack of random tokens."""
@@ -165,9 +162,6 @@ class Instruction(Task):
         answers = answered_last(query, np.take(vocab.values, rule * arguments + argument))
         value_at = np.full_like(rule, len(vocab.needle))
         return Questions(marked(vocab.needle, np.take(vocab.keys, rule)), value_at, query, answers, rule)
-
-    def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
-        return Size(nearest=query + 1, before=needle + 1)
 
     def most(self, n_values: int, n_keys: int) -> int:
         return min(n_keys - 1, n_values)

@@ -96,9 +96,6 @@ def filler_room(store: TokenStore, length: int) -> int:
     return room
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
-
-
 def item(
     task: str,
     rng: np.random.Generator,
@@ -153,9 +150,6 @@ def item(
         tuple(tokens[0].tolist()), tuple(counterfactual.tolist()), tuple(blind.tolist()),
         value, end, int(asked.answers[0, 0, -1]), int(other.answers[0, 0, -1]),
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------ training
 
 
 def training_rows(
@@ -238,9 +232,6 @@ def _relays(
         asked &= ~np.isin(tokens, (*vocab.values, *vocab.keys))
     known = np.where(no_value_yet, len(vocab.values), np.take_along_axis(carried, latest.clip(min=0), axis=1))
     return np.where(asked, known, UNSCORED), np.where(asked, layer, 0)
-
-
-# ------------------------------------------------------------------------------------------------ writing tokens
 
 
 def _write(tokens: IntArray, row: IntArray, start: IntArray, patches: IntArray) -> None:

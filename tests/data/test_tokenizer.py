@@ -110,23 +110,14 @@ def test_a_missing_or_broken_model_is_refused(content, reason, tmp_path):
         load_tokenizer(tmp_path / "x.model")
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (
-            {"model_type": "unigram"},
-            "is not a BPE model, and Hugging Face can't repeat other models exactly; name a BPE model",
-        ),
-        ({"model_type": "bpe", "bos_id": -1}, "has no <s> or </s>, which mark the ends of documents; name another"),
-    ],
-)
-def test_a_model_that_would_not_do_is_refused(options, reason, tmp_path):
+@pytest.mark.parametrize("options", [{"model_type": "unigram"}, {"model_type": "bpe", "bos_id": -1}])
+def test_a_model_that_would_not_do_is_refused(options, tmp_path):
     with (tmp_path / "x.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["a text of some words"] * 20), model_writer=file, vocab_size=20, minloglevel=2,
             hard_vocab_limit=False, **options,
         )  # fmt: skip
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match="is not a BPE model with <s> and </s>; name another"):
         load_tokenizer(tmp_path / "x.model")
 
 

@@ -155,9 +155,6 @@ def _items(section: Any) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-# -- YAML 1.2 ---------------------------------------------------------------------------------------------------------
-
-
 class _Loader(yaml.BaseLoader):
     """Leaves every scalar as text, and refuses what settings don't need."""
 

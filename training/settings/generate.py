@@ -42,8 +42,8 @@ def json_schema() -> str:
     schema = Settings.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
-    names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    schema["properties"]["extends"] = names | {"description": "files to start from, relative to this one"}
+    types = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+    schema["properties"]["extends"] = {"anyOf": types, "description": "files to start from, relative to this one"}
     return json.dumps(schema, indent=1) + "\n"
 
 

@@ -108,9 +108,6 @@ def _path(keys: Keys) -> str:
     return ".".join(key for key in keys if isinstance(key, str))
 
 
-# -- the settings classes ---------------------------------------------------------------------------------------------
-
-
 def described(info: FieldInfo) -> str:
     """The description of a setting on one line; for a section, that of its class."""
     return " ".join((info.description or (section_of(info.annotation) or object).__doc__ or "").split())
