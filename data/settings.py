@@ -75,10 +75,8 @@ class RunSettings(Protocol):
 
     @property
     def data(self) -> DataSettings: ...
-
     @property
-    def model(self) -> Any:
-        """Only `vocab_size` is read."""
+    def model(self) -> Any: ...  # only `vocab_size` is read
 
 
 class RowSettings(Strict):

@@ -28,9 +28,7 @@ class TokenizerLike(Protocol):
     """What recall tasks need of a tokenizer, ours or any other."""
 
     def encode(self, text: str) -> list[int]: ...
-
     def decode(self, ids: Sequence[int]) -> str: ...
-
     def get_vocab(self) -> dict[str, int]: ...
 
 

@@ -94,10 +94,8 @@ def parse_file(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     try:
         tree, lines = parse(path.read_bytes())
     except OSError as problem:
-        beside = ", ".join(sorted(p.name for p in path.parent.glob("*.y*ml"))) or "no YAML file"
-        remedy = (
-            f"{chain[-1]} extends it; the path is relative to that file" if chain else f"{path.parent} has {beside}"
-        )
+        files = ", ".join(sorted(p.name for p in path.parent.glob("*.y*ml"))) or "no YAML file"
+        remedy = f"{chain[-1]} extends it; the path is relative to that file" if chain else f"{path.parent} has {files}"
         raise UserError(f"{path}: can't be read: {problem.strerror}\n  {remedy}") from problem
     except yaml.YAMLError as problem:
         what, line = _reason(problem)

@@ -1,6 +1,7 @@
 """Settings that are right one by one and contradict each other, and the lengths that follow from several settings."""
 
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 from data.tasks import TASKS
@@ -17,15 +18,14 @@ def inconsistencies(settings: Settings) -> list[Problem]:
     checks = [*_layers(settings), *_model(settings), *_data(settings), *_steps(settings)]
     if settings.recall.enabled and not any(wrong for _, wrong, *_ in _layers(settings)):
         checks += [*_recall_lengths(settings), *_recall_questions(settings)]
-    tree = settings.model_dump()
-    return [_problem(tree, path, what, remedy) for path, wrong, what, remedy in checks if wrong]
-
-
-def _problem(tree: Any, path: str, what: str, remedy: str) -> Problem:
-    keys: Keys = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
-    for key in keys:
-        tree = tree[key]
-    return Problem(keys, ABSENT if tree is None else tree, what, remedy)
+    problems: list[Problem] = []
+    tree: Any = settings.model_dump()
+    for path, wrong, what, remedy in checks:
+        if wrong:
+            keys: Keys = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
+            value: Any = reduce(lambda section, key: section[key], keys, tree)
+            problems.append(Problem(keys, ABSENT if value is None else value, what, remedy))
+    return problems
 
 
 def last_distance(settings: Settings) -> int:

@@ -31,10 +31,10 @@ BASE_HEAD = """\
 """
 
 
-def generated(root: Path = ROOT) -> dict[Path, str]:
+def generated() -> dict[Path, str]:
     """Text of every generated file by its path."""
     base = BASE_HEAD + "\n".join(_base_lines(Settings)) + "\n"
-    return {root / "configs" / "schema.json": json_schema(), root / "configs" / "base.yaml": base}
+    return {ROOT / "configs" / "schema.json": json_schema(), ROOT / "configs" / "base.yaml": base}
 
 
 def json_schema() -> str:
