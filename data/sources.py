@@ -137,8 +137,9 @@ def _hub(data: DataSettings, split: str) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(hub.name, hub.config, split=name, streaming=hub.streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"data.hub.name {hub.name!r}, split {name!r} can't be loaded: {str(error).partition(chr(10))[0]}; "
+            f"data.hub.name {hub.name!r}, split {name!r} can't be loaded: {reason}; "
             "check the name, data.hub.config, the splits and the connection"
         ) from error
     yield from islice(_rows(rows, hub.text_column, f"{hub.name}/{name}", "data.hub.text_column"), hub.max_documents)
@@ -154,4 +155,5 @@ def _rows(rows: Iterable[dict[str, Any]], column: str, name: str, setting: str) 
                 raise UserError(f"{setting} is {column!r}; row {i} of {name!r} has no such text, only {sorted(row)}")
             yield Document(f"{name}#{i}", row[column])
     except (ValueError, OSError, DatasetsError) as error:
-        raise UserError(f"{name!r} can't be read: {str(error).partition(chr(10))[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name!r} can't be read: {reason}") from error
