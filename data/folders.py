@@ -13,9 +13,12 @@ from model.errors import UserError
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 (hex) of a file. Raises `UserError` if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{str(path)!r} can't be read: {error.strerror}") from error
 
 
 @contextmanager

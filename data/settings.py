@@ -1,7 +1,7 @@
 """Settings of the data: where text comes from, the tokenizer, and how recall rows and their questions are drawn.
 
 `training.settings.schema` puts them into the settings of a run, as `data`, `recall.rows` and `recall.questions`.
-The text below a field or a class is its description in configs/base.yaml, in docs/configs.md and in editors.
+The text below a field or a class is its description in configs/base.yaml and in editors.
 """
 
 from typing import Annotated, Any, Literal, Protocol
@@ -75,10 +75,8 @@ class RunSettings(Protocol):
 
     @property
     def data(self) -> DataSettings: ...
-
     @property
-    def model(self) -> Any:
-        """Only `vocab_size` is read."""
+    def model(self) -> Any: ...  # only `vocab_size` is read
 
 
 class RowSettings(Strict):

@@ -24,7 +24,6 @@ SPLITS = ("train", "heldout")
 HELDOUT_EVERY = 20  # documents
 # The builder of `datasets` for each suffix of a table, in any case, with or without .gz. Other files are text.
 TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_CHECKED = "training.settings.consistency requires data.hub for this source"
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,16 @@ def documents(data: DataSettings, split: str) -> Iterator[Document]:
 
     Raises `UserError` for a missing or unreadable file, a missing column, and a split without any text.
     """
-    read = {"novels": _novels, "files": _files, "hub": _hub}[data.source]
     empty = True
-    for document in read(data, split):
+    for document in {"novels": _novels, "files": _files, "hub": _hub}[data.source](data, split):
         if document.text.strip():
             empty = False
             yield document
     if empty:
-        raise UserError(_no_text(data, split))
+        names = getattr(data, f"{split}_files")
+        setting = f"data.hub.{split}_split" if data.source == "hub" else f"data.{split}_files {names}"
+        held_out = f", or {HELDOUT_EVERY} documents in data.train_files" if setting == "data.heldout_files []" else ""
+        raise UserError(f"{setting} has no text; name another with text{held_out}")
 
 
 def source_fingerprint(data: DataSettings, split: str) -> str:
@@ -56,18 +57,17 @@ def source_fingerprint(data: DataSettings, split: str) -> str:
     Local files are hashed. A data set on the hub is known by its settings alone: when its publisher changes it, clear
     `data.cache_dir`.
     """
-    parts: list[Any] = [data.source, split]
+    content: list[Any]
     if data.source == "novels":
-        parts.append(BOOKS[split])
+        content = [BOOKS[split]]
     elif data.source == "files":
         paths, every = _split_files(data, split)
-        parts += [data.text_column, every, [(_table_suffix(path) or path.suffix, _hash_file(path)) for path in paths]]
+        content = [data.text_column, every, [(_table_suffix(path) or path.suffix, sha256_of(path)) for path in paths]]
     else:
-        hub = data.hub
-        assert hub is not None, _CHECKED
-        local = sorted(path for path in Path(hub.name).rglob("*") if path.is_file())
-        parts += [hub.model_dump(), [_hash_file(path) for path in local]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        assert data.hub is not None, "training.settings.consistency requires data.hub for this source"
+        local = sorted(path for path in Path(data.hub.name).rglob("*") if path.is_file())
+        content = [data.hub.model_dump(), [sha256_of(path) for path in local]]
+    return hashlib.sha256(json.dumps([data.source, split, *content], sort_keys=True).encode()).hexdigest()
 
 
 def _novels(data: DataSettings, split: str) -> Iterator[Document]:
@@ -82,22 +82,16 @@ def _files(data: DataSettings, split: str) -> Iterator[Document]:
 
 
 def _split_files(data: DataSettings, split: str) -> tuple[list[Path], int | None]:
-    """The files to read; and n if both splits come from them, with every n-th document held out."""
-    if split == "heldout" and data.heldout_files:
-        return _expand(data.heldout_files, "data.heldout_files"), None
-    return _expand(data.train_files, "data.train_files"), None if data.heldout_files else HELDOUT_EVERY
-
-
-def _expand(patterns: list[str], setting: str) -> list[Path]:
-    """The files of the patterns, in order. Every pattern must match a file."""
+    """The files to read, in order; and n if both splits come from them, with every n-th document held out."""
+    setting = "heldout_files" if split == "heldout" and data.heldout_files else "train_files"
     paths: list[Path] = []
-    for pattern in patterns:
+    for pattern in getattr(data, setting):
         names = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # a file's own name may look like a pattern
         files = [path for path in map(Path, names) if path.is_file()]
         if not files:
-            raise UserError(f"{setting}: no such file: {pattern!r}; paths are relative to the working directory")
+            raise UserError(f"data.{setting}: no such file: {pattern!r}; paths are relative to the working directory")
         paths += files
-    return paths
+    return paths, None if data.heldout_files else HELDOUT_EVERY
 
 
 def _table_suffix(path: Path) -> str | None:
@@ -138,13 +132,14 @@ def _hub(data: DataSettings, split: str) -> Iterator[Document]:
     import datasets
 
     hub = data.hub
-    assert hub is not None, _CHECKED
-    name = hub.train_split if split == "train" else hub.heldout_split
+    assert hub is not None, "training.settings.consistency requires data.hub for this source"
+    name = getattr(hub, f"{split}_split")
     try:
         rows = datasets.load_dataset(hub.name, hub.config, split=name, streaming=hub.streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"data.hub.name {hub.name!r}, split {name!r} can't be loaded: {_first_line(error)}; "
+            f"data.hub.name {hub.name!r}, split {name!r} can't be loaded: {reason}; "
             "check the name, data.hub.config, the splits and the connection"
         ) from error
     yield from islice(_rows(rows, hub.text_column, f"{hub.name}/{name}", "data.hub.text_column"), hub.max_documents)
@@ -160,28 +155,5 @@ def _rows(rows: Iterable[dict[str, Any]], column: str, name: str, setting: str) 
                 raise UserError(f"{setting} is {column!r}; row {i} of {name!r} has no such text, only {sorted(row)}")
             yield Document(f"{name}#{i}", row[column])
     except (ValueError, OSError, DatasetsError) as error:
-        raise UserError(f"{name!r} can't be read: {_first_line(error)}") from error
-
-
-def _no_text(data: DataSettings, split: str) -> str:
-    if data.hub is not None:
-        setting = "data.hub.train_split" if split == "train" else "data.hub.heldout_split"
-        return f"{setting}: this split of {data.hub.name!r} has no text; name another split"
-    if split == "heldout" and not data.heldout_files:
-        return (
-            f"data.heldout_files is empty and data.train_files {data.train_files} have fewer than {HELDOUT_EVERY} "
-            "documents, so none is held out; name files that training never reads in data.heldout_files"
-        )
-    setting = f"{split}_files"
-    return f"data.{setting} {getattr(data, setting)} have no text; name files with text"
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} can't be read: {error.strerror}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name!r} can't be read: {reason}") from error

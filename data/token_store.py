@@ -1,10 +1,10 @@
 """All documents of a split as one long row of token ids on disk, written once and mapped into memory.
 
     cache_dir/tokens-<fingerprint>/{train,heldout}.bin   little-endian uint16 or uint32
-                                   index.json            document starts, names, SHA-256 of both files
+                                   index.json            document starts and names
 
 Each document is `<s> tokens </s>`. The fingerprint covers the content of the sources, the tokenizer and `VERSION`, so a
-change of any of them leads to another folder. A damaged folder is written again.
+change of any of them leads to another folder. A folder whose files have other sizes is written again.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.folders import sha256_of, written_whole
+from data.folders import written_whole
 from data.settings import RunSettings
 from data.sources import SPLITS, Document, documents, source_fingerprint
 from model.errors import UserError
@@ -44,18 +44,16 @@ class TokenStore:
         return int(self.token_bytes[self.tokens[start:end]].sum())
 
 
-def check_vocabulary(tokenizer_size: int, vocab_size: int | None) -> None:
-    """Raises `UserError` when the tokenizer has more tokens than the model has embeddings."""
-    if vocab_size is not None and tokenizer_size > vocab_size:
+def prepare_tokens(settings: RunSettings, tokenizer: "Tokenizer") -> tuple[TokenStore, TokenStore]:
+    """The train and held-out stores, from the cache if it is intact, else encoded now.
+
+    Raises `UserError` when the tokenizer has more tokens than the model has embeddings.
+    """
+    if tokenizer.vocab_size > (settings.model.vocab_size or tokenizer.vocab_size):
         raise UserError(
-            f"tokenizer has {tokenizer_size:,} tokens but model.vocab_size is {vocab_size:,}; "
+            f"tokenizer has {tokenizer.vocab_size:,} tokens but model.vocab_size is {settings.model.vocab_size:,}; "
             "leave model.vocab_size out to take the tokenizer's, or give data.tokenizer its own"
         )
-
-
-def prepare_tokens(settings: RunSettings, tokenizer: "Tokenizer") -> tuple[TokenStore, TokenStore]:
-    """The train and held-out stores, from the cache if it is intact, else encoded now."""
-    check_vocabulary(tokenizer.vocab_size, settings.model.vocab_size)
     sources = [source_fingerprint(settings.data, split) for split in SPLITS]
     folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(sources, tokenizer)[:16]}"
     index = _intact_index(folder)
@@ -82,25 +80,23 @@ def fingerprint(sources: list[str], tokenizer: "Tokenizer") -> str:
 def _write(folder: Path, split: str, texts: Iterable[Document], tokenizer: "Tokenizer") -> dict[str, Any]:
     """Write the tokens of a split; returns its entry in the index."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    digest, starts, names, end = hashlib.sha256(), [], [], 0
+    starts, names, end = [], [], 0
     with (folder / f"{split}.bin").open("wb") as file:
         for document in texts:
             ids = np.array([tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id])
             assert 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, "a token beyond the vocabulary"
-            block = ids.astype(dtype).tobytes()
-            digest.update(block)
-            file.write(block)
+            ids.astype(dtype).tofile(file)
             starts.append(end)
             names.append(document.name)
             end += len(ids)
-    return {"dtype": dtype.str, "tokens": end, "sha256": digest.hexdigest(), "starts": starts, "names": names}
+    return {"dtype": dtype.str, "tokens": end, "starts": starts, "names": names}
 
 
 def _intact_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a folder whose files have the hashes in it; None if the folder must be written (again)."""
+    """The index of a folder whose files have the right sizes; None if the folder must be written (again)."""
     try:
         index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        intact = all(index[split]["sha256"] == sha256_of(folder / f"{split}.bin") for split in SPLITS)
+        sizes = {split: np.dtype(index[split]["dtype"]).itemsize * index[split]["tokens"] for split in SPLITS}
+        return index if all((folder / f"{split}.bin").stat().st_size == sizes[split] for split in SPLITS) else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-    return index if intact else None

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from data.folders import sha256_of, written_whole
+from data.folders import written_whole
 from data.settings import RunSettings
 from data.sources import documents, source_fingerprint
 from data.tasks.vocabulary import RESERVED
@@ -58,7 +58,11 @@ class Tokenizer:
 
     def token_bytes(self) -> NDArray[np.int64]:
         """(vocab,) UTF-8 bytes of text in each token: 0 for markers and the recall tokens."""
-        return np.array([self._bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
+        sp, sizes = self.processor, np.zeros(self.vocab_size, dtype=np.int64)
+        for i, piece in enumerate(map(sp.id_to_piece, range(self.vocab_size))):
+            if not (sp.is_control(i) or sp.is_unknown(i) or piece in RESERVED):
+                sizes[i] = 1 if sp.is_byte(i) else len(piece.replace(_BLANK, " ").encode())
+        return sizes
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.model`, and files from which `AutoTokenizer` builds a tokenizer with the same ids."""
@@ -67,21 +71,11 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_bytes(self.model)
-        for stale in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            (folder / stale).unlink(missing_ok=True)
         bos, eos, unk = map(self.processor.id_to_piece, (self.bos_id, self.eos_id, self.unk_id))
         PreTrainedTokenizerFast(
             tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk,
             clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)  # fmt: skip
-
-    def _bytes(self, i: int) -> int:
-        piece = self.processor.id_to_piece(i)
-        if self.processor.is_byte(i):
-            return 1
-        if self.processor.is_control(i) or self.processor.is_unknown(i) or piece in RESERVED:
-            return 0
-        return len(piece.replace(_BLANK, " ").encode())
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -93,13 +87,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a sentencepiece model"
         raise UserError(f"{name}: {reason}; name a sentencepiece .model file, or leave it out to train one") from error
-    if not _is_bpe(_parsed(tokenizer.model)):
-        raise UserError(
-            f"{name} is not a BPE model, and Hugging Face can't repeat other models exactly; "
-            "name a BPE model, or leave it out to train one"
-        )
-    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError(f"{name} has no <s> or </s>, which mark the ends of documents; name another")
+    trainer = _parsed(tokenizer.model).trainer_spec
+    if trainer.model_type != trainer.BPE or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        # Hugging Face can't repeat other models exactly; <s> and </s> mark the ends of documents.
+        raise UserError(f"{name} is not a BPE model with <s> and </s>; name another, or leave it out to train one")
     return tokenizer
 
 
@@ -111,20 +102,12 @@ def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
     inputs = [VERSION, source_fingerprint(data, "train"), data.tokenizer.vocab_size, sentencepiece.__version__]
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     folder = Path(data.cache_dir) / f"tokenizer-{fingerprint[:16]}"
-    if not _is_intact(folder):
+    if not (folder / FILE).is_file():
         texts = (document.text for document in documents(data, "train"))
         tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size)
         with written_whole(folder) as aside:
             (aside / FILE).write_bytes(tokenizer.model)
-            (aside / "sha256").write_text(tokenizer.sha256, encoding="ascii")
     return load_tokenizer(folder)
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        return sha256_of(folder / FILE) == (folder / "sha256").read_text(encoding="ascii")
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -155,20 +138,24 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-# ------------------------------------------------------------------------------------------------ Hugging Face
-
-
 def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
     """The `tokenizers` version of a BPE sentencepiece model, which gives the same ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
     proto = _parsed(model)
-    assert _is_bpe(proto), "load_tokenizer accepts BPE models only"
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    # Every split of a token into two others, best token first: sentencepiece merges by the score of the result.
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted(scores, key=scores.__getitem__, reverse=True)
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
     converted = Tokenizer(
-        BPE(vocab, _merges(proto), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+        BPE(vocab, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
     )
     # What sentencepiece does to text before it looks for tokens, in its order.
     converted.normalizer = normalizers.Sequence([
@@ -191,18 +178,3 @@ def _parsed(model: bytes) -> Any:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     return ModelProto.FromString(model)
-
-
-def _is_bpe(proto: Any) -> bool:
-    return bool(proto.trainer_spec.model_type == proto.trainer_spec.BPE)
-
-
-def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every split of a token into two others, best token first: sentencepiece merges by the score of the result."""
-    score = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(score, key=score.__getitem__, reverse=True)
-        for cut in range(1, len(piece))
-        if piece[:cut] in score and piece[cut:] in score
-    ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data.tasks.draws import IntArray, TaskDraws
+from data.tasks.draws import TaskDraws
 from data.tasks.question import LEAVE, UNSCORED, Questions, Size, Task, TaskOptions, answered_last, marked
 from data.tasks.vocabulary import RecallVocabulary
 
@@ -20,9 +20,6 @@ class Needle(Task):
         query = np.broadcast_to(np.array(vocab.query, dtype=np.int64), (*value.shape, len(vocab.query)))
         value_at = np.full_like(value, len(vocab.needle))
         return Questions(marked(vocab.needle, value), value_at, query, answered_last(query, value), number)
-
-    def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
-        return Size(nearest=query, before=needle + 1)
 
 
 class NeedleNoise(Needle):
@@ -82,26 +79,18 @@ class Induction(Task):
         number = np.take_along_axis(draws.deciding(n, pairs, len(vocab.values)), turned, axis=-1)
         key = np.take(vocab.keys, draws.distinct("key", n, pairs, len(vocab.keys)))
         span = np.stack((key, np.take(vocab.values, number)), axis=-1).reshape(*key.shape[:2], 2 * pairs)
-        query, answers = _repeated(span, 2 * last + 1)
+        index = np.arange(2 * pairs - 1) - 2 * (
+            pairs - 1 - last
+        )  # into the span; its last key is the query's last token
+        query = np.where(index >= 0, np.take_along_axis(span, index.clip(min=0), axis=-1), LEAVE)
+        following = np.take_along_axis(span, index.clip(min=0) + 1, axis=-1)
+        answers = np.where((index >= 0) & (index % 2 == 0), following, UNSCORED)
         carried = np.take_along_axis(number, last, axis=-1)[..., 0]
         return Questions(span, 2 * last[..., 0] + 1, query, answers, carried)
 
     def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
         tokens = 2 * options.span_pairs
         return Size(nearest=tokens - 1, before=tokens, least=2 * tokens - 1)
-
-
-def _repeated(span: IntArray, tokens: IntArray) -> tuple[IntArray, IntArray]:
-    """(B, N, L - 1) twice: the first `tokens` (B, N, 1) of the span (B, N, L), right-aligned; the value after each key.
-
-    >>> query, answers = _repeated(np.array([[[1, 10, 2, 20, 3, 30]]]), np.array([[[3]]]))
-    >>> query.tolist(), answers.tolist()
-    ([[[-1, -1, 1, 10, 2]]], [[[-100, -100, 10, -100, 20]]])
-    """
-    index = np.arange(span.shape[-1] - 1) - (span.shape[-1] - 1 - tokens)
-    query = np.where(index >= 0, np.take_along_axis(span, index.clip(min=0), axis=-1), LEAVE)
-    following = np.take_along_axis(span, index.clip(min=0) + 1, axis=-1)
-    return query, np.where((index >= 0) & (index % 2 == 0), following, UNSCORED)
 
 
 class VariableTracking(Task):
@@ -173,9 +162,6 @@ class Instruction(Task):
         answers = answered_last(query, np.take(vocab.values, rule * arguments + argument))
         value_at = np.full_like(rule, len(vocab.needle))
         return Questions(marked(vocab.needle, np.take(vocab.keys, rule)), value_at, query, answers, rule)
-
-    def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
-        return Size(nearest=query + 1, before=needle + 1)
 
     def most(self, n_values: int, n_keys: int) -> int:
         return min(n_keys - 1, n_values)

@@ -96,9 +96,6 @@ def filler_room(store: TokenStore, length: int) -> int:
     return room
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
-
-
 def item(
     task: str,
     rng: np.random.Generator,
@@ -117,7 +114,13 @@ def item(
     stands at the end. Their values are drawn independently, so one may equal the answer by chance.
     Raises `UserError` when the question does not fit.
     """
-    _check_fits(task, vocab, total_length, distance, options, distractors)
+    size = task_size(task, vocab, options)
+    needed = size.row(distance) + distractors * needle_tokens(task, vocab, options)
+    if distance < size.nearest or total_length < needed:
+        raise UserError(
+            f"distance {distance} does not fit {total_length} tokens: {task} needs {needed} tokens for it, and a "
+            f"distance of at least {size.nearest}; use a longer row (recall.seq_len) or another distance"
+        )
     if isinstance(filler, TokenStore):
         if TASKS[task].noise:
             filler = vocab.plain[rng.integers(len(vocab.plain), size=total_length)]
@@ -149,25 +152,6 @@ def item(
     )  # fmt: skip
 
 
-def _check_fits(
-    task: str, vocab: RecallVocabulary, length: int, distance: int, options: TaskOptions, distractors: int
-) -> None:
-    size = task_size(task, vocab, options)
-    farthest = length - size.before - distractors * needle_tokens(task, vocab, options)
-    if not size.nearest <= distance <= farthest:
-        raise UserError(
-            f"distance {distance} does not fit {length} tokens: it must lie between {size.nearest} and {farthest}; "
-            "use a longer row (recall.seq_len) or another distance"
-        )
-    if length < size.least:
-        raise UserError(
-            f"{task} needs rows of at least {size.least} tokens, not {length}; use a longer row or smaller questions"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------ training
-
-
 def training_rows(
     draws: Draws,
     filler: IntArray,
@@ -193,8 +177,9 @@ def training_rows(
     labels = asked.answers[kept]
     _write(answers, row, query, np.where(labels == UNSCORED, LEAVE, labels))
     _write(spans, row, query, np.where(labels == UNSCORED, LEAVE, distance[:, None]))
-    query_start = end - asked.query_tokens[kept] + 1
-    relays, layers = _relays(draws, tokens, vocab, rules, asked.carried, row, value, query_start)
+    edges = np.zeros_like(filler)
+    edges[row, value], edges[row, end - asked.query_tokens[kept] + 1] = 1, -1
+    relays, layers = _relays(draws, tokens, vocab, rules, asked.carried, edges)
     return RecallRows(tokens, answers, relays, layers, spans)
 
 
@@ -224,59 +209,29 @@ def _layout(
 
 
 def _relays(
-    draws: Draws,
-    tokens: IntArray,
-    vocab: RecallVocabulary,
-    rules: RowRules,
-    carried: IntArray,
-    row: IntArray,
-    value: IntArray,
-    query_start: IntArray,
+    draws: Draws, tokens: IntArray, vocab: RecallVocabulary, rules: RowRules, carried: IntArray, edges: IntArray
 ) -> tuple[IntArray, IntArray]:
     """(B, T) twice: the number that the relay head should read at fillers, and after which layer it reads.
 
+    `edges` (B, T) is 1 at values and -1 where their queries start. Without a pace the head reads after the last layer.
+    With a pace the layer is drawn among those that the value can have reached, early ones more often than late ones.
     Where a needle holds several values, a filler can't know which will be asked. The best answer is then an even split.
     """
-    inside, latest, age = _between(tokens.shape, row, value, query_start)
+    value_here, index = edges == 1, np.arange(tokens.shape[1])
+    latest = np.cumsum(value_here, axis=1) - 1  # the question whose value was passed last, -1 before the first
     no_value_yet = (latest < 0) & (np.cumsum(np.isin(tokens, vocab.values), axis=1) == 0)
-    layer = _relay_layers(draws, np.where(no_value_yet, 0, age), rules)
-    drawn = draws.uniform("relay", tokens.shape[1]) < rules.relay_share
-    asked = (inside | no_value_yet) & drawn & (layer > 0)
+    layer = np.full_like(tokens, rules.layers)
+    if rules.relay_pace is not None:
+        age = index - np.maximum.accumulate(np.where(value_here, index, 0), axis=1)  # tokens since that value
+        first = np.ceil(np.where(no_value_yet, 0, age) / rules.relay_pace).astype(np.int64).clip(min=1)
+        later = (draws.uniform("relay layer", len(index)) ** 2 * (rules.layers + 1 - first)).astype(np.int64)
+        layer = np.where(first <= rules.layers, first + later, 0)
+    drawn = draws.uniform("relay", len(index)) < rules.relay_share
+    asked = ((np.cumsum(edges, axis=1) > 0) & ~value_here | no_value_yet) & drawn & (layer > 0)
     if vocab.keys:
         asked &= ~np.isin(tokens, (*vocab.values, *vocab.keys))
     known = np.where(no_value_yet, len(vocab.values), np.take_along_axis(carried, latest.clip(min=0), axis=1))
     return np.where(asked, known, UNSCORED), np.where(asked, layer, 0)
-
-
-def _relay_layers(draws: Draws, age: IntArray, rules: RowRules) -> IntArray:
-    """(B, T) the layer after which a filler `age` tokens behind its value is read; 0 where no layer can know it.
-
-    Without a pace that is the last layer. With a pace it is drawn among the layers that the value can have reached,
-    early ones more often than late ones.
-    """
-    if rules.relay_pace is None:
-        return np.full_like(age, rules.layers)
-    first = np.ceil(age / rules.relay_pace).astype(np.int64).clip(min=1)
-    later = (draws.uniform("relay layer", age.shape[1]) ** 2 * (rules.layers + 1 - first)).astype(np.int64)
-    return np.where(first <= rules.layers, first + later, 0)
-
-
-def _between(
-    shape: tuple[int, ...], row: IntArray, value: IntArray, query_start: IntArray
-) -> tuple[BoolArray, IntArray, IntArray]:
-    """(B, T) three times: whether a filler lies between a value and its query; the index of the latest question whose
-    value was passed, -1 before the first; tokens since that value. Arguments (K,) give each question's positions."""
-    value_here, query_here = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    value_here[row, value] = 1
-    query_here[row, query_start] = 1
-    values = np.cumsum(value_here, axis=1)
-    inside = (values > np.cumsum(query_here, axis=1)) & (value_here == 0)
-    index = np.broadcast_to(np.arange(shape[1]), shape)
-    age = index - np.maximum.accumulate(index * value_here, axis=1)
-    return inside, values - 1, age
-
-
-# ------------------------------------------------------------------------------------------------ writing tokens
 
 
 def _write(tokens: IntArray, row: IntArray, start: IntArray, patches: IntArray) -> None:

@@ -70,9 +70,9 @@ class Task(ABC):
     def ask(self, draws: TaskDraws, n: int, vocab: RecallVocabulary, options: TaskOptions) -> Questions:
         """Draw `n` questions for each row."""
 
-    @abstractmethod
     def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
         """Tokens that questions need; `needle` and `query` are the lengths of the markers."""
+        return Size(nearest=query + (self.option is not None), before=needle + 1)
 
     def most(self, n_values: int, n_keys: int) -> int | None:
         """Largest `option` that so many values and keys allow; None if the task has no option."""

@@ -28,9 +28,7 @@ class TokenizerLike(Protocol):
     """What recall tasks need of a tokenizer, ours or any other."""
 
     def encode(self, text: str) -> list[int]: ...
-
     def decode(self, ids: Sequence[int]) -> str: ...
-
     def get_vocab(self) -> dict[str, int]: ...
 
 
@@ -77,9 +75,7 @@ def recall_vocabulary(tokenizer: TokenizerLike, n_values: int, n_keys: int = 0) 
     needle, query, *values = (vocab[name] for name in names)
     keys = tuple(vocab[word] for word in free[:n_keys])
     ordinary = {i for piece, i in vocab.items() if not _SPECIAL.match(piece)} - {needle, query, *values, *keys}
-    return RecallVocabulary(
-        (needle,), (query,), tuple(values), np.array(sorted(ordinary), dtype=np.int64), keys
-    )  # fmt: skip
+    return RecallVocabulary((needle,), (query,), tuple(values), np.array(sorted(ordinary), dtype=np.int64), keys)
 
 
 def _rare_words(vocab: dict[str, int]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from data import token_store as packing
 from data.folders import written_whole
 from data.sources import documents
-from data.token_store import check_vocabulary, prepare_tokens
+from data.token_store import prepare_tokens
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError
 
@@ -54,17 +54,14 @@ def test_a_sound_cache_is_not_written_again(make_settings, tmp_path):
     assert cache_files(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "index is not an object", "no index"])
+@pytest.mark.parametrize("damage", ["cut", "remove", "index", "index is not an object", "no index"])
 def test_a_damaged_cache_is_made_again(damage, make_settings, tmp_path):
     train, _ = prepared(make_settings())
     expected = np.array(train.tokens)
     del train
     (file,) = tmp_path.glob("cache/tokens-*/train.bin")
-    index, content = file.with_name("index.json"), bytearray(file.read_bytes())
-    if damage == "flip":
-        content[100] ^= 1
-        file.write_bytes(content)
-    elif damage == "cut":
+    index, content = file.with_name("index.json"), file.read_bytes()
+    if damage == "cut":
         file.write_bytes(content[:-10])
     elif damage == "remove":
         file.unlink()
@@ -131,9 +128,8 @@ def _put_both(tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(make_settings):
-    check_vocabulary(400, 400)
-    check_vocabulary(400, 512)
-    check_vocabulary(400, None)
+    for size in (400, 512):
+        prepared(make_settings(vocab_size=size))
     with pytest.raises(UserError, match=r"tokenizer has 400 tokens but model\.vocab_size is 399; leave"):
         prepared(make_settings(vocab_size=399))
 

@@ -87,15 +87,13 @@ def test_a_size_that_the_text_does_not_allow_is_refused(vocab_size):
         train_tokenizer(["a short text"], vocab_size)
 
 
-def test_a_trained_tokenizer_is_kept_and_made_again_when_damaged(make_settings, tmp_path):
+def test_a_trained_tokenizer_is_kept(make_settings, tmp_path):
     run = make_settings()
     first = prepare_tokenizer(run)
     (file,) = tmp_path.glob("cache/tokenizer-*/tokenizer.model")
     stamp = file.stat().st_mtime_ns
     assert prepare_tokenizer(run).sha256 == first.sha256
     assert file.stat().st_mtime_ns == stamp
-    file.write_bytes(file.read_bytes()[:1000])
-    assert prepare_tokenizer(run).sha256 == first.sha256
 
 
 def test_a_given_model_is_taken_as_it_is(tokenizer, make_settings, tmp_path):
@@ -112,23 +110,14 @@ def test_a_missing_or_broken_model_is_refused(content, reason, tmp_path):
         load_tokenizer(tmp_path / "x.model")
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (
-            {"model_type": "unigram"},
-            "is not a BPE model, and Hugging Face can't repeat other models exactly; name a BPE model",
-        ),
-        ({"model_type": "bpe", "bos_id": -1}, "has no <s> or </s>, which mark the ends of documents; name another"),
-    ],
-)
-def test_a_model_that_would_not_do_is_refused(options, reason, tmp_path):
+@pytest.mark.parametrize("options", [{"model_type": "unigram"}, {"model_type": "bpe", "bos_id": -1}])
+def test_a_model_that_would_not_do_is_refused(options, tmp_path):
     with (tmp_path / "x.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["a text of some words"] * 20), model_writer=file, vocab_size=20, minloglevel=2,
             hard_vocab_limit=False, **options,
         )  # fmt: skip
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match="is not a BPE model with <s> and </s>; name another"):
         load_tokenizer(tmp_path / "x.model")
 
 

@@ -21,17 +21,13 @@ def model_config(settings: Settings, vocab_size: int) -> "WindreachConfig":
     from model.config import WindreachConfig
 
     m = settings.model
-    same = {
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "sliding_window", "max_position_embeddings", "rms_norm_eps", "qk_norm", "tie_word_embeddings",
-        "attention_backend",
-    }  # fmt: skip
+    same = m.model_dump(exclude={"vocab_size", "head_dim", "layers", "rope_theta", "init"})
     return WindreachConfig(
         vocab_size=m.vocab_size or vocab_size,
         head_dim=m.head_size,
         layers=layer_dicts(m),
         rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
-        **m.model_dump(include=same),
+        **same,
     )
 
 

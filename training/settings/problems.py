@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -17,75 +17,68 @@ ABSENT = object()  # the value of a setting that is missing
 
 @dataclass(frozen=True)
 class Problem:
-    """`keys` lead to the setting; `rests_on` are the dotted paths of the settings that it contradicts."""
+    """`keys` lead to the setting; `origin` is the file and line, or the override, that set it."""
 
     keys: Keys
     value: Any
     what: str
     remedy: str
-    rests_on: tuple[str, ...] = ()
-    origin: str = "command line"
+    origin: str = ""
 
     def at(self, origin: str) -> "Problem":
         return replace(self, origin=origin)
 
     def __str__(self) -> str:
-        value = "" if self.value is ABSENT else f" = {_short(self.value)}"
-        name = dotted(self.keys) + value if self.keys else _short(self.value)
-        return f"  {name}  ({self.origin})\n    {self.what}; {self.remedy}"
+        value = repr(self.value) if len(repr(self.value)) <= 60 else f"{repr(self.value)[:57]}..."
+        parts = [".".join(map(str, self.keys))] * bool(self.keys) + [value] * (self.value is not ABSENT)
+        return f"  {' = '.join(parts)}  ({self.origin})\n    {self.what}; {self.remedy}"
 
 
-def dotted(keys: Keys) -> str:
-    return ".".join(map(str, keys))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# -- pydantic's errors ------------------------------------------------------------------------------------------------
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "string_pattern_mismatch": "a name of letters, digits and . _ -",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "tuple_type": "a pair of numbers such as [0.5, 1.0]",
-    "model_type": "a section",
-    "dict_type": "a section",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "one of {expected}",
-    "too_short": "at least {min_length} of them",
-    "too_long": "{max_length} of them, not {actual_length}",
-    "finite_number": "a finite number",
+_WORDS = {  # plain words for pydantic's
+    "Input should be": "expected",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "valid integer": "whole number",
+    "valid dictionary( or instance of .*)?": "section",
+}
+_DIGITS = "write it in digits, without quotes, commas and _"
+_SECTION = "write it as key: value on lines of its own"
+_REMEDIES = {  # by pydantic's name of the mistake
+    "int_type": _DIGITS,
+    "float_type": _DIGITS,
+    "string_type": "put it in quotes if it looks like a number",
+    "string_pattern_mismatch": "use letters, digits and . _ -",
+    "bool_type": "only true and false are read as switches: write one of them",
+    "list_type": "write it as [a, b]; a number in a path selects an item that is in the list",
+    "tuple_type": "write it as [0.5, 1.0]",
+    "model_type": _SECTION,
+    "dict_type": _SECTION,
 }
 
 
 def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings) -> list[Problem]:
     """One problem for each wrong key of `tree`, from pydantic's errors; `root` is the class that raised them."""
     problems: dict[Keys, Problem] = {}
+    fields = dict(all_fields(root))
     for error in errors.errors(include_url=False):
         keys = _keys(error["loc"], tree)
         at = error["loc"] if "[key]" in error["loc"] else keys  # a wrong key of a dict and its wrong value are two
-        kind, value, facts = error["type"], error["input"], error.get("ctx", {})
-        beside = _section_at(keys[:-1], root)
-        if kind == "extra_forbidden":
-            problems[at] = Problem(keys, value, "unknown key", _nearest_key(keys, beside, root))
-        elif kind == "missing":
-            info = beside.get(str(keys[-1]))
+        mistake, value, facts = error["type"], error["input"], error.get("ctx", {})
+        if mistake == "extra_forbidden":
+            problems[at] = Problem(keys, value, "unknown key", _nearest_key(keys, fields))
+        elif mistake == "missing":
+            info = fields.get(_path(keys))
             what = described(info).partition(". ")[0].rstrip(".") if info else "it has no default"
             problems[at] = Problem(keys, ABSENT, f"missing: {what}", "add it")
         else:
-            expected = _EXPECTED.get(kind, error["msg"]).format(**facts)
-            before = f"{problems[at].what} or " if at in problems else "expected "  # one of several types
-            problems[at] = Problem(keys, value, before + expected, _remedy(kind, value, facts))
+            what = error["msg"]
+            for theirs, ours in _WORDS.items():
+                what = re.sub(theirs, ours, what)
+            if at in problems:  # the value may have one of several types
+                what = f"{problems[at].what} or {what.removeprefix('expected ')}"
+            near = get_close_matches(str(value), re.findall(r"'([^']*)'", facts.get("expected", "")), n=1)
+            remedy = _REMEDIES.get(mistake, "correct it, or remove the line to take the default")
+            problems[at] = Problem(keys, value, what, f"did you mean {near[0]}?" if near else remedy)
     return list(problems.values())
 
 
@@ -100,45 +93,19 @@ def _keys(loc: Keys, tree: Any) -> Keys:
     return keys
 
 
-def _remedy(kind: str, value: Any, facts: dict[str, Any]) -> str:
-    if kind == "literal_error":
-        near = get_close_matches(str(value), re.findall(r"'([^']*)'", facts["expected"]), n=1)
-        return f"did you mean {near[0]}?" if near else "choose one of these"
-    if isinstance(value, str) and kind in ("int_type", "float_type"):
-        return _number_hint(value)
-    if isinstance(value, str) and kind == "bool_type":
-        return "only true and false are read as switches: write one of them"
-    if kind == "string_type":
-        return f'quote it: "{value}"' if isinstance(value, int | float) else "give text"
-    if kind in ("model_type", "dict_type"):
-        return "write it as key: value on lines of its own"
-    if kind == "list_type":
-        return "write it as [a, b]"
-    return "give such a value, or remove the line to take the default"
-
-
-def _number_hint(value: str) -> str:
-    """The remedy for text in place of a number.
-
-    >>> _number_hint("1_000"), _number_hint("3e-4"), _number_hint("many")
-    ('write it as 1000', 'it is quoted: write 3e-4 without quotes', 'it is text: write digits')
-    """
-    plain = value.replace("_", "").replace(",", "").strip()
-    if not re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", plain):
-        return "it is text: write digits"
-    return f"write it as {plain}" if plain != value else f"it is quoted: write {plain} without quotes"
-
-
-def _nearest_key(keys: Keys, beside: dict[str, FieldInfo], root: type[BaseModel]) -> str:
+def _nearest_key(keys: Keys, fields: dict[str, FieldInfo]) -> str:
     """The nearest spelling in the same section, else the same name in another section."""
-    *parents, name = keys
-    if near := get_close_matches(str(name), beside, n=1):
-        return f"did you mean {dotted((*parents, near[0]))}?"
-    elsewhere = [path for path in all_paths(root) if path.rpartition(".")[2] == name]
+    parent, name = _path(keys[:-1]), str(keys[-1])
+    beside = [path.rpartition(".")[2] for path in fields if path.rpartition(".")[0] == parent]
+    if near := get_close_matches(name, beside, n=1):
+        return f"did you mean {'.'.join(map(str, (*keys[:-1], near[0])))}?"
+    elsewhere = [path for path in fields if path.rpartition(".")[2] == name and not section_of(fields[path].annotation)]
     return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(beside)}"
 
 
-# -- the settings classes ---------------------------------------------------------------------------------------------
+def _path(keys: Keys) -> str:
+    """The dotted path without indices."""
+    return ".".join(key for key in keys if isinstance(key, str))
 
 
 def described(info: FieldInfo) -> str:
@@ -153,26 +120,9 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return next((section for a in get_args(annotation) if (section := section_of(a))), None)
 
 
-def _section_at(keys: Keys, root: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The settings of the section that `keys` lead to."""
-    section: type[BaseModel] | None = root
-    for key in keys:
-        if section is not None and isinstance(key, str):
-            info = section.model_fields.get(key)
-            section = section_of(info.annotation) if info else None
-    return section.model_fields if section else {}
-
-
 def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted path, field) of every section and setting; items of a list have the index N."""
+    """(dotted path without indices, field) of every section and setting."""
     for name, info in model.model_fields.items():
         yield f"{prefix}{name}", info
         if section := section_of(info.annotation):
-            yield from all_fields(section, f"{prefix}{name}." + ("N." if get_origin(info.annotation) is list else ""))
-
-
-def all_paths(model: type[BaseModel]) -> Iterator[str]:
-    """Dotted paths of all settings, without indices."""
-    for path, info in all_fields(model):
-        if section_of(info.annotation) is None:
-            yield path.replace(".N.", ".")
+            yield from all_fields(section, f"{prefix}{name}.")

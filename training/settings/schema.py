@@ -1,7 +1,7 @@
 """The settings of a run: one frozen, validated object that is read from YAML.
 
-The text below a field or a class is its description in configs/base.yaml, docs/configs.md and editors. After a change
-here or in data/settings.py run `python -m training.settings.generate`. `config_file.py` reads the files, `problems.py`
+The text below a field or a class is its description in configs/base.yaml and editors. After a change here or in
+data/settings.py run `python -m training.settings.generate`. `config_file.py` reads the files, `problems.py`
 words the mistakes, and `consistency.py` checks settings against each other.
 """
 
@@ -48,8 +48,7 @@ class InitSettings(Strict):
     copy_first_layer: bool = False
     """Whether all layers start as copies of the first one. Deep stacks then learn the first hop in fewer steps."""
     grow_from: str | None = None
-    """Run folder of a finished, shallower model whose layers are repeated to start this one. Default: random weights.
-    Use it for depths that don't train from scratch."""
+    """Run folder of a trained, shallower model whose layers are repeated to start this one. Default: random weights."""
 
 
 class ModelSettings(Strict):
@@ -107,8 +106,7 @@ class CurriculumSettings(Strict):
     smoothing: Fraction = 0.9
     """Weight of earlier steps in the running accuracy. 0 uses the current step alone."""
     row_lengths: list[PositiveInt] = Field(default_factory=list)
-    """Lengths of shorter recall rows in tokens, to save time while D is small. A step uses the shortest length of at
-    least D + 2W. Each length is compiled once."""
+    """Shorter recall rows in tokens, to save time while D is small. A step uses the shortest of at least D + 2W."""
     larger_batches: list[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]] = Field(default_factory=list)
     """Pairs [distance, factor]. From that D on, a step has `factor` times as many recall tokens."""
 

@@ -76,9 +76,12 @@ def test_reserved_tokens_in_foreign_text_are_replaced_by_plain_ones_and_nothing_
     np.testing.assert_array_equal(cleaned, clean_filler(text, SHORT))
 
 
-@pytest.mark.parametrize("distance", [0, 39])
-def test_a_distance_that_does_not_fit_is_refused(distance):
-    with pytest.raises(UserError, match=rf"distance {distance} does not fit 40 tokens: .* between 1 and 38"):
+@pytest.mark.parametrize(("distance", "needed"), [(0, 3), (39, 41)])
+def test_a_distance_that_does_not_fit_is_refused(distance, needed):
+    said = (
+        f"distance {distance} does not fit 40 tokens: needle needs {needed} tokens for it, and a distance of at least 1"
+    )
+    with pytest.raises(UserError, match=said):
         item("needle", np.random.default_rng(0), haystack(SHORT, 40), SHORT, 40, distance)
 
 

@@ -51,7 +51,7 @@ def test_file_opens_with_its_purpose_a_command_and_what_to_expect(path: Path) ->
     purpose, *rest = [line for line in head if "$schema" not in line and line != "#"]
     assert purpose[2].isupper() or purpose[2].isdigit()
     assert any(line.startswith("#   ") and str(path.relative_to(ROOT)) in line for line in rest)
-    assert any("Expect" in line for line in rest)
+    assert any("Expect" in line for line in rest) or path in LAUNCHES  # whose runs are those of other files
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=name)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from training.settings.generate import ROOT, generated, json_schema
-from training.settings.problems import all_fields, all_paths, described
+from training.settings.problems import all_fields, described
 from training.settings.schema import Settings
 
 
@@ -30,9 +30,3 @@ def test_schema_knows_extends_requires_nothing_and_refuses_unknown_keys() -> Non
     sections = [schema, *schema["$defs"].values()]
     assert "extends" in schema["properties"]
     assert all("required" not in s and s["additionalProperties"] is False for s in sections)
-
-
-@pytest.mark.parametrize("file", ["docs/configs.md"])
-def test_every_setting_is_in_the_reference(file: str) -> None:
-    page = (ROOT / file).read_text(encoding="utf-8").replace(".N.", ".")
-    assert [path for path in all_paths(Settings) if f"`{path}`" not in page] == []

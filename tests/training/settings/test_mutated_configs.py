@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import train
 from model.errors import cli
 from training.settings.generate import ROOT
-from training.settings.problems import all_paths
+from training.settings.problems import all_fields, section_of
 from training.settings.schema import Settings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -73,7 +73,8 @@ def test_a_mutated_config_gives_a_plan_or_a_sentence(folder: Path, data: st.Data
     "value", ["9007199254740992", "2147483648", "1e308", "5e-324", "-1", "''", '"\\0"', '"\\ud800"']
 )
 def test_every_setting_at_the_end_of_what_numbers_can_be_gives_a_plan_or_a_sentence(value: str) -> None:
-    for name in [*all_paths(Settings), "model.layers.0.window", "model.layers.0.dilation", "model.layers.0.kind"]:
+    paths = [path for path, info in all_fields(Settings) if section_of(info.annotation) is None]
+    for name in [*paths, "model.layers.0.window", "model.layers.0.dilation", "model.layers.0.kind"]:
         code, said = dry_run(ROOT / "configs/quickstart.yaml", f"{name}={value}")
         assert code in (0, 2), f"{name}={value}: {said}"
 
