@@ -10,14 +10,16 @@ Exit codes: 0 done, 2 the input is wrong.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.command import at_least
 from model.errors import UserError, cli
-from training.planning.gpus import CPU, GPUS, check_gpu
+from training.planning.gpus import CPU, GPUS
 
 
 def main() -> None:
@@ -34,30 +36,23 @@ def main() -> None:
     plan = cluster_plan(settings, arguments.gpu, arguments.gpus, arguments.mfu)
     print_plan(settings, plan)
     if arguments.json:
-        try:
-            arguments.json.write_text(json.dumps(plan, indent=1) + "\n")
-        except OSError as problem:
-            raise UserError(f"--json {arguments.json}: can't be written: {problem.strerror}") from problem
+        arguments.json.write_text(json.dumps(plan, indent=1) + "\n")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.max_steps=1000")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of processors; default: %(default)s")
-    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}, or cpu; default: %(default)s")
-    parser.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the peak that is reached; default: %(default)s"
-    )
+    parser.add_argument("--gpus", type=at_least(1), default=1, metavar="N", help="processors; default: %(default)s")
+    known = [*GPUS, CPU]
+    parser.add_argument("--gpu", default="h100", choices=known, help="cpu is this machine; default: %(default)s")
+    parser.add_argument("--mfu", type=float, default=0.4, help="reached share of the peak; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_intermixed_args(argv)
-    check_gpu(arguments.gpu)
-    if arguments.gpus < 1:
-        raise UserError(f"--gpus {arguments.gpus}: give at least 1")
     if not 0 < arguments.mfu <= 1:
-        raise UserError(f"--mfu {arguments.mfu}: give a share above 0 and at most 1, such as 0.4")
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise UserError(f"--json {arguments.json}: {arguments.json.parent} is no folder; name one that exists")
+        parser.error(f"--mfu {arguments.mfu}: give a share above 0 and at most 1, such as 0.4")
+    if arguments.json and not os.access(arguments.json.parent, os.W_OK):
+        parser.error(f"--json {arguments.json}: {arguments.json.parent} is no folder that you may write; name one")
     return arguments
 
 

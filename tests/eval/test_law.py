@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.colors import to_rgba_array
 
 from eval import law
 from model.errors import UserError
@@ -85,18 +84,6 @@ def test_command_writes_fit_picture_and_sentence(
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "H90 grows as W^" in said
     assert "over 12 runs; of W k, W sqrt(k) and W, " in said
-
-
-def test_hollow_marks_are_runs_that_were_short_of_training() -> None:
-    runs = [run(w, k, w * k) for w, k in GRID[:-1]] + [run(32, 16, 100, distance=80)]
-    found = {f"{law.HORIZONS[h]}, all": law.summary(runs, h) for h in law.HORIZONS}
-    hollow = [
-        at.tolist()
-        for marks in law.figure(runs, found).axes[0].collections
-        for at, face in zip(np.asarray(marks.get_offsets()), to_rgba_array(marks.get_facecolor()), strict=True)
-        if (face == 1).all()
-    ]
-    assert hollow == [[16.0, 100.0]]
 
 
 def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path) -> None:

@@ -4,10 +4,8 @@ Nothing is allocated, downloaded or written. The only measurement is the matmul 
 """
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,27 +65,19 @@ def _layer_lines(config: WindreachConfig, device: torch.device, seq_len: int) ->
         alone.layers, alone.num_hidden_layers = [vars(spec)] * count, count
         cache = f"{size(cache_bytes(alone, length=seq_len))} of cache"
         cache += "" if spec.window else f" at {seq_len:,} tokens, growing"
+        set_fields = {name: value for name, value in vars(spec).items() if value != getattr(LayerSpec, name)}
+        traits = "".join(f", {name}={value}" for name, value in set_fields.items() if name != "kind")
         plan = plan_attention(spec, config.head_dim, config.attention_backend, device.type, torch.float32, True)
         backend = f"backend {plan.backend} ({plan.reason})"
-        yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; {backend}; {cache} (bf16, one sequence)"
+        yield "layers", f"{count} x {spec.kind}{traits}; {backend}; {cache} (bf16, one sequence)"
     farthest, headline = reach(config.specs), window_times_layers(config.specs)
     yield "reach", "unbounded" if farthest is None else f"R = {farthest:,} tokens back, exactly"
     if farthest is not None and headline is not None:
         yield "W x layers", f"{headline:,}, the headline figure"
 
 
-def _traits(spec: LayerSpec) -> str:
-    traits = [f"window {spec.window:,}" if spec.window else "no window"]
-    traits += [f"dilation {spec.dilation}"] if spec.dilation > 1 else []
-    traits += [f"{spec.global_tokens} global tokens"] if spec.global_tokens else []
-    traits += ["sink"] if spec.sink else []
-    traits += [] if spec.rope else ["no rope"]
-    traits += [f"rope theta {spec.rope_theta:,g}"] if spec.rope_theta else []
-    return ", ".join(traits)
-
-
 def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.device) -> Lines:
-    """Memory of one process, precision, and time."""
+    """Memory of one process, precision, and the shortest possible time."""
     set_up_threads(settings.training.num_threads, local_processes=1)
     t, machine = settings.training, measure(device)
     precision = machine.choose(t.precision)
@@ -97,26 +87,19 @@ def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.de
     yield "memory", f"{size(sum(needed.values()))} for one process that holds everything ({listed})"
     rates = f"matmul here fp32 {machine.fp32_flops / 1e9:,.0f}, bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s"
     yield "precision", f"{precision} (training.precision is {t.precision}; {rates})"
-    log, works = Path(settings.run_dir or f"runs/{settings.name}") / "metrics.jsonl", work(settings, ranks=1)
-    lines = log.read_text().splitlines() if log.is_file() else []
-    if logged := [json.loads(line)["tokens_per_second"] for line in lines if '"tokens_per_second"' in line]:
-        source = f"at {logged[-1]:,.0f} tokens/s, the last rate in {log}"
-        seconds = sum(w.tokens for w in works) / logged[-1]
-    else:
-        source = f"if all were bare {precision} matmuls at the rate measured just now; steps are slower"
-        seconds = sum(w.flops(config) for w in works) / machine.rate(precision)
-    yield "time", f"{duration(seconds)} {source}"
+    seconds = sum(w.flops(config) for w in work(settings, ranks=1)) / machine.rate(precision)
+    yield (
+        "time",
+        f"{duration(seconds)} if all were bare {precision} matmuls at the rate measured just now; steps are slower",
+    )
 
 
 def _work_lines(settings: Settings, config: WindreachConfig, ranks: int) -> Lines:
     """Parameters, FLOPs, and the tokens of each objective."""
-    parts, flops = parameters(config), _training_flops(settings, config)
+    parts, flops, seq_len = parameters(config), _training_flops(settings, config), settings.data.seq_len
     yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
     listed = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
-    yield (
-        "FLOPs",
-        f"{sum(flops.values()):,.0f} per token in rows of {settings.data.seq_len:,}, visible keys only ({listed})",
-    )
+    yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {seq_len:,}, visible keys only ({listed})"
     for w in work(settings, ranks):
         step = f"{w.first.tokens:,} tokens per step in rows of {w.first.seq_len:,}"
         if w.first != w.last:
@@ -138,23 +121,19 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
     """The figures that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds."""
     config, works = model_config(settings, vocab_size(settings)), work(settings, ranks)
     processor, precision = _processor(gpu, settings, ranks)
-    setups = [
-        Setup(precision, ranks, sharding, checkpointing, on_cpu=gpu == CPU)
-        for sharding in (("ddp", "fsdp2") if ranks > 1 else ("ddp",))
-        for checkpointing in (False, True)
-    ]
     columns = []
-    for setup in setups:
-        needed = memory(settings, config, setup)
-        total, most = sum(needed.values()), largest_rows(settings, config, setup, processor["memory"])
-        how = {"sharding": setup.sharding, "checkpointing": setup.checkpointing}
-        columns.append(how | needed | {"total": total, "fits": total <= processor["memory"], "largest_rows": most})
+    for sharding in ("ddp", "fsdp2") if ranks > 1 else ("ddp",):
+        for checkpointing in (False, True):
+            setup = Setup(precision, ranks, sharding, checkpointing, on_cpu=gpu == CPU)
+            needed = memory(settings, config, setup)
+            total, most = sum(needed.values()), largest_rows(settings, config, setup, processor["memory"])
+            fit = {"total": total, "fits": total <= processor["memory"], "largest_rows": most}
+            columns.append({"sharding": sharding, "checkpointing": checkpointing} | needed | fit)
     tokens, pace = sum(w.tokens for w in works), []
     for checkpointing, factor in ((False, 1.0), (True, recompute_factor(config, settings.data.seq_len))):
         seconds = factor * sum(w.flops(config) for w in works) / (ranks * processor["flops"] * mfu)
-        rate, hours = tokens / seconds, seconds * ranks / 3600
-        names = ("checkpointing", "tokens_per_second", "seconds", "processor_hours")
-        pace.append(dict(zip(names, (checkpointing, rate, seconds, hours))))
+        rates = {"tokens_per_second": tokens / seconds, "seconds": seconds, "processor_hours": seconds * ranks / 3600}
+        pace.append({"checkpointing": checkpointing} | rates)
     return {
         "name": settings.name,
         "processors": ranks,
@@ -171,7 +150,6 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
         ],
         "memory": columns,
         "pace": pace,
-        "notes": list(_notes(settings, gpu, ranks, any(column["fits"] for column in columns))),
     }
 
 
@@ -188,64 +166,33 @@ def _processor(gpu: str, settings: Settings, ranks: int) -> tuple[dict[str, Any]
     return {"name": CPU, "flops": machine.rate(precision), "memory": share, "source": source}, precision
 
 
-def _notes(settings: Settings, gpu: str, ranks: int, fits: bool) -> Iterator[str]:
-    asked, backend = settings.training.tokens_per_step, settings.model.attention_backend
-    step = work(settings, ranks)[0].first
-    if step.tokens != asked:
-        yield (
-            f"{ranks:,} processors take {step.rows // ranks} row each of {step.seq_len:,} tokens at least: a step has "
-            f"{step.tokens:,} tokens of text, not training.tokens_per_step = {asked:,}; lower data.seq_len, or raise "
-            "tokens_per_step and lower max_steps"
-        )
-    if gpu != CPU and backend in ("reference", "blocked"):
-        yield (
-            f"model.attention_backend is {backend}: on a GPU it keeps its weights for the backward pass; auto takes a "
-            "fused kernel, which does not"
-        )
-    if not fits:
-        yield "nothing fits: take more GPUs, or lower training.micro_batch_tokens or data.seq_len"
-
-
 def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
-    """Prints header, work, a table of memory, a table of time, and notes."""
-    console, processor, ranks = Console(), plan["processor"], plan["processors"]
+    """Prints header, work, a table of memory, and a table of time."""
+    console, processor, ranks, columns = Console(), plan["processor"], plan["processors"], plan["memory"]
     config = model_config(settings, vocab_size(settings))
     console.print(
         f"[bold]{plan['name']} on {ranks:,} x {processor['name']}[/], {plan['precision']} "
         f"({processor['flops'] / 1e12:,.4g} TFLOP/s, {size(processor['memory'])} usable; {processor['source']})"
     )
     console.print(_aligned(_work_lines(settings, config, ranks)))
-    columns = plan["memory"]
-    heads = [f"{c['sharding']}\n{_recomputed(c)}" for c in columns]
+    recomputed = {False: "nothing", True: "layers"}
+    heads = [f"{c['sharding']}\n{recomputed[c['checkpointing']]}" for c in columns]
     parts = [key for key in columns[0] if key not in ("sharding", "checkpointing", "fits", "largest_rows")]
     rows = [[part.replace("_", " "), *(size(c[part]) for c in columns)] for part in parts]
     rows.append(["fits", *("yes" if c["fits"] else "no" for c in columns)])
-    rows.append(
-        ["largest micro-batch", *(f"{c['largest_rows']:,} rows" if c["largest_rows"] else "none" for c in columns)]
-    )
+    largest = (f"{c['largest_rows']:,} rows" if c["largest_rows"] else "none" for c in columns)
+    rows.append(["largest micro-batch", *largest])
     console.print(text_table("Memory of each processor", ["sharding\nrecompute", *heads], rows))
     title = f"Time at an MFU of {plan['mfu']:.0%} without recomputation, and at the same hardware rate with it"
-    heads = ["recompute", "tokens/s", "tokens/s each", "time", "processor hours"]
-    rows = []
+    heads, rows = ["recompute", "tokens/s", "tokens/s each", "time", "processor hours"], []
     for p in plan["pace"]:
         rate, hours = p["tokens_per_second"], p["processor_hours"]
-        numbers = (
-            f"{rate:,.0f}",
-            f"{rate / ranks:,.0f}",
-            duration(p["seconds"]),
-            f"{hours:,.{0 if hours >= 10 else 2}f}",
-        )
-        rows.append([_recomputed(p), *numbers])
+        numbers = [f"{rate:,.0f}", f"{rate / ranks:,.0f}", duration(p["seconds"])]
+        rows.append([recomputed[p["checkpointing"]], *numbers, f"{hours:,.{0 if hours >= 10 else 2}f}"])
     console.print(text_table(title, heads, rows))
-    for note in plan["notes"]:
-        console.print(f"note: {note}")
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
-
-
-def _recomputed(column: dict[str, Any]) -> str:
-    return "layers" if column["checkpointing"] else "nothing"
 
 
 def text_table(title: str, heads: list[str], rows: list[list[str]]) -> Table:

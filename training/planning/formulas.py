@@ -40,7 +40,6 @@ from training.settings.schema import OptimizerSettings, Settings
 CPU_BLOCKS_BELOW = {"fp32": 256, "bf16": 1024}  # tokens of window: a rule of thumb for attention on a CPU
 LEAST_BLOCK = 16  # tokens; shorter windows are computed in blocks of this size
 ANSWERS_PER_ROW = 4  # of a recall row, roughly: so few positions reach the head that the number hardly matters
-MOST_ROWS = 2**40  # in a micro-batch: an upper bound for the search
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,8 @@ def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
 
 def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[str, int]:
     """Bytes on each processor, by part, of a step with the micro-batches of the settings."""
-    objectives, relay_head = work(settings, setup.ranks), relay_parameters(settings, config)
+    objectives, recall = work(settings, setup.ranks), settings.recall
+    relay_head = config.hidden_size * recall.values if any(w.relay for w in objectives) else 0  # it exists in training
     shards = setup.ranks if setup.sharding == "fsdp2" else 1
     share = -(-(count_parameters(config) + relay_head) // shards)
     moments = optimizer_bytes(config, settings.training.optimizer, len(objectives), relay_head)
@@ -143,13 +143,7 @@ def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, avai
     """Rows of the largest text micro-batch that fits into the available bytes; 0 if not even one row fits."""
     needed, text = memory(settings, config, setup), work(settings, setup.ranks)[0]
     left = available - sum(needed.values()) + needed["activations"] + needed["logits_and_scratch"]
-    return bisect_right(range(1, MOST_ROWS), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
-
-
-def relay_parameters(settings: Settings, config: WindreachConfig) -> int:
-    """Parameters of the relay head, which exists in training only."""
-    recall = settings.recall
-    return config.hidden_size * recall.values if recall.enabled and recall.relay_loss_weight else 0
+    return bisect_right(range(1, 2**40), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
 
 
 def optimizer_bytes(config: WindreachConfig, s: OptimizerSettings, objectives: int, relay_head: int = 0) -> int:
