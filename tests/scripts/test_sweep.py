@@ -19,7 +19,7 @@ from training.planning.formulas import work
 from training.settings.consistency import last_distance
 from training.settings.generate import ROOT
 from training.sweeps.grid import Run, checked_settings, load_sweep, runs
-from training.sweeps.jobs import finished_stages, is_finished, note_finished, plan_table, slots, stages, visible_devices
+from training.sweeps.jobs import note_finished, plan_table, slots, stages, stages_left, visible_devices
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
@@ -72,7 +72,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_put_side_by_side(tmp_path: Path) 
     assert (failed["state"], failed["h90"]) == ("failed", None)
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
     assert "| 8 | 0 | 21 |" in text_of(tmp_path / "out" / "sweep.md")
-    assert is_finished(found(asked)[0], load_sweep(Path(asked[0])).evaluate)
+    assert not stages_left(found(asked)[0], load_sweep(Path(asked[0])).evaluate)
 
 
 SMALL = """
@@ -283,21 +283,21 @@ def test_what_was_asked_otherwise_is_done_anew_with_all_that_follows_training(tm
     run.folder.mkdir(parents=True)
     for stage, command in stages(run, sweep.evaluate).items():
         note_finished(run, stage, command)
-    assert is_finished(run, sweep.evaluate)
+    assert not stages_left(run, sweep.evaluate)
     more_items = sweep.evaluate.model_copy(update={"recall": sweep.evaluate.recall.model_copy(update={"n": 5})})
-    assert finished_stages(run, more_items) == {"train", "loss"}
+    assert list(stages_left(run, more_items)) == ["recall"]
     other = runs(sweep, path, tmp_path / "out", ["training.max_steps=9"])[0]
-    assert finished_stages(other, sweep.evaluate) == set()
+    assert list(stages_left(other, sweep.evaluate)) == ["train", "recall", "loss"]
     note_finished(other, "train", stages(other, sweep.evaluate)["train"])
-    assert finished_stages(other, sweep.evaluate) == {"train"}
+    assert list(stages_left(other, sweep.evaluate)) == ["recall", "loss"]
 
 
 def test_jobs_share_the_cores_out_and_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
-    assert [slot.cores for slot in slots(2, [])] == [[0, 1], [2, 3]]
-    assert slots(2, [])[0].environment()["OMP_NUM_THREADS"] == "2"
-    assert all(slot.cores for slot in slots(7, []))
-    assert [slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in slots(3, ["4", "6"])] == ["4", "6", "4"]
+    assert [cores for cores, _ in slots(2, [])] == [[0, 1], [2, 3]]
+    assert [environment["OMP_NUM_THREADS"] for _, environment in slots(2, [])] == ["2", "2"]
+    assert all(cores for cores, _ in slots(7, []))
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in slots(3, ["4", "6"])] == ["4", "6", "4"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
     assert visible_devices() == ["4", "6"]

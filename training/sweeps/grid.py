@@ -36,21 +36,27 @@ class Axis(Strict):
     points: list[Point] = Field(default_factory=list)
 
     def all_points(self) -> list[Point]:
-        return [Point(label=_label(value), set={str(self.key): value}) for value in self.values] + self.points
+        """The points, after those of the values. A value that is neither number nor text has its JSON as label."""
+        named = [v if isinstance(v, Label) and not isinstance(v, bool) else json.dumps(v) for v in self.values]
+        return [Point(label=label, set={str(self.key): v}) for label, v in zip(named, self.values)] + self.points
 
 
-class RecallOptions(Strict):
-    """Options of `python -m eval.recall`; that command describes them."""
+class Options(Strict):
+    """Options of an evaluation's command, which describes them."""
 
+    def arguments(self) -> list[str]:
+        given = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in self if v}
+        return [word for k, text in given.items() for word in (f"--{k.replace('_', '-')}", text)]
+
+
+class RecallOptions(Options):
     n: PositiveInt = 200
     tasks: list[str] = Field(default_factory=list)
     distances: list[PositiveInt | Annotated[str, Field(pattern=rf"^{SHARE}$")]] = Field(default_factory=list)
     max_distance: PositiveInt | None = None
 
 
-class LossOptions(Strict):
-    """Options of `python -m eval.loss`; that command describes them."""
-
+class LossOptions(Options):
     max_tokens: PositiveInt = 200_000
     rows: PositiveInt = 64
     context: PositiveInt | None = None
@@ -61,13 +67,6 @@ class Evaluations(Strict):
 
     recall: RecallOptions | None = None
     loss: LossOptions | None = None
-
-    def commands(self) -> Iterator[tuple[str, list[str]]]:
-        """(name, options) of each evaluation."""
-        for name, options in self:
-            texts = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in options or () if v}
-            if options:
-                yield name, [word for k, text in texts.items() for word in (f"--{k.replace('_', '-')}", text)]
 
 
 class Sweep(Strict):
@@ -162,11 +161,6 @@ def checked_settings(listed: Sequence[Run]) -> dict[str, Settings]:
         parts = [f"{n[0]}{f' and {len(n) - 1} more' if n[1:] else ''}: {text}" for text, n in problems.items()]
         raise UserError("\n".join([f"{len(listed) - len(settings)} of {len(listed)} runs can't start", *parts]))
     return settings
-
-
-def _label(value: Any) -> Label:
-    """The value itself if it is a number or text, else its JSON."""
-    return value if isinstance(value, Label) and not isinstance(value, bool) else json.dumps(value)
 
 
 def _filled(value: Any, labels: dict[str, Label]) -> Any:

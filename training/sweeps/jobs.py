@@ -7,7 +7,6 @@ second signal kills them.
 
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,6 +35,7 @@ from training.settings.schema import Settings
 from training.sweeps.grid import Evaluations, Run, Sweep
 
 ROOT = Path(__file__).resolve().parents[2]
+Slot = tuple[list[int], dict[str, str]]  # the cores and the environment of one process at a time
 DONE, FAILED, INTERRUPTED, WAITING = "done", "failed", "stopped", "waiting"
 
 
@@ -49,25 +49,20 @@ class Outcome:
     code: int = 0
 
 
-class Slot(NamedTuple):
-    """Where one process runs at a time. cores: empty if they can't be pinned; device: for CUDA_VISIBLE_DEVICES."""
-
-    cores: list[int]
-    device: str | None = None
-
-    def environment(self) -> dict[str, str]:
-        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
-        threads = {"OMP_NUM_THREADS": str(len(self.cores))} if self.cores else {}
-        gpu = {"CUDA_VISIBLE_DEVICES": self.device} if self.device is not None else {}
-        return os.environ | {"PYTHONPATH": path} | threads | gpu
-
-
 def slots(jobs: int, devices: Sequence[str]) -> list[Slot]:
-    """`jobs` slots with equal shares of the cores and, where there are GPUs, one GPU each."""
+    """Where `jobs` processes run: equal shares of the cores (empty if they can't be pinned) and, if any, a GPU each."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = max(1, len(cores) // jobs)
-    shares = [cores[i * share : (i + 1) * share] or cores for i in range(jobs)]
-    return [Slot(own, devices[i % len(devices)] if devices else None) for i, own in enumerate(shares)]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+    listed = []
+    for i in range(jobs):
+        own, environment = cores[i * share : (i + 1) * share] or cores, os.environ | {"PYTHONPATH": path}
+        if own:
+            environment["OMP_NUM_THREADS"] = str(len(own))
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+        listed.append((own, environment))
+    return listed
 
 
 def visible_devices() -> list[str]:
@@ -82,17 +77,17 @@ def run_all(
     sweep: Sweep, listed: list[Run], settings: dict[str, Settings], jobs: int | None, console: Console
 ) -> list[Outcome]:
     """Runs what is not finished, `jobs` at a time (default: one, or one per GPU); outcomes of all runs, in order."""
-    outcomes = [Outcome(run, DONE if is_finished(run, sweep.evaluate) else WAITING) for run in listed]
+    outcomes = [Outcome(run, WAITING if stages_left(run, sweep.evaluate) else DONE) for run in listed]
     left = [outcome for outcome in outcomes if outcome.state == WAITING]
     devices = visible_devices()
     places = slots(min(jobs or max(1, len(devices)), max(1, len(left))), devices)
     console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes) - len(left)} done before; {len(places)} at a time")
     _prepare_text([settings[outcome.run.name] for outcome in left])
-    at_work = _Jobs(sweep.evaluate, console, outcomes, places)
+    at_work = _Jobs(sweep.evaluate, console, outcomes)
     before = {number: signal.signal(number, at_work.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with ThreadPoolExecutor(len(places)) as pool:
-            list(pool.map(at_work.run, left))
+            list(pool.map(at_work.work, places))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -109,42 +104,42 @@ def _prepare_text(needed: list[Settings]) -> None:
 
 
 class _Jobs:
-    """The processes at work. Each thread of `run_all` takes a free slot for a run, and reports the run's end."""
+    """The processes at work. One thread per slot takes the next waiting run, and reports the run's end."""
 
-    def __init__(self, evaluate: Evaluations, console: Console, outcomes: list[Outcome], places: list[Slot]):
+    def __init__(self, evaluate: Evaluations, console: Console, outcomes: list[Outcome]):
         self.evaluate, self.console, self.outcomes = evaluate, console, outcomes
+        self.left = iter([outcome for outcome in outcomes if outcome.state == WAITING])
         self.stopping = threading.Event()
         self.children: set[subprocess.Popen[bytes]] = set()
-        self.free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        for place in places:
-            self.free.put(place)
 
-    def run(self, outcome: Outcome) -> None:
+    def work(self, slot: Slot) -> None:
+        """Runs what is left until nothing is left, or a signal came."""
+        cores, environment = slot
+        if cores:
+            os.sched_setaffinity(0, cores)  # of this thread; its processes inherit it
+        for outcome in self.left:
+            if self.stopping.is_set():
+                return
+            self._run(outcome, environment)
+            done = sum(other.state == DONE for other in self.outcomes)
+            where = "" if outcome.state == DONE else f" in {outcome.stage}, exit code {outcome.code}"
+            text = f"[{done}/{len(self.outcomes)}] {outcome.run.name}: {outcome.state}{where}"
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def _run(self, outcome: Outcome, environment: dict[str, str]) -> None:
         """All stages of a run that are not finished."""
-        if self.stopping.is_set():
-            return
-        run, slot = outcome.run, self.free.get()
-        if slot.cores:
-            os.sched_setaffinity(0, slot.cores)  # of this thread; its processes inherit it
+        run = outcome.run
         run.folder.mkdir(parents=True, exist_ok=True)
-        for stage, command in stages(run, self.evaluate).items():
-            if stage in finished_stages(run, self.evaluate):
-                continue
-            outcome.stage, outcome.code = stage, self._call(command, run.folder / f"{stage}.log", slot)
+        for stage, command in stages_left(run, self.evaluate).items():
+            outcome.stage, outcome.code = stage, self._call(command, run.folder / f"{stage}.log", environment)
             if outcome.code:
                 stopped = self.stopping.is_set() or outcome.code == STOPPED
                 outcome.state = INTERRUPTED if stopped else FAILED
-                break
+                return
             note_finished(run, stage, command)
-        else:
-            outcome.state = DONE
-        self.free.put(slot)
-        done = sum(other.state == DONE for other in self.outcomes)
-        where = "" if outcome.state == DONE else f" in {outcome.stage}, exit code {outcome.code}"
-        text = f"[{done}/{len(self.outcomes)}] {run.name}: {outcome.state}{where}"
-        self.console.print(text, markup=False, soft_wrap=True)
+        outcome.state = DONE
 
-    def _call(self, command: list[str], log: Path, slot: Slot) -> int:
+    def _call(self, command: list[str], log: Path, environment: dict[str, str]) -> int:
         """The exit code of a Python command, whose output goes to `log`."""
         if self.stopping.is_set():
             return STOPPED
@@ -154,7 +149,7 @@ class _Jobs:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env=slot.environment(),
+                env=environment,
                 start_new_session=True,  # Ctrl-C does not reach a session of its own
             )
         self.children.add(child)
@@ -218,19 +213,17 @@ def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
 
 def stages(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
     """The command of each stage, without the Python interpreter: training, then the evaluations."""
-    evaluations = {name: ["-m", f"eval.{name}", str(run.folder), *options] for name, options in evaluate.commands()}
-    return {"train": [str(ROOT / "train.py"), str(run.config), *run.overrides]} | evaluations
+    listed = {"train": [str(ROOT / "train.py"), str(run.config), *run.overrides]}
+    for name, options in evaluate:
+        listed |= {name: ["-m", f"eval.{name}", str(run.folder), *options.arguments()]} if options else {}
+    return listed
 
 
-def finished_stages(run: Run, evaluate: Evaluations) -> set[str]:
-    """Stages that the same command finished before. After other training, no evaluation counts as finished."""
-    noted = _noted(run)
-    done = {stage for stage, command in stages(run, evaluate).items() if noted.get(stage) == command}
-    return done if "train" in done else set()
-
-
-def is_finished(run: Run, evaluate: Evaluations) -> bool:
-    return finished_stages(run, evaluate) == set(stages(run, evaluate))
+def stages_left(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
+    """Stages that the same command has not finished before. After other training, every evaluation is left."""
+    every, noted = stages(run, evaluate), _noted(run)
+    left = {stage: command for stage, command in every.items() if noted.get(stage) != command}
+    return every if "train" in left else left
 
 
 def note_finished(run: Run, stage: str, command: list[str]) -> None:
