@@ -101,11 +101,6 @@ def summary(runs: Sequence[Run], horizon: str) -> Summary:
     return {"fit": fit(w, k, h), "scatter": scatter, "left_out": left_out}
 
 
-def reached_the_end(run: Run) -> bool:
-    """Whether the curriculum reached the exact reach."""
-    return (run.get("distance") or 0) >= run["reach"]
-
-
 def answer(one: Summary, horizon: str) -> str:
     """The result in one sentence."""
     law, nearest = one["fit"], min(LAWS, key=one["scatter"].__getitem__)
@@ -113,16 +108,6 @@ def answer(one: Summary, horizon: str) -> str:
         f"{HORIZONS[horizon]} grows as W^{law.window} x k^{law.depth} over {law.n} runs; of W k, W sqrt(k) and W, "
         f"{nearest} is nearest: with one free factor, runs are off by x{one['scatter'][nearest]:.2f}."
     )
-
-
-def law_table(laws: dict[str, Summary]) -> Table:
-    table = Table("horizon, runs", box=box.SIMPLE_HEAD)
-    for name in ("N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)"):
-        table.add_column(name, justify="right")
-    for name, one in laws.items():
-        law, off = one["fit"], (f"x{factor:.2f}" for factor in (one["fit"].scatter, *one["scatter"].values()))
-        table.add_row(name, str(law.n), str(law.window), str(law.depth), *off)
-    return table
 
 
 @styled
@@ -163,7 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: beside the sweep")
     arguments = parser.parse_args()
     runs = read_runs(arguments.sweep)
-    ended = [run for run in runs if reached_the_end(run)]
+    ended = [run for run in runs if (run.get("distance") or 0) >= run["reach"]]
     groups = {"all": runs} | ({"D came to R": ended} if 3 < len(ended) < len(runs) else {})
     laws = {f"{title}, {name}": summary(group, h) for name, group in groups.items() for h, title in HORIZONS.items()}
     answers = [answer(laws[f"{title}, all"], horizon) for horizon, title in HORIZONS.items()]
@@ -171,7 +156,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "law.json").write_text(json.dumps({"answers": answers, "laws": laws}, indent=1, default=asdict))
     save(figure(runs, laws), out / "law.png")
-    Console().print(law_table(laws), *answers, f"Written: {out}/law.json, law.png", sep="\n", soft_wrap=True)
+    table = Table(
+        "horizon, runs", "N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)", box=box.SIMPLE_HEAD
+    )
+    for name, one in laws.items():
+        law, off = one["fit"], (f"x{factor:.2f}" for factor in (one["fit"].scatter, *one["scatter"].values()))
+        table.add_row(name, str(law.n), str(law.window), str(law.depth), *off)
+    Console().print(table, *answers, f"Written: {out}/law.json, law.png", sep="\n", soft_wrap=True)
 
 
 if __name__ == "__main__":

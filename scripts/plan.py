@@ -1,9 +1,9 @@
 """Prints what a run needs on any number of GPUs: memory by part, FLOPs, days. Nothing is trained.
 
     python scripts/plan.py configs/mistral-7b.yaml --gpus 64 --gpu h100
-    python scripts/plan.py configs/small.yaml --gpu cpu training.max_steps=1000 --json plan.json
+    python scripts/plan.py configs/small.yaml --gpu l4 training.max_steps=1000 --json plan.json
 
-Peak rates come from data sheets (training/planning/gpus.py), with `--gpu cpu` from a matmul on this machine.
+Peak rates come from data sheets (training/planning/gpus.py). For this machine: `train.py CONFIG --dry-run`.
 The docstring of training/planning/formulas.py says what is counted and what is assumed.
 Exit codes: 0 done, 2 the input is wrong.
 """
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.command import at_least
 from model.errors import UserError, cli
-from training.planning.gpus import CPU, GPUS
+from training.planning.gpus import GPUS
 
 
 def main() -> None:
@@ -27,10 +27,8 @@ def main() -> None:
     from training.settings.config_file import load_settings
 
     settings = load_settings(arguments.config, arguments.overrides)
-    if arguments.gpu != CPU and settings.training.precision == "fp32":
-        raise UserError(
-            f"training.precision is fp32, but the rates known for {arguments.gpu} are those of bf16; set it to bf16"
-        )
+    if settings.training.precision == "fp32":
+        raise UserError("training.precision is fp32, but the known rates of GPUs are those of bf16; set it to bf16")
     from training.planning.dry_run import cluster_plan, print_plan  # imports torch, which takes seconds
 
     plan = cluster_plan(settings, arguments.gpu, arguments.gpus, arguments.mfu)
@@ -43,9 +41,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.max_steps=1000")
-    parser.add_argument("--gpus", type=at_least(1), default=1, metavar="N", help="processors; default: %(default)s")
-    known = [*GPUS, CPU]
-    parser.add_argument("--gpu", default="h100", choices=known, help="cpu is this machine; default: %(default)s")
+    parser.add_argument("--gpus", type=at_least(1), default=1, metavar="N", help="number of GPUs; default: %(default)s")
+    parser.add_argument("--gpu", default="h100", choices=GPUS, help="default: %(default)s")
     parser.add_argument("--mfu", type=float, default=0.4, help="reached share of the peak; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_intermixed_args(argv)

@@ -4,8 +4,7 @@ Nothing is allocated, downloaded or written. The only measurement is the matmul 
 """
 
 import copy
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from model.config import WindreachConfig
 from model.flops import cache_bytes, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.planning.formulas import Setup, largest_rows, memory, recompute_factor, work
-from training.planning.gpus import CPU, GPUS
+from training.planning.gpus import GPUS
 from training.processes.precision import measure, set_up_threads
 from training.settings.build import model_config
 from training.settings.consistency import last_distance
@@ -114,31 +113,31 @@ def _training_flops(settings: Settings, config: WindreachConfig) -> dict[str, fl
     return {part: 3 * n for part, n in forward_flops(config, settings.data.seq_len).items()}
 
 
-# -- on many processors -----------------------------------------------------------------------------------------------
+# -- on many GPUs -----------------------------------------------------------------------------------------------------
 
 
 def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[str, Any]:
-    """The figures that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds."""
+    """The figures that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds.
+
+    With activation checkpointing the GPUs run at the same hardware rate, but their MFU is lower.
+    """
     config, works = model_config(settings, vocab_size(settings)), work(settings, ranks)
-    processor, precision = _processor(gpu, settings, ranks)
-    columns = []
+    tokens, flops = sum(w.tokens for w in works), sum(w.flops(config) for w in works)
+    usable, columns = USABLE * GPUS[gpu].memory, []
     for sharding in ("ddp", "fsdp2") if ranks > 1 else ("ddp",):
         for checkpointing in (False, True):
-            setup = Setup(precision, ranks, sharding, checkpointing, on_cpu=gpu == CPU)
-            needed = memory(settings, config, setup)
-            total, most = sum(needed.values()), largest_rows(settings, config, setup, processor["memory"])
-            fit = {"total": total, "fits": total <= processor["memory"], "largest_rows": most}
-            columns.append({"sharding": sharding, "checkpointing": checkpointing} | needed | fit)
-    tokens, pace = sum(w.tokens for w in works), []
-    for checkpointing, factor in ((False, 1.0), (True, recompute_factor(config, settings.data.seq_len))):
-        seconds = factor * sum(w.flops(config) for w in works) / (ranks * processor["flops"] * mfu)
-        rates = {"tokens_per_second": tokens / seconds, "seconds": seconds, "processor_hours": seconds * ranks / 3600}
-        pace.append({"checkpointing": checkpointing} | rates)
+            setup = Setup("bf16", ranks, sharding, checkpointing)
+            needed, most = memory(settings, config, setup), largest_rows(settings, config, setup, usable)
+            factor = recompute_factor(config, settings.data.seq_len) if checkpointing else 1.0
+            seconds = factor * flops / (ranks * GPUS[gpu].bf16_flops * mfu)
+            total, way = sum(needed.values()), {"sharding": sharding, "checkpointing": checkpointing}
+            fit = {"total": total, "fits": total <= usable, "largest_rows": most}
+            pace = {"tokens_per_second": tokens / seconds, "seconds": seconds, "gpu_hours": seconds * ranks / 3600}
+            columns.append(way | needed | fit | pace)
     return {
         "name": settings.name,
-        "processors": ranks,
-        "processor": processor,
-        "precision": precision,
+        "gpus": ranks,
+        "gpu": {"name": gpu, "usable": usable} | GPUS[gpu]._asdict(),
         "mfu": mfu,
         "reach": reach(config.specs),
         "window_times_layers": window_times_layers(config.specs),
@@ -148,48 +147,33 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
             {"name": w.name, "steps": w.steps, "tokens": w.tokens, "flops": w.flops(config), "step": vars(w.last)}
             for w in works
         ],
-        "memory": columns,
-        "pace": pace,
+        "columns": columns,
     }
 
 
-def _processor(gpu: str, settings: Settings, ranks: int) -> tuple[dict[str, Any], str]:
-    """Peak FLOP/s and usable bytes of one process with their source, and the precision of training on it."""
-    if gpu != CPU:
-        flops, total, source = GPUS[gpu]
-        return {"name": gpu, "flops": flops, "memory": USABLE * total, "source": source}, "bf16"
-    set_up_threads(settings.training.num_threads, local_processes=ranks)
-    machine = measure(torch.device("cpu"))
-    precision = machine.choose(settings.training.precision)
-    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-    source = f"{precision} matmul measured just now"
-    return {"name": CPU, "flops": machine.rate(precision), "memory": share, "source": source}, precision
-
-
 def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
-    """Prints header, work, a table of memory, and a table of time."""
-    console, processor, ranks, columns = Console(), plan["processor"], plan["processors"], plan["memory"]
-    config = model_config(settings, vocab_size(settings))
+    """Prints header, work, and a table of memory and time with a column for each way to run."""
+    console, gpu, columns = Console(), plan["gpu"], plan["columns"]
     console.print(
-        f"[bold]{plan['name']} on {ranks:,} x {processor['name']}[/], {plan['precision']} "
-        f"({processor['flops'] / 1e12:,.4g} TFLOP/s, {size(processor['memory'])} usable; {processor['source']})"
+        f"[bold]{plan['name']} on {plan['gpus']:,} x {gpu['name']}[/], bf16 ({gpu['bf16_flops'] / 1e12:,.4g} TFLOP/s, "
+        f"{size(gpu['usable'])} usable; {gpu['source']})"
     )
-    console.print(_aligned(_work_lines(settings, config, ranks)))
-    recomputed = {False: "nothing", True: "layers"}
-    heads = [f"{c['sharding']}\n{recomputed[c['checkpointing']]}" for c in columns]
-    parts = [key for key in columns[0] if key not in ("sharding", "checkpointing", "fits", "largest_rows")]
-    rows = [[part.replace("_", " "), *(size(c[part]) for c in columns)] for part in parts]
-    rows.append(["fits", *("yes" if c["fits"] else "no" for c in columns)])
-    largest = (f"{c['largest_rows']:,} rows" if c["largest_rows"] else "none" for c in columns)
-    rows.append(["largest micro-batch", *largest])
-    console.print(text_table("Memory of each processor", ["sharding\nrecompute", *heads], rows))
-    title = f"Time at an MFU of {plan['mfu']:.0%} without recomputation, and at the same hardware rate with it"
-    heads, rows = ["recompute", "tokens/s", "tokens/s each", "time", "processor hours"], []
-    for p in plan["pace"]:
-        rate, hours = p["tokens_per_second"], p["processor_hours"]
-        numbers = [f"{rate:,.0f}", f"{rate / ranks:,.0f}", duration(p["seconds"])]
-        rows.append([recomputed[p["checkpointing"]], *numbers, f"{hours:,.{0 if hours >= 10 else 2}f}"])
-    console.print(text_table(title, heads, rows))
+    console.print(_aligned(_work_lines(settings, model_config(settings, vocab_size(settings)), plan["gpus"])))
+    formats: dict[str, tuple[str, Callable[[Any], str]]] = {  # the other figures are bytes
+        "sharding": ("sharding", str),
+        "checkpointing": ("recompute", lambda on: "layers" if on else "nothing"),
+        "fits": ("fits", lambda fits: "yes" if fits else "no"),
+        "largest_rows": ("largest micro-batch", lambda rows: f"{rows:,} rows" if rows else "none"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+        "seconds": ("time", duration),
+        "gpu_hours": ("GPU hours", "{:,.1f}".format),
+    }
+    rows = []
+    for key in columns[0]:
+        label, text = formats.get(key, (key.replace("_", " "), size))
+        rows.append([label, *(text(column[key]) for column in columns)])
+    title = f"Memory of each GPU, and the time of all at an MFU of {plan['mfu']:.0%} without recomputation"
+    console.print(text_table(title, rows[0], rows[1:]))
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Bytes:
   each processor, FSDP2 a share of them. `exchange_bytes` counts the buffers for communication.
 * `layer_bytes` counts the activations that a layer keeps for its backward pass, and the gradients inside the layer.
   With activation checkpointing a layer keeps only its input, and one layer at a time keeps the rest.
-* `head_bytes` counts the logits. They are never alive together with the gradients inside a layer: the larger counts.
+* `micro_batch_bytes` adds the logits, which are never alive together with the gradients inside a layer.
 
 Assumed:
 
@@ -184,7 +184,11 @@ def micro_batch_bytes(config: WindreachConfig, setup: Setup, w: Work, rows: int)
         activations = sum(layers[spec][0] for spec in config.specs)
         backward = max(scratch for _, scratch in layers.values())
     streams = (depth + 1) * stream if w.relay else 0
-    head = head_bytes(config, rows * seq_len, rows * w.scored(seq_len))
+    e, logits = config.hidden_size, rows * w.scored(seq_len) * config.vocab_size
+    head = 3 * 4 * e * rows * seq_len  # the final norm
+    head += 3 * 4 * min(logits, max(config.vocab_size, LOGITS_AT_ONCE))  # logits, softmax and gradient in float32
+    if logits > LOGITS_AT_ONCE:  # computed in parts, while the gradient of the head is kept
+        head += 4 * config.vocab_size * e
     return activations, max(head + 2 * streams, backward + streams)
 
 
@@ -219,14 +223,3 @@ def score_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, seq_len:
     )
     keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
     return s * keys, 3 * 4 * keys
-
-
-def head_bytes(config: WindreachConfig, tokens: int, scored: int) -> int:
-    """The final norm, and the logits in float32 at most three times: logits, softmax and gradient.
-
-    A long batch computes `LOGITS_AT_ONCE` logits at a time and keeps the gradient of the head meanwhile.
-    """
-    e, v = config.hidden_size, config.vocab_size
-    logits = 3 * 4 * min(scored * v, max(v, LOGITS_AT_ONCE))
-    in_chunks = 4 * v * e if scored * v > LOGITS_AT_ONCE else 0
-    return 3 * 4 * e * tokens + logits + in_chunks

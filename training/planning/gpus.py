@@ -25,4 +25,3 @@ GPUS = {
     "rtx-3090": Gpu(71e12, 24e9, "NVIDIA GA102 white paper"),
     "rtx-4090": Gpu(165.2e12, 24e9, "NVIDIA Ada white paper"),
 }
-CPU = "cpu"  # this machine
