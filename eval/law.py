@@ -101,15 +101,6 @@ def summary(runs: Sequence[Run], horizon: str) -> Summary:
     return {"fit": fit(w, k, h), "scatter": scatter, "left_out": left_out}
 
 
-def answer(one: Summary, horizon: str) -> str:
-    """The result in one sentence."""
-    law, nearest = one["fit"], min(LAWS, key=one["scatter"].__getitem__)
-    return (
-        f"{HORIZONS[horizon]} grows as W^{law.window} x k^{law.depth} over {law.n} runs; of W k, W sqrt(k) and W, "
-        f"{nearest} is nearest: with one free factor, runs are off by x{one['scatter'][nearest]:.2f}."
-    )
-
-
 @styled
 def figure(runs: Sequence[Run], laws: dict[str, Summary]) -> Figure:
     """Each horizon against depth, one colour per window: runs as dots, the fit as a line, the exact reach in grey."""
@@ -151,10 +142,9 @@ def main() -> None:
     ended = [run for run in runs if (run.get("distance") or 0) >= run["reach"]]
     groups = {"all": runs} | ({"D came to R": ended} if 3 < len(ended) < len(runs) else {})
     laws = {f"{title}, {name}": summary(group, h) for name, group in groups.items() for h, title in HORIZONS.items()}
-    answers = [answer(laws[f"{title}, all"], horizon) for horizon, title in HORIZONS.items()]
     out = arguments.out or arguments.sweep.parent
     out.mkdir(parents=True, exist_ok=True)
-    (out / "law.json").write_text(json.dumps({"answers": answers, "laws": laws}, indent=1, default=asdict))
+    (out / "law.json").write_text(json.dumps({"laws": laws}, indent=1, default=asdict))
     save(figure(runs, laws), out / "law.png")
     table = Table(
         "horizon, runs", "N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)", box=box.SIMPLE_HEAD
@@ -162,7 +152,9 @@ def main() -> None:
     for name, one in laws.items():
         law, off = one["fit"], (f"x{factor:.2f}" for factor in (one["fit"].scatter, *one["scatter"].values()))
         table.add_row(name, str(law.n), str(law.window), str(law.depth), *off)
-    Console().print(table, *answers, f"Written: {out}/law.json, law.png", sep="\n", soft_wrap=True)
+    console = Console()
+    console.print(table)
+    console.print(f"Written: {out}/law.json, law.png", soft_wrap=True)
 
 
 if __name__ == "__main__":

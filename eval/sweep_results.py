@@ -1,6 +1,5 @@
 """Shows the runs of a sweep side by side: as JSON, as a table in Markdown and on the terminal, and as a picture."""
 
-import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,13 +8,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
 from eval.plots.canvas import COLORS, GRID, save, styled
+from training.run.checkpoint import write_json, write_text
 
 Row = dict[str, Any]
 METRICS = {
@@ -32,15 +30,14 @@ def write_results(
     name: str, states: Iterable[tuple[dict[str, Any], Path, str]], folder: Path, command: str, console: Console
 ) -> None:
     """Writes sweep.json, sweep.md and sweep.png from (labels, folder, state) of each run, and prints the table."""
-    from training.run.checkpoint import write_json, write_text  # imports torch, which python -m eval.law does not need
-
     rows = [row(*state) for state in states]
     write_json(folder / "sweep.json", {"name": name, "command": command, "runs": rows})
     page, picture = markdown(name, rows, command), figure(rows)
     if picture is not None:
         save(picture, folder / "sweep.png")
-    write_text(folder / "sweep.md", page + ("\n![The metrics against each variable](sweep.png)\n" if picture else ""))
-    console.print(Markdown(page), f"Written: {folder}/sweep.json, sweep.md" + (", sweep.png" if picture else ""))
+    write_text(folder / "sweep.md", page + ("\n![The metrics of all runs](sweep.png)\n" if picture else ""))
+    console.print(Markdown(page))
+    console.print(f"Written: {folder}/sweep.json, sweep.md" + (", sweep.png" if picture else ""), soft_wrap=True)
 
 
 def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
@@ -88,48 +85,38 @@ def markdown(name: str, rows: Sequence[Row], command: str) -> str:
 
 @styled
 def figure(rows: Sequence[Row]) -> Figure | None:
-    """Every metric against every variable: dots are runs, lines are means over seeds. None if no run has a metric."""
+    """Every metric against the first variable, one colour for each combination of the others.
+
+    Dots are runs, lines or dashes are means over seeds. None if no run has a metric.
+    """
     metrics = [m for m in METRICS if any(r[m] is not None for r in rows)]
-    varied = [v for v in rows[0]["labels"] if v != "seed" and len({r["labels"][v] for r in rows}) > 1] or ["seed"]
     if not metrics:
         return None
-    drawn = Figure(figsize=(4.6 * len(varied) + 0.6, 2.5 * len(metrics)), layout="constrained")
-    grid = drawn.subplots(len(metrics), len(varied), squeeze=False, sharex="col")
-    for (i, metric), (j, variable) in itertools.product(enumerate(metrics), enumerate(varied)):
-        _draw(grid[i][j], rows, metric, variable, [v for v in varied if v != variable])
-    for top, bottom, variable in zip(grid[0], grid[-1], varied):
-        bottom.set_xlabel(variable)
-        if len(top.lines) > 1:
-            top.legend(fontsize=7.5)
+    varied = [v for v in rows[0]["labels"] if v != "seed" and len({r["labels"][v] for r in rows}) > 1]
+    variable, *others = varied or ["seed"]
+    values = list(dict.fromkeys(r["labels"][variable] for r in rows))
+    are_words = any(isinstance(v, str) for v in values)  # which are not joined by lines
+    style: dict[str, Any] = {"ls": "none", "marker": "_", "ms": 12} if are_words else {"lw": 1.4}
+    groups: dict[str, list[Row]] = {}
+    for r in rows:
+        groups.setdefault(", ".join(f"{name} {r['labels'][name]}" for name in others), []).append(r)
+    drawn = Figure(figsize=(6, 2.5 * len(metrics)), layout="constrained")
+    for ax, metric in zip(drawn.subplots(len(metrics), squeeze=False, sharex=True)[:, 0], metrics):
+        for color, (label, group) in zip(line_colors(len(groups)), groups.items()):
+            points = [(values.index(r["labels"][variable]), r[metric]) for r in group if r[metric] is not None]
+            means = {x: statistics.fmean(y for at, y in points if at == x) for x in sorted({x for x, _ in points})}
+            ax.plot(list(means), list(means.values()), color=color, label=label, **style)
+            ax.scatter([x for x, _ in points], [y for _, y in points], color=color, s=14, zorder=3)
+        ax.set_title(METRICS[metric], fontsize=9.5)
+        ax.set_ylim(bottom=None if metric == "bits_per_byte" else 0)  # no run comes near zero bits
+        ax.grid(axis="y", color=GRID, lw=0.8)
+    ax.set_xticks(range(len(values)), values)
+    ax.set_xlabel(variable)
+    if others:
+        drawn.axes[0].legend(fontsize=7.5)
     return drawn
 
 
 def line_colors(n: int) -> list[Any]:
     """`n` different colours: those of the house, or equal steps of a colormap where they are too few."""
     return list(COLORS[:n]) if n <= len(COLORS) else list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, n)))
-
-
-def _draw(ax: Axes, rows: Sequence[Row], metric: str, variable: str, others: list[str]) -> None:
-    """One panel: a colour for each combination of the other variables. Words stand side by side and are not joined."""
-    values = list(dict.fromkeys(r["labels"][variable] for r in rows))
-    are_words = any(isinstance(v, str) for v in values)
-    places = {v: i if are_words else v for i, v in enumerate(values)}
-    groups: dict[str, list[Row]] = {}
-    for r in rows:
-        groups.setdefault(", ".join(f"{name} {r['labels'][name]}" for name in others), []).append(r)
-    style: dict[str, Any] = {"ls": "none", "marker": "_", "ms": 12} if are_words else {"lw": 1.4}
-    for color, (label, group) in zip(line_colors(len(groups)), groups.items()):
-        points = [(places[r["labels"][variable]], r[metric]) for r in group if r[metric] is not None]
-        means = {x: statistics.fmean(y for at, y in points if at == x) for x in sorted({x for x, _ in points})}
-        ax.plot(list(means), list(means.values()), color=color, label=label, **style)
-        ax.scatter([x for x, _ in points], [y for _, y in points], color=color, s=14, zorder=3)
-    ax.set_title(METRICS[metric], fontsize=9.5)
-    if metric != "bits_per_byte":  # no run comes near zero bits
-        ax.set_ylim(bottom=0)
-    ax.grid(axis="y", color=GRID, lw=0.8)
-    if are_words:
-        ax.set_xlim(-0.5, len(values) - 0.5)
-    elif min(values) > 0 and max(values) >= 4 * min(values):
-        ax.set_xscale("log", base=2)
-    ax.set_xticks(list(places.values()), list(places), rotation=20 if are_words else 0)
-    ax.xaxis.set_minor_locator(ticker.NullLocator())

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from model.attention import check_backend, plan_attention
 from model.config import WindreachConfig
@@ -160,7 +160,6 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
     )
     console.print(_aligned(_work_lines(settings, model_config(settings, vocab_size(settings)), plan["gpus"])))
     formats: dict[str, tuple[str, Callable[[Any], str]]] = {  # the other figures are bytes
-        "sharding": ("sharding", str),
         "checkpointing": ("recompute", lambda on: "layers" if on else "nothing"),
         "fits": ("fits", lambda fits: "yes" if fits else "no"),
         "largest_rows": ("largest micro-batch", lambda rows: f"{rows:,} rows" if rows else "none"),
@@ -168,25 +167,16 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
         "seconds": ("time", duration),
         "gpu_hours": ("GPU hours", "{:,.1f}".format),
     }
-    rows = []
-    for key in columns[0]:
-        label, text = formats.get(key, (key.replace("_", " "), size))
-        rows.append([label, *(text(column[key]) for column in columns)])
     title = f"Memory of each GPU, and the time of all at an MFU of {plan['mfu']:.0%} without recomputation"
-    console.print(text_table(title, rows[0], rows[1:]))
+    heads = (Column(column["sharding"], justify="right", no_wrap=True) for column in columns)
+    table = Table("sharding", *heads, title=title, title_justify="left", box=SIMPLE_HEAD)
+    for key in [key for key in columns[0] if key != "sharding"]:
+        label, text = formats.get(key, (key.replace("_", " "), size))
+        table.add_row(label, *(text(column[key]) for column in columns))
+    console.print(table)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
-
-
-def text_table(title: str, heads: list[str], rows: list[list[str]]) -> Table:
-    """The first column holds names and may wrap; the others hold numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _aligned(lines: Iterable[tuple[str, str]]) -> str:

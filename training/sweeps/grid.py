@@ -149,17 +149,13 @@ def runs(sweep: Sweep, path: Path, folder: Path, more: Sequence[str] = ()) -> li
 
 
 def checked_settings(listed: Sequence[Run]) -> dict[str, Settings]:
-    """Settings of each run by its name. Raises UserError with the problems of all runs, each problem once."""
-    settings: dict[str, Settings] = {}
-    problems: dict[str, list[str]] = {}
+    """Settings of each run by its name. Raises UserError with all problems of the first run that can't start."""
+    settings = {}
     for run in listed:
         try:
             settings[run.name] = load_settings(run.config, run.overrides)
         except UserError as problem:
-            problems.setdefault(str(problem), []).append(run.name)
-    if problems:
-        parts = [f"{n[0]}{f' and {len(n) - 1} more' if n[1:] else ''}: {text}" for text, n in problems.items()]
-        raise UserError("\n".join([f"{len(listed) - len(settings)} of {len(listed)} runs can't start", *parts]))
+            raise UserError(f"the run {run.name} can't start\n{problem}") from problem
     return settings
 
 

@@ -20,17 +20,17 @@ from types import FrameType
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from model.flops import count_parameters
 from model.windows import reach
-from training.planning.dry_run import text_table, vocab_size
+from training.planning.dry_run import vocab_size
 from training.planning.formulas import work
 from training.processes.signals import STOPPED
 from training.run.checkpoint import write_json
 from training.settings.build import model_config
-from training.settings.consistency import last_distance
 from training.settings.schema import Settings
 from training.sweeps.grid import Evaluations, Run, Sweep
 
@@ -195,17 +195,15 @@ def exit_code(outcomes: list[Outcome], console: Console) -> int:
 
 def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
     """Size, reach, tokens and FLOPs of each run."""
-    rows = []
+    heads = ("parameters", "R", "text tokens", "recall tokens", "FLOPs")
+    table = Table(Column("run", overflow="fold"), *(Column(head, justify="right") for head in heads), box=SIMPLE_HEAD)
     for run in listed:
         s = settings[run.name]
         config, works = model_config(s, vocab_size(s)), work(s, 1)
-        farthest, tokens = reach(config.specs), {w.name: f"{w.tokens:,.0f}" for w in works}
-        last = f"{last_distance(s):,}" if s.recall.enabled else "–"
-        flops = f"{sum(w.flops(config) for w in works):.2e}"
-        sizes = [f"{count_parameters(config):,}", f"{farthest:,}" if farthest else "unbounded", last]
-        rows.append([run.name, *sizes, tokens["text"], tokens.get("recall", "–"), flops])
-    heads = ["run", "parameters", "R", "last D", "text", "recall", "FLOPs"]
-    return text_table("Runs; text and recall in tokens", heads, rows)
+        tokens, flops = {w.name: w.tokens for w in works}, sum(w.flops(config) for w in works)
+        both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
+        table.add_row(run.name, f"{count_parameters(config):,}", str(reach(config.specs)), *both, f"{flops:.2e}")
+    return table
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
