@@ -1,14 +1,7 @@
 """Formulas for what a run costs: bytes on each processor, FLOPs and time. Nothing is run and nothing is allocated.
 
 FLOPs are those of `model.flops`: the keys that a query sees, forward and backward, without recomputation.
-
-Bytes:
-
-* Weights take 4 bytes, gradients 4 bytes per objective, moments what `optimizer_bytes` says. DDP holds all of them on
-  each processor, FSDP2 a share of them. `exchange_bytes` counts the buffers for communication.
-* `layer_bytes` counts the activations that a layer keeps for its backward pass, and the gradients inside the layer.
-  With activation checkpointing a layer keeps only its input, and one layer at a time keeps the rest.
-* `micro_batch_bytes` adds the logits, which are never alive together with the gradients inside a layer.
+Weights take 4 bytes, gradients 4 bytes per objective. DDP holds all of them on each processor, FSDP2 a share of them.
 
 Assumed:
 
@@ -16,10 +9,10 @@ Assumed:
 * Attention on a GPU is a fused kernel, which keeps queries, keys, values and output. On a CPU, and on a GPU with
   `model.attention_backend: blocked`, short windows are computed in blocks, which also keep their attention weights.
 * `torch.compile` saves nothing, and a kernel needs no scratch memory.
-* MFU is FLOPs over the peak, communication included: state a lower MFU for a slow network. Activation checkpointing
-  runs the layers forward once more, so the same rate of the hardware trains fewer tokens per second.
-
-`tests/training/planning/test_memory.py` compares the bytes with real steps of small models on a CPU.
+* With activation checkpointing a layer keeps only its input, and one layer at a time keeps the rest.
+* The logits are never alive together with the gradients inside a layer.
+* MFU is FLOPs over the peak, communication included. Activation checkpointing runs the layers forward once more, so
+  the same rate of the hardware trains fewer tokens per second.
 
 Legend: E hidden size, I intermediate size, H heads, G key/value heads, D head size, V vocabulary.
 """
@@ -196,7 +189,12 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
     """(what a layer keeps for its backward pass, what the backward pass needs besides)."""
     e, i, d, s = config.hidden_size, config.intermediate_size, config.head_dim, setup.product_bytes
     h, g = config.num_attention_heads, config.num_key_value_heads
-    kept_scores, scratch_scores = score_bytes(config, setup, spec, seq_len)
+    small = spec.window is not None and spec.window < CPU_BLOCKS_BELOW[setup.precision]
+    in_blocks = small if setup.on_cpu else spec.window is not None and config.attention_backend == "blocked"
+    keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
+    kept_scores, scratch_scores = s * keys, 3 * 4 * keys  # of one query in one head; fused kernels keep none
+    if config.attention_backend == "reference":  # autograd keeps each step of a float32 softmax over the whole row
+        kept_scores, scratch_scores = (3 * 4 + s) * seq_len, 2 * 4 * seq_len
     kept_per_token = (
         2 * e * setup.stream_bytes  # inputs of the two norms
         + 2 * e * 4  # the same, normalised in float32
@@ -211,15 +209,3 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
     copies = s * e * ((2 * h + 2 * g) * d + 3 * i) if autocast else 0
     largest_gradient = 2 * e * i * setup.stream_bytes
     return rows * seq_len * kept_per_token + copies, rows * seq_len * scratch_per_token + largest_gradient
-
-
-def score_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, seq_len: int) -> tuple[int, int]:
-    """(kept, needed besides in the backward pass) for the scores of one query in one head. Fused kernels keep none."""
-    s, backend = setup.product_bytes, config.attention_backend
-    if backend == "reference":  # autograd keeps each step of a float32 softmax over the whole row
-        return (3 * 4 + s) * seq_len, 2 * 4 * seq_len
-    in_blocks = spec.window is not None and (
-        spec.window < CPU_BLOCKS_BELOW[setup.precision] if setup.on_cpu else backend == "blocked"
-    )
-    keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
-    return s * keys, 3 * 4 * keys

@@ -78,8 +78,7 @@ def run_all(
 ) -> list[Outcome]:
     """Runs what is not finished, `jobs` at a time (default: one, or one per GPU); outcomes of all runs, in order."""
     outcomes = [Outcome(run, WAITING if stages_left(run, sweep.evaluate) else DONE) for run in listed]
-    left = [outcome for outcome in outcomes if outcome.state == WAITING]
-    devices = visible_devices()
+    left, devices = [outcome for outcome in outcomes if outcome.state == WAITING], visible_devices()
     places = slots(min(jobs or max(1, len(devices)), max(1, len(left))), devices)
     console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes) - len(left)} done before; {len(places)} at a time")
     _prepare_text([settings[outcome.run.name] for outcome in left])
@@ -202,7 +201,9 @@ def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
         config, works = model_config(s, vocab_size(s)), work(s, 1)
         tokens, flops = {w.name: w.tokens for w in works}, sum(w.flops(config) for w in works)
         both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
-        table.add_row(run.name, f"{count_parameters(config):,}", str(reach(config.specs)), *both, f"{flops:.2e}")
+        farthest = reach(config.specs)
+        sizes = f"{count_parameters(config):,}", "unbounded" if farthest is None else f"{farthest:,}"
+        table.add_row(run.name, *sizes, *both, f"{flops:.2e}")
     return table
 
 
