@@ -172,21 +172,22 @@ def micro_batch_bytes(config: WindreachConfig, setup: Setup, w: Work, rows: int)
     stream = rows * seq_len * config.hidden_size * setup.stream_bytes
     layers = {spec: layer_bytes(config, setup, spec, rows, seq_len) for spec in set(config.specs)}
     if setup.checkpointing:
-        activations, backward = depth * stream, max(kept + scratch for kept, scratch in layers.values())
+        activations = depth * stream
+        backward, forward = max(map(sum, layers.values())), sum(layers[spec][2] for spec in config.specs)
     else:
-        activations = sum(layers[spec][0] for spec in config.specs)
-        backward = max(scratch for _, scratch in layers.values())
+        activations = sum(layers[spec][0] + layers[spec][2] for spec in config.specs)
+        backward, forward = max(scratch for _, scratch, _ in layers.values()), 0
     streams = (depth + 1) * stream if w.relay else 0
     e, logits = config.hidden_size, rows * w.scored(seq_len) * config.vocab_size
     head = 3 * 4 * e * rows * seq_len  # the final norm
     head += 3 * 4 * min(logits, max(config.vocab_size, LOGITS_AT_ONCE))  # logits, softmax and gradient in float32
     if logits > LOGITS_AT_ONCE:  # computed in parts, while the gradient of the head is kept
         head += 4 * config.vocab_size * e
-    return activations, max(head + 2 * streams, backward + streams)
+    return activations, max(forward + head + 2 * streams, backward + streams)
 
 
-def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: int, seq_len: int) -> tuple[int, int]:
-    """(what a layer keeps for its backward pass, what the backward pass needs besides)."""
+def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: int, seq_len: int) -> tuple[int, ...]:
+    """What a layer keeps for its backward pass, what that pass needs besides, and the copies that autocast makes."""
     e, i, d, s = config.hidden_size, config.intermediate_size, config.head_dim, setup.product_bytes
     h, g = config.num_attention_heads, config.num_key_value_heads
     small = spec.window is not None and spec.window < CPU_BLOCKS_BELOW[setup.precision]
@@ -205,7 +206,8 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
         + 4 * i * s  # gate, up, silu(gate), and its product with up
     )
     scratch_per_token = h * scratch_scores + 2 * i * s  # gradients of the scores, and of gate and up
-    autocast = s < setup.stream_bytes  # casts every matrix, and keeps the copy
+    autocast = s < setup.stream_bytes  # casts every matrix, and keeps the copies until the forward pass ends
     copies = s * e * ((2 * h + 2 * g) * d + 3 * i) if autocast else 0
-    largest_gradient = 2 * e * i * setup.stream_bytes
-    return rows * seq_len * kept_per_token + copies, rows * seq_len * scratch_per_token + largest_gradient
+    # The gradient of the last matrix, or that of gate and up, when what they kept is freed.
+    gradient = max(e * i * setup.stream_bytes, 2 * e * i * setup.stream_bytes - rows * seq_len * 4 * i * s)
+    return rows * seq_len * kept_per_token, rows * seq_len * scratch_per_token + gradient, copies
