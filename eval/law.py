@@ -16,15 +16,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
+from eval.plots.canvas import GREY, GRID, save, styled
+from eval.sweep_results import line_colors
 from model.errors import UserError, cli
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
 
 Run = dict[str, Any]
 Summary = dict[str, Any]
@@ -55,7 +58,7 @@ class Law:
     n: int
 
 
-def fit(windows: Sequence[float], layers: Sequence[float], horizons: Sequence[float]) -> Law:
+def fit(windows: ArrayLike, layers: ArrayLike, horizons: ArrayLike) -> Law:
     """The power law nearest to N runs in logarithms. All arguments are (N,): tokens, layers, tokens.
 
     Raises UserError if the runs don't determine it: fewer than four runs, only one window, or only one depth.
@@ -66,8 +69,8 @@ def fit(windows: Sequence[float], layers: Sequence[float], horizons: Sequence[fl
     """
     from scipy.stats import t as student
 
-    x = np.column_stack((np.ones(len(windows)), np.log(windows), np.log(layers)))
     y = np.log(np.asarray(horizons, dtype=np.float64))
+    x = np.column_stack((np.ones(len(y)), np.log(windows), np.log(layers)))
     n, free = x.shape
     if n <= free or np.linalg.matrix_rank(x) < free:
         raise UserError(
@@ -82,90 +85,43 @@ def fit(windows: Sequence[float], layers: Sequence[float], horizons: Sequence[fl
     return Law(float(np.exp(values[0])), window, depth, _factor(errors), n)
 
 
-def scatter(horizons: Sequence[float], predicted: Sequence[float]) -> float:
-    """The factor by which runs are off a law with one free factor, root mean square; 1 is exact.
-
-    >>> round(scatter([10, 20], [1, 2]), 2), round(scatter([10, 20], [1, 1]), 2)
-    (1.0, 1.41)
-    """
-    errors = np.log(np.asarray(horizons, dtype=np.float64)) - np.log(np.asarray(predicted, dtype=np.float64))
-    return _factor(errors - errors.mean())
-
-
 def _factor(errors: np.ndarray) -> float:
+    """The root mean square of errors (N,) in logarithms, as a factor; 1 is exact."""
     return float(np.exp(np.sqrt(np.mean(errors**2))))
 
 
 def summary(runs: Sequence[Run], horizon: str) -> Summary:
     """The fit, the scatter around each law of comparison, and the runs left out because they have no horizon."""
     seen = [run for run in runs if run.get(horizon)]
-    windows, layers, horizons = ([run[key] for run in seen] for key in ("window", "layers", horizon))
-    off = {name: scatter(horizons, [w**a * k**b for w, k in zip(windows, layers)]) for name, (a, b) in LAWS.items()}
-    off["k (W - 1)"] = scatter(horizons, [run["reach"] for run in seen])
+    w, k, reach, h = (np.array([run[key] for run in seen], float) for key in ("window", "layers", "reach", horizon))
+    predicted = {name: w**a * k**b for name, (a, b) in LAWS.items()} | {"k (W - 1)": reach}
+    errors = {name: np.log(h) - np.log(guess) for name, guess in predicted.items()}
     left_out = [run["run"] for run in runs if not run.get(horizon)]
-    return {"fit": fit(windows, layers, horizons), "scatter": off, "left_out": left_out}
+    scatter = {name: _factor(e - e.mean()) for name, e in errors.items()}
+    return {"fit": fit(w, k, h), "scatter": scatter, "left_out": left_out}
 
 
-def reached_the_end(run: Run) -> bool:
-    """Whether the curriculum reached the exact reach."""
-    return (run.get("distance") or 0) >= run["reach"]
-
-
-def answer(one: Summary, horizon: str) -> str:
-    """The result in one sentence."""
-    law, nearest = one["fit"], min(LAWS, key=one["scatter"].__getitem__)
-    return (
-        f"{HORIZONS[horizon]} grows as W^{law.window} x k^{law.depth} over {law.n} runs; of W k, W sqrt(k) and W, "
-        f"{nearest} is nearest: with one free factor, runs are off by x{one['scatter'][nearest]:.2f}."
-    )
-
-
-def law_table(laws: dict[str, Summary]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("horizon, runs", "N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)"):
-        table.add_column(name, justify="left" if name == "horizon, runs" else "right")
-    for name, one in laws.items():
-        law, off = one["fit"], (f"x{factor:.2f}" for factor in (one["fit"].scatter, *one["scatter"].values()))
-        table.add_row(name, str(law.n), str(law.window), str(law.depth), *off)
-    return table
-
-
-def figure(runs: Sequence[Run], laws: dict[str, Summary]) -> "Figure":
-    """Each horizon against depth, one colour per window: the fit as a line, the exact reach in grey.
-
-    Hollow marks are runs whose curriculum did not reach its end.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from eval.plots.canvas import GREY, GRID, STYLE
-    from eval.sweep_results import line_colors
-
+@styled
+def figure(runs: Sequence[Run], laws: dict[str, Summary]) -> Figure:
+    """Each horizon against depth, one colour per window: runs as dots, the fit as a line, the exact reach in grey."""
     windows = sorted({run["window"] for run in runs})
     depths = np.array(sorted({run["layers"] for run in runs}), dtype=np.float64)
-    with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(5.2 * len(HORIZONS), 4.4), layout="constrained")
-        for ax, (horizon, title) in zip(drawn.subplots(1, len(HORIZONS)), HORIZONS.items()):
-            law = laws[f"{title}, all"]["fit"]
-            for color, window in zip(line_colors(len(windows)), windows):
-                ax.plot(depths, depths * (window - 1), color=GREY, lw=1, ls=":")
-                line = law.factor * window**law.window.value * depths**law.depth.value
-                ax.plot(depths, line, color=color, lw=1.4, label=f"W = {window}")
-                group = [run for run in runs if run["window"] == window and run.get(horizon)]
-                faces = [color if reached_the_end(run) else "white" for run in group]
-                at = ([run[key] for run in group] for key in ("layers", horizon))
-                ax.scatter(*at, s=26, color=faces, edgecolors=color, zorder=3)
-            ax.loglog(base=2)
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.set_xlabel("layers k")
-            ax.set_title(f"{title}, tokens; dotted: reach k(W - 1); hollow: D did not reach it", fontsize=9.5)
-            ax.grid(color=GRID, lw=0.8)
-            ax.legend(fontsize=8)
-        return drawn
+    drawn = Figure(figsize=(5.2 * len(HORIZONS), 4.4), layout="constrained")
+    for ax, (horizon, title) in zip(drawn.subplots(1, len(HORIZONS)), HORIZONS.items()):
+        law = laws[f"{title}, all"]["fit"]
+        for color, window in zip(line_colors(len(windows)), windows):
+            ax.plot(depths, depths * (window - 1), color=GREY, lw=1, ls=":")
+            line = law.factor * window**law.window.value * depths**law.depth.value
+            ax.plot(depths, line, color=color, lw=1.4, label=f"W = {window}")
+            group = [run for run in runs if run["window"] == window and run.get(horizon)]
+            ax.scatter([r["layers"] for r in group], [r[horizon] for r in group], s=26, color=color, zorder=3)
+        ax.loglog(base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set(xlabel="layers k", title=f"{title}, tokens; dotted: reach k(W - 1)")
+        ax.grid(color=GRID, lw=0.8)
+        ax.legend(fontsize=8)
+    return drawn
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -183,20 +139,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: beside the sweep")
     arguments = parser.parse_args()
     runs = read_runs(arguments.sweep)
-    ended = [run for run in runs if reached_the_end(run)]
+    ended = [run for run in runs if (run.get("distance") or 0) >= run["reach"]]
     groups = {"all": runs} | ({"D came to R": ended} if 3 < len(ended) < len(runs) else {})
     laws = {f"{title}, {name}": summary(group, h) for name, group in groups.items() for h, title in HORIZONS.items()}
-    answers = [answer(laws[f"{title}, all"], horizon) for horizon, title in HORIZONS.items()]
     out = arguments.out or arguments.sweep.parent
     out.mkdir(parents=True, exist_ok=True)
-    (out / "law.json").write_text(json.dumps({"answers": answers, "laws": laws}, indent=1, default=asdict))
-    from rich.console import Console
-
-    from eval.plots.canvas import save
-
+    (out / "law.json").write_text(json.dumps({"laws": laws}, indent=1, default=asdict))
     save(figure(runs, laws), out / "law.png")
-    Console().print(law_table(laws))
-    Console().print(*answers, f"Written: {out}/law.json, law.png", sep="\n", soft_wrap=True)
+    table = Table(
+        "horizon, runs", "N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)", box=box.SIMPLE_HEAD
+    )
+    for name, one in laws.items():
+        law, off = one["fit"], (f"x{factor:.2f}" for factor in (one["fit"].scatter, *one["scatter"].values()))
+        table.add_row(name, str(law.n), str(law.window), str(law.depth), *off)
+    console = Console()
+    console.print(table)
+    console.print(f"Written: {out}/law.json, law.png", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Shows the runs of a sweep side by side: as JSON, as a table in Markdown and on the terminal, and as a picture."""
 
-import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,14 +8,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
-from eval.plots.canvas import COLORS, GRID, STYLE, save
+from eval.plots.canvas import COLORS, GRID, save, styled
+from training.run.checkpoint import write_json, write_text
 
 Row = dict[str, Any]
 METRICS = {
@@ -33,23 +30,21 @@ def write_results(
     name: str, states: Iterable[tuple[dict[str, Any], Path, str]], folder: Path, command: str, console: Console
 ) -> None:
     """Writes sweep.json, sweep.md and sweep.png from (labels, folder, state) of each run, and prints the table."""
-    from training.run.checkpoint import write_json, write_text  # imports torch, which python -m eval.law does not need
-
     rows = [row(*state) for state in states]
     write_json(folder / "sweep.json", {"name": name, "command": command, "runs": rows})
-    write_text(folder / "sweep.md", markdown(name, rows, command))
-    picture = figure(rows)
+    page, picture = markdown(name, rows, command), figure(rows)
     if picture is not None:
         save(picture, folder / "sweep.png")
-    console.print(table(rows), f"Written: {folder}/sweep.json, sweep.md" + (", sweep.png" if picture else ""), sep="\n")
+    write_text(folder / "sweep.md", page + ("\n![The metrics of all runs](sweep.png)\n" if picture else ""))
+    console.print(Markdown(page))
+    console.print(f"Written: {folder}/sweep.json, sweep.md" + (", sweep.png" if picture else ""), soft_wrap=True)
 
 
 def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
     """Labels, state and results of a run; None for what it has not got. `further` are tasks beside the first one."""
-    recall, loss = _read(folder / "recall.json"), _read(folder / "loss.json")
+    recall, loss = (json.loads(text) if (text := _text(folder / f"{name}.json")) else {} for name in ("recall", "loss"))
     task, *further = recall["tasks"].values() if recall else [{}]
-    log = folder / "metrics.jsonl"
-    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    events = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
     logged = [event for event in events if event.get("kind") == "train"]
     last = logged[-1] if logged else {}
     rates = [event["tokens_per_second"] for event in logged[1:] or logged]  # the first one includes compilation
@@ -62,110 +57,66 @@ def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
         "further": {other["task"]: {k: other.get(k) for k in ("h90", "h50")} for other in further},
         "bits_per_byte": loss.get("bits_per_byte"),
         "steps": last.get("step"),
-        "tokens": last.get("tokens"),
-        "distance": last.get("distance"),
+        **{k: last.get(k) for k in ("tokens", "distance")},
         "tokens_per_second": statistics.median(rates) if rates else None,
     }
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """(headings, the cells of each row). Tasks beside the first one have a column each."""
+def markdown(name: str, rows: Sequence[Row], command: str) -> str:
+    """A page with a table of all runs. Tasks beside the first one have a column each."""
     tasks = dict.fromkeys(task for r in rows for task in r["further"])
     columns = {"reach": ("R", ","), "h90": ("H90", ","), "h50": ("H50", ",.0f"), "u90": ("U90", ".2f")}
     columns |= {task: (f"H50 {task}", ",.0f") for task in tasks}
     columns |= {"bits_per_byte": ("bits per byte", ".3f"), "tokens": ("tokens", ",")}
     columns |= {"tokens_per_second": ("tokens/s", ",.0f"), "cache_bytes": ("cache bytes", ",")}
-
-    def cell(r: Row, key: str, number: str) -> str:
-        value = r["further"].get(key, {}).get("h50") if key in tasks else r[key]
-        return "–" if value is None else format(value, number)
-
     heads = [*rows[0]["labels"], *(head for head, _ in columns.values()), "state"]
-    return heads, [
-        [*map(str, r["labels"].values()), *(cell(r, key, number) for key, (_, number) in columns.items()), r["state"]]
-        for r in rows
-    ]
+    lines = [heads, ["---:"] * len(heads)]
+    for r in rows:
+        values = r | {task: r["further"].get(task, {}).get("h50") for task in tasks}
+        cells = ("–" if values[key] is None else format(values[key], number) for key, (_, number) in columns.items())
+        lines.append([*map(str, r["labels"].values()), *cells, r["state"]])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"# {name}\n\nMade by `{command}`. {NOTE}\n\n{table}\n"
 
 
-def table(rows: Sequence[Row]) -> Table:
-    shown, (heads, cells) = Table(box=box.SIMPLE_HEAD), _cells(rows)
-    for name in heads:
-        shown.add_column(name, justify="right")
-    for line in cells:
-        shown.add_row(*line, style=None if line[-1] == "done" else "dim")
-    return shown
-
-
-def markdown(name: str, rows: Sequence[Row], command: str) -> str:
-    heads, cells = _cells(rows)
-    lines = ["| " + " | ".join(line) + " |" for line in (heads, *cells)]
-    lines.insert(1, "|" + "---|" * len(heads))
-    picture = "![The metrics against each variable](sweep.png)"
-    return "\n".join([f"# {name}", "", f"Made by `{command}`. {NOTE}", "", *lines, "", picture, ""])
-
-
-# -- picture ----------------------------------------------------------------------------------------------------------
-
-
+@styled
 def figure(rows: Sequence[Row]) -> Figure | None:
-    """Every metric against every variable: dots are runs, lines or dashes are means over seeds. None: no figures."""
+    """Every metric against the first variable, one colour for each combination of the others.
+
+    Dots are runs, lines or dashes are means over seeds. None if no run has a metric.
+    """
     metrics = [m for m in METRICS if any(r[m] is not None for r in rows)]
-    variables = [v for v in rows[0]["labels"] if v != "seed" and len(_values(rows, v)) > 1] or ["seed"]
     if not metrics:
         return None
-    with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(4.6 * len(variables) + 0.6, 2.5 * len(metrics)), layout="constrained")
-        grid = drawn.subplots(len(metrics), len(variables), squeeze=False, sharex="col")
-        for (i, metric), (j, variable) in itertools.product(enumerate(metrics), enumerate(variables)):
-            _draw(grid[i][j], rows, metric, variable, [v for v in variables if v != variable])
-        for top, bottom, variable in zip(grid[0], grid[-1], variables):
-            bottom.set_xlabel(variable)
-            if len(top.lines) > 1:
-                top.legend(fontsize=7.5)
-        return drawn
+    varied = [v for v in rows[0]["labels"] if v != "seed" and len({r["labels"][v] for r in rows}) > 1]
+    variable, *others = varied or ["seed"]
+    values = list(dict.fromkeys(r["labels"][variable] for r in rows))
+    are_words = any(isinstance(v, str) for v in values)  # which are not joined by lines
+    style: dict[str, Any] = {"ls": "none", "marker": "_", "ms": 12} if are_words else {"lw": 1.4}
+    groups: dict[str, list[Row]] = {}
+    for r in rows:
+        groups.setdefault(", ".join(f"{name} {r['labels'][name]}" for name in others), []).append(r)
+    drawn = Figure(figsize=(6, 2.5 * len(metrics)), layout="constrained")
+    for ax, metric in zip(drawn.subplots(len(metrics), squeeze=False, sharex=True)[:, 0], metrics):
+        for color, (label, group) in zip(line_colors(len(groups)), groups.items()):
+            points = [(values.index(r["labels"][variable]), r[metric]) for r in group if r[metric] is not None]
+            means = {x: statistics.fmean(y for at, y in points if at == x) for x in sorted({x for x, _ in points})}
+            ax.plot(list(means), list(means.values()), color=color, label=label, **style)
+            ax.scatter([x for x, _ in points], [y for _, y in points], color=color, s=14, zorder=3)
+        ax.set_title(METRICS[metric], fontsize=9.5)
+        ax.set_ylim(bottom=None if metric == "bits_per_byte" else 0)  # no run comes near zero bits
+        ax.grid(axis="y", color=GRID, lw=0.8)
+    ax.set_xticks(range(len(values)), values)
+    ax.set_xlabel(variable)
+    if others:
+        drawn.axes[0].legend(fontsize=7.5)
+    return drawn
 
 
 def line_colors(n: int) -> list[Any]:
     """`n` different colours: those of the house, or equal steps of a colormap where they are too few."""
     return list(COLORS[:n]) if n <= len(COLORS) else list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, n)))
-
-
-def _values(rows: Iterable[Row], variable: str) -> list[Any]:
-    return list(dict.fromkeys(r["labels"].get(variable) for r in rows))
-
-
-def _draw(ax: Axes, rows: Sequence[Row], metric: str, variable: str, others: list[str]) -> None:
-    """One panel: a colour for each combination of the other variables. Words stand side by side and are not joined."""
-    values = _values(rows, variable)
-    are_words = not all(isinstance(v, int | float) for v in values)
-    places = {v: i if are_words else v for i, v in enumerate(values)}
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for r in rows:
-        groups.setdefault(tuple(r["labels"].get(v) for v in others), []).append(r)
-    style: dict[str, Any] = {"ls": "none", "marker": "_", "ms": 12} if are_words else {"lw": 1.4}
-    for i, (color, (key, group)) in enumerate(zip(line_colors(len(groups)), groups.items())):
-        aside = 0.6 * ((i + 0.5) / len(groups) - 0.5) if are_words else 0
-        points = [(places[r["labels"].get(variable)] + aside, r[metric]) for r in group if r[metric] is not None]
-        means = [(x, statistics.fmean(y for at, y in points if at == x)) for x in sorted({x for x, _ in points})]
-        label = ", ".join(f"{name} {value}" for name, value in zip(others, key))
-        ax.plot([x for x, _ in means], [y for _, y in means], color=color, label=label, **style)
-        ax.scatter([x for x, _ in points], [y for _, y in points], color=color, s=14, zorder=3)
-    ax.set_title(METRICS[metric], fontsize=9.5)
-    if metric != "bits_per_byte":  # no run comes near zero bits
-        ax.set_ylim(0, 1.08 * max(r[metric] for r in rows if r[metric] is not None) or 1)
-    ax.grid(axis="y", color=GRID, lw=0.8)
-    if are_words:
-        ax.set_xticks(range(len(values)), [str(v) for v in values], rotation=20)
-        ax.set_xlim(-0.5, len(values) - 0.5)
-        return
-    if min(values) > 0 and max(values) >= 4 * min(values):
-        ax.set_xscale("log", base=2)
-    ax.set_xticks(values, [f"{v:g}" for v in values])
-    ax.xaxis.set_minor_locator(ticker.NullLocator())

@@ -5,7 +5,7 @@
     python scripts/sweep.py configs/sweeps/smoke.yaml training.max_steps=20
 
 Run it again at any time: it skips what is finished, and stopped runs continue from their checkpoint. The runs at work
-share the cores evenly, or take a GPU each. The docstring of training/sweeps/grid.py describes the file.
+share the cores evenly, or take a GPU each. docs/sweep.md describes the file.
 Results: sweep.json, sweep.md and sweep.png in runs/sweeps/NAME, beside the folders of the runs.
 
 Exit codes: 0 all done; 1 a run failed (the others continued); 2 the input is wrong; 75 stopped by a signal (run it
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.command import at_least
 from model.errors import UserError, cli
 
 
@@ -56,12 +57,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="a file of configs/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
     parser.add_argument("--dry-run", action="store_true", help="check and list all runs, start none")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; default: one, or one per GPU")
+    parser.add_argument("--jobs", type=at_least(1), metavar="N", help="runs at a time; default: one, or one per GPU")
     parser.add_argument("--out", metavar="DIR", help="folder of the results; default: runs/sweeps/NAME")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UserError(f"--jobs {arguments.jobs}: give at least 1")
-    return arguments
+    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

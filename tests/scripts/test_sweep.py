@@ -19,7 +19,7 @@ from training.planning.formulas import work
 from training.settings.consistency import last_distance
 from training.settings.generate import ROOT
 from training.sweeps.grid import Run, checked_settings, load_sweep, runs
-from training.sweeps.jobs import finished_stages, is_finished, note_finished, plan_table, slots, stages, visible_devices
+from training.sweeps.jobs import note_finished, plan_table, slots, stages, stages_left, visible_devices
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
@@ -72,7 +72,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_put_side_by_side(tmp_path: Path) 
     assert (failed["state"], failed["h90"]) == ("failed", None)
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
     assert "| 8 | 0 | 21 |" in text_of(tmp_path / "out" / "sweep.md")
-    assert is_finished(found(asked)[0], load_sweep(Path(asked[0])).evaluate)
+    assert not stages_left(found(asked)[0], load_sweep(Path(asked[0])).evaluate)
 
 
 SMALL = """
@@ -108,7 +108,7 @@ def listed(folder: Path, text: str) -> list[Run]:
     return runs(load_sweep(path), path, Path("out"))
 
 
-def test_runs_are_all_combinations_then_the_extra_ones_each_once_a_seed(tmp_path: Path) -> None:
+def test_runs_are_all_combinations_each_once_a_seed(tmp_path: Path) -> None:
     text = """
 grid:
   - {axis: layers, key: model.num_hidden_layers, values: [2, 4]}
@@ -116,21 +116,19 @@ grid:
     points:
       - {label: narrow, set: {model.sliding_window: 4}}
       - {label: wide, set: {model.sliding_window: 8, data.seq_len: 128}}
-runs:
-  - {labels: {layers: 6}, set: {model.num_hidden_layers: 6}}
 seeds: [3, 5]
 """
     made = listed(tmp_path, text)
     assert [r.name for r in made] == [
         "layers=2,window=narrow,seed=3", "layers=2,window=narrow,seed=5", "layers=2,window=wide,seed=3",
         "layers=2,window=wide,seed=5", "layers=4,window=narrow,seed=3", "layers=4,window=narrow,seed=5",
-        "layers=4,window=wide,seed=3", "layers=4,window=wide,seed=5", "layers=6,seed=3", "layers=6,seed=5",
+        "layers=4,window=wide,seed=3", "layers=4,window=wide,seed=5",
     ]  # fmt: skip
     assert {"model.num_hidden_layers=4", "model.sliding_window=8", "data.seq_len=128", "seed=5"} <= set(
         made[7].overrides
     )
     settings = checked_settings(made)
-    assert settings["layers=6,seed=5"].model.num_hidden_layers == 6
+    assert settings["layers=4,window=wide,seed=5"].model.num_hidden_layers == 4
     assert settings["layers=4,window=wide,seed=3"].name == "t-layers-4-window-wide-seed-3"
 
 
@@ -158,7 +156,7 @@ seeds: [3]
 
 
 def test_overrides_of_the_command_line_win(tmp_path: Path) -> None:
-    path = sweep_file(tmp_path, "set: {training.max_steps: 7}\nseeds: [1]\nruns: [{labels: {a: b}}]")
+    path = sweep_file(tmp_path, "set: {training.max_steps: 7}\nseeds: [1]\ngrid: [{axis: a, points: [{label: b}]}]")
     (run,) = runs(load_sweep(path), path, tmp_path, ["training.max_steps=9"])
     assert checked_settings([run])["a=b,seed=1"].training.max_steps == 9
 
@@ -211,24 +209,31 @@ def test_the_cost_is_compared_at_nearly_equal_tokens_in_the_shares_that_it_names
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
+AXIS = "{axis: a, points: [{label: 1}]}"
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"grid  \(.*sweep.yaml\)\n    there is nothing to run; add an axis to grid"),
+        ("", r"grid  \(.*sweep.yaml\)\n    missing: the variables; every combination of their values is a run; add it"),
+        ("grid: []", r"grid = \[\] .*:3\)\n    expected at least 1 of them"),
         ("gird: []", r"gird = \[\]  \(.*:3\)\n    unknown key; did you mean grid\?"),
         ("grid: [{axis: a, kye: b}]", r"grid.0.kye = 'b' .*\n    unknown key; did you mean grid.0.key\?"),
-        ("grid: [{axis: a}]", "grid.0 = 'a' .*\n    the axis has no values; give key and values, or points"),
-        ("grid: [{axis: a, values: [1]}]", "no key says which setting the values are for; add key: a dotted path"),
+        ("grid: [{axis: a}]", "grid.0 = 'a' .*:3.*\n    an axis needs both key and values, or points; add what"),
+        ("grid: [{axis: a, values: [1]}]", "an axis needs both key and values, or points"),
+        ("grid: [{axis: a, key: seed, points: [{label: 1}]}]", "an axis needs both key and values, or points"),
+        (f"grid: [{AXIS}, {AXIS}]", "grid.0.axis = 'a' .*\n    another axis has this name .*; use another name"),
+        ("grid: [{axis: seed, key: seed, values: [1]}]", r"another axis has this name \(seeds are one\)"),
         (
-            "grid: [{axis: a, key: seed, points: [{label: 1}]}]",
-            r"grid.0.key = 'seed' .*\n    it has no values; add values: \[a, b\]",
+            "grid: [{axis: a, points: [{label: 1}, {label: 1}]}]",
+            r"grid.0 = \['1', '1'\] .*\n    one of them is listed twice",
         ),
-        ("grid: [{axis: seed, key: seed, values: [1]}]", "seeds are an axis of their own; use another name"),
-        ("runs: [{labels: {a: 1}}, {labels: {a: 1}}]", "runs = 'a=1' .*\n    two runs have these labels"),
-        ("runs: [{labels: {a: 1}}]\nseeds: [1, 1]", "a seed is listed twice; list each seed once"),
-        ("runs: [{labels: {a: 1}}]\nseeds: [-1]", "seeds.0 = -1 .*\n    expected at least 0"),
-        ("runs: [{labels: {a: 1}}]\nevaluate: {recall: {m: 1}}", "evaluate.recall.m = 1"),
+        (
+            f"grid: [{AXIS}]\nseeds: [1, 1]",
+            r"seeds = \['1', '1'\] .*:4\)\n    one of them is listed twice; list each once",
+        ),
+        (f"grid: [{AXIS}]\nseeds: [-1]", "seeds.0 = -1 .*\n    expected at least 0"),
+        (f"grid: [{AXIS}]\nevaluate: {{recall: {{m: 1}}}}", "evaluate.recall.m = 1"),
         ("grid: [", r"sweep.yaml:\d+: "),
     ],
 )
@@ -239,20 +244,19 @@ def test_a_wrong_file_is_refused_with_line_and_remedy(tmp_path: Path, text: str,
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 problems"):
-        load_sweep(sweep_file(tmp_path, "gird: 1\nseeds: []\nruns: [{labels: {}}]"))
+        load_sweep(sweep_file(tmp_path, "gird: 1\nseeds: []\ngrid: [{points: []}]"))
 
 
 def test_runs_without_a_config_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "bare.yaml").write_text("name: t\ngrid: [{axis: a, points: [{label: 1, config: x.yaml}, {label: 2}]}]")
-    with pytest.raises(UserError, match=r"config  .*\n    the run a=2 has no config; add config: ../quickstart"):
+    (tmp_path / "bare.yaml").write_text(f"name: t\ngrid: [{AXIS}]")
+    with pytest.raises(UserError, match=r"config  .*\n    missing: the YAML file that all runs start from, .*; add it"):
         load_sweep(tmp_path / "bare.yaml")
 
 
-def test_settings_that_cannot_start_are_told_once_with_the_runs_that_have_them(tmp_path: Path) -> None:
+def test_settings_that_cannot_start_are_told_with_their_run(tmp_path: Path) -> None:
     made = listed(tmp_path, "grid: [{axis: lr, key: training.optimizer.ler, values: [1, 1e-3]}]\nseeds: [0, 1]")
-    with pytest.raises(UserError, match="4 of 4 runs can't start") as refused:
+    with pytest.raises(UserError, match="the run lr=1,seed=0 can't start") as refused:
         checked_settings(made)
-    assert "lr=1,seed=0 and 1 more" in str(refused.value)
     assert "did you mean training.optimizer.lr?" in str(refused.value)
 
 
@@ -262,9 +266,10 @@ def test_a_wrong_file_ends_with_exit_code_2_and_no_traceback(tmp_path: Path) -> 
     assert "Traceback" not in out
 
 
-def test_no_jobs_are_refused() -> None:
-    with pytest.raises(UserError, match="--jobs 0: give at least 1"):
+def test_no_jobs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
         parse(["x.yaml", "--jobs", "0"])
+    assert "argument --jobs: '0': give a whole number of at least 1" in capsys.readouterr().err
 
 
 # -- what is done already, and where ----------------------------------------------------------------------------------
@@ -275,23 +280,23 @@ def test_what_was_asked_otherwise_is_done_anew_with_all_that_follows_training(tm
     sweep = load_sweep(path)
     run = runs(sweep, path, tmp_path / "out")[0]
     run.folder.mkdir(parents=True)
-    for stage, command in stages(run, sweep.evaluate):
+    for stage, command in stages(run, sweep.evaluate).items():
         note_finished(run, stage, command)
-    assert is_finished(run, sweep.evaluate)
+    assert not stages_left(run, sweep.evaluate)
     more_items = sweep.evaluate.model_copy(update={"recall": sweep.evaluate.recall.model_copy(update={"n": 5})})
-    assert finished_stages(run, more_items) == {"train", "loss"}
+    assert list(stages_left(run, more_items)) == ["recall"]
     other = runs(sweep, path, tmp_path / "out", ["training.max_steps=9"])[0]
-    assert finished_stages(other, sweep.evaluate) == set()
-    note_finished(other, *stages(other, sweep.evaluate)[0])
-    assert finished_stages(other, sweep.evaluate) == {"train"}
+    assert list(stages_left(other, sweep.evaluate)) == ["train", "recall", "loss"]
+    note_finished(other, "train", stages(other, sweep.evaluate)["train"])
+    assert list(stages_left(other, sweep.evaluate)) == ["recall", "loss"]
 
 
 def test_jobs_share_the_cores_out_and_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.sweeps.jobs._cores", lambda: [0, 1, 2, 3, 4])
-    assert [sorted(slot.cores) for slot in slots(2, [])] == [[0, 1], [2, 3]]
-    assert slots(2, [])[0].environment()["OMP_NUM_THREADS"] == "2"
-    assert all(slot.cores for slot in slots(7, []))
-    assert [slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in slots(3, ["4", "6"])] == ["4", "6", "4"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
+    assert [cores for cores, _ in slots(2, [])] == [[0, 1], [2, 3]]
+    assert [environment["OMP_NUM_THREADS"] for _, environment in slots(2, [])] == ["2", "2"]
+    assert all(cores for cores, _ in slots(7, []))
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in slots(3, ["4", "6"])] == ["4", "6", "4"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
     assert visible_devices() == ["4", "6"]
@@ -313,7 +318,7 @@ def test_picture_draws_the_mean_over_seeds_and_leaves_out_what_is_not_there() ->
     assert figure is not None
     (ax,) = figure.axes
     assert ax.get_title(loc="left") == "H90, tokens"
-    assert [list(x) for x in ax.lines[0].get_data()] == [[8.0, 16.0], [15.0, 40.0]]
+    assert [list(x) for x in ax.lines[0].get_data()] == [[0, 1], [15.0, 40.0]]
     assert len(ax.collections[0].get_offsets()) == 3
     assert sweep_results.figure([result(8, 0, None)]) is None
 
@@ -327,7 +332,6 @@ def test_words_stand_side_by_side_on_one_axis_and_are_not_joined() -> None:
     assert len(panels) == 2
     assert [t.get_text() for t in panels[-1].get_xticklabels()] == ["sliding", "full", "sinks"]
     for ax in panels:
-        assert ax.get_xlim() == (-0.5, 2.5)
         assert [line.get_linestyle() for line in ax.lines] == ["None"]
 
 

@@ -4,23 +4,20 @@ Nothing is allocated, downloaded or written. The only measurement is the matmul 
 """
 
 import copy
-import json
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from model.attention import check_backend, plan_attention
 from model.config import WindreachConfig
 from model.flops import cache_bytes, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.planning.formulas import Setup, largest_rows, memory, recompute_factor, work
-from training.planning.gpus import CPU, GPUS
+from training.planning.gpus import GPUS
 from training.processes.precision import measure, set_up_threads
 from training.settings.build import model_config
 from training.settings.consistency import last_distance
@@ -67,27 +64,19 @@ def _layer_lines(config: WindreachConfig, device: torch.device, seq_len: int) ->
         alone.layers, alone.num_hidden_layers = [vars(spec)] * count, count
         cache = f"{size(cache_bytes(alone, length=seq_len))} of cache"
         cache += "" if spec.window else f" at {seq_len:,} tokens, growing"
+        set_fields = {name: value for name, value in vars(spec).items() if value != getattr(LayerSpec, name)}
+        traits = "".join(f", {name}={value}" for name, value in set_fields.items() if name != "kind")
         plan = plan_attention(spec, config.head_dim, config.attention_backend, device.type, torch.float32, True)
         backend = f"backend {plan.backend} ({plan.reason})"
-        yield "layers", f"{count} x {spec.kind}, {_traits(spec)}; {backend}; {cache} (bf16, one sequence)"
+        yield "layers", f"{count} x {spec.kind}{traits}; {backend}; {cache} (bf16, one sequence)"
     farthest, headline = reach(config.specs), window_times_layers(config.specs)
     yield "reach", "unbounded" if farthest is None else f"R = {farthest:,} tokens back, exactly"
     if farthest is not None and headline is not None:
         yield "W x layers", f"{headline:,}, the headline figure"
 
 
-def _traits(spec: LayerSpec) -> str:
-    traits = [f"window {spec.window:,}" if spec.window else "no window"]
-    traits += [f"dilation {spec.dilation}"] if spec.dilation > 1 else []
-    traits += [f"{spec.global_tokens} global tokens"] if spec.global_tokens else []
-    traits += ["sink"] if spec.sink else []
-    traits += [] if spec.rope else ["no rope"]
-    traits += [f"rope theta {spec.rope_theta:,g}"] if spec.rope_theta else []
-    return ", ".join(traits)
-
-
 def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.device) -> Lines:
-    """Memory of one process, precision, and time."""
+    """Memory of one process, precision, and the shortest possible time."""
     set_up_threads(settings.training.num_threads, local_processes=1)
     t, machine = settings.training, measure(device)
     precision = machine.choose(t.precision)
@@ -97,26 +86,19 @@ def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.de
     yield "memory", f"{size(sum(needed.values()))} for one process that holds everything ({listed})"
     rates = f"matmul here fp32 {machine.fp32_flops / 1e9:,.0f}, bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s"
     yield "precision", f"{precision} (training.precision is {t.precision}; {rates})"
-    log, works = Path(settings.run_dir or f"runs/{settings.name}") / "metrics.jsonl", work(settings, ranks=1)
-    lines = log.read_text().splitlines() if log.is_file() else []
-    if logged := [json.loads(line)["tokens_per_second"] for line in lines if '"tokens_per_second"' in line]:
-        source = f"at {logged[-1]:,.0f} tokens/s, the last rate in {log}"
-        seconds = sum(w.tokens for w in works) / logged[-1]
-    else:
-        source = f"if all were bare {precision} matmuls at the rate measured just now; steps are slower"
-        seconds = sum(w.flops(config) for w in works) / machine.rate(precision)
-    yield "time", f"{duration(seconds)} {source}"
+    seconds = sum(w.flops(config) for w in work(settings, ranks=1)) / machine.rate(precision)
+    yield (
+        "time",
+        f"{duration(seconds)} if all were bare {precision} matmuls at the rate measured just now; steps are slower",
+    )
 
 
 def _work_lines(settings: Settings, config: WindreachConfig, ranks: int) -> Lines:
     """Parameters, FLOPs, and the tokens of each objective."""
-    parts, flops = parameters(config), _training_flops(settings, config)
+    parts, flops, seq_len = parameters(config), _training_flops(settings, config), settings.data.seq_len
     yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
     listed = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
-    yield (
-        "FLOPs",
-        f"{sum(flops.values()):,.0f} per token in rows of {settings.data.seq_len:,}, visible keys only ({listed})",
-    )
+    yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {seq_len:,}, visible keys only ({listed})"
     for w in work(settings, ranks):
         step = f"{w.first.tokens:,} tokens per step in rows of {w.first.seq_len:,}"
         if w.first != w.last:
@@ -131,35 +113,31 @@ def _training_flops(settings: Settings, config: WindreachConfig) -> dict[str, fl
     return {part: 3 * n for part, n in forward_flops(config, settings.data.seq_len).items()}
 
 
-# -- on many processors -----------------------------------------------------------------------------------------------
+# -- on many GPUs -----------------------------------------------------------------------------------------------------
 
 
 def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[str, Any]:
-    """The figures that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds."""
+    """The figures that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds.
+
+    With activation checkpointing the GPUs run at the same hardware rate, but their MFU is lower.
+    """
     config, works = model_config(settings, vocab_size(settings)), work(settings, ranks)
-    processor, precision = _processor(gpu, settings, ranks)
-    setups = [
-        Setup(precision, ranks, sharding, checkpointing, on_cpu=gpu == CPU)
-        for sharding in (("ddp", "fsdp2") if ranks > 1 else ("ddp",))
-        for checkpointing in (False, True)
-    ]
-    columns = []
-    for setup in setups:
-        needed = memory(settings, config, setup)
-        total, most = sum(needed.values()), largest_rows(settings, config, setup, processor["memory"])
-        how = {"sharding": setup.sharding, "checkpointing": setup.checkpointing}
-        columns.append(how | needed | {"total": total, "fits": total <= processor["memory"], "largest_rows": most})
-    tokens, pace = sum(w.tokens for w in works), []
-    for checkpointing, factor in ((False, 1.0), (True, recompute_factor(config, settings.data.seq_len))):
-        seconds = factor * sum(w.flops(config) for w in works) / (ranks * processor["flops"] * mfu)
-        rate, hours = tokens / seconds, seconds * ranks / 3600
-        names = ("checkpointing", "tokens_per_second", "seconds", "processor_hours")
-        pace.append(dict(zip(names, (checkpointing, rate, seconds, hours))))
+    tokens, flops = sum(w.tokens for w in works), sum(w.flops(config) for w in works)
+    usable, columns = USABLE * GPUS[gpu].memory, []
+    for sharding in ("ddp", "fsdp2") if ranks > 1 else ("ddp",):
+        for checkpointing in (False, True):
+            setup = Setup("bf16", ranks, sharding, checkpointing)
+            needed, most = memory(settings, config, setup), largest_rows(settings, config, setup, usable)
+            factor = recompute_factor(config, settings.data.seq_len) if checkpointing else 1.0
+            seconds = factor * flops / (ranks * GPUS[gpu].bf16_flops * mfu)
+            total, way = sum(needed.values()), {"sharding": sharding, "checkpointing": checkpointing}
+            fit = {"total": total, "fits": total <= usable, "largest_rows": most}
+            pace = {"tokens_per_second": tokens / seconds, "seconds": seconds, "gpu_hours": seconds * ranks / 3600}
+            columns.append(way | needed | fit | pace)
     return {
         "name": settings.name,
-        "processors": ranks,
-        "processor": processor,
-        "precision": precision,
+        "gpus": ranks,
+        "gpu": {"name": gpu, "usable": usable} | GPUS[gpu]._asdict(),
         "mfu": mfu,
         "reach": reach(config.specs),
         "window_times_layers": window_times_layers(config.specs),
@@ -169,93 +147,36 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
             {"name": w.name, "steps": w.steps, "tokens": w.tokens, "flops": w.flops(config), "step": vars(w.last)}
             for w in works
         ],
-        "memory": columns,
-        "pace": pace,
-        "notes": list(_notes(settings, gpu, ranks, any(column["fits"] for column in columns))),
+        "columns": columns,
     }
 
 
-def _processor(gpu: str, settings: Settings, ranks: int) -> tuple[dict[str, Any], str]:
-    """Peak FLOP/s and usable bytes of one process with their source, and the precision of training on it."""
-    if gpu != CPU:
-        flops, total, source = GPUS[gpu]
-        return {"name": gpu, "flops": flops, "memory": USABLE * total, "source": source}, "bf16"
-    set_up_threads(settings.training.num_threads, local_processes=ranks)
-    machine = measure(torch.device("cpu"))
-    precision = machine.choose(settings.training.precision)
-    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-    source = f"{precision} matmul measured just now"
-    return {"name": CPU, "flops": machine.rate(precision), "memory": share, "source": source}, precision
-
-
-def _notes(settings: Settings, gpu: str, ranks: int, fits: bool) -> Iterator[str]:
-    asked, backend = settings.training.tokens_per_step, settings.model.attention_backend
-    step = work(settings, ranks)[0].first
-    if step.tokens != asked:
-        yield (
-            f"{ranks:,} processors take {step.rows // ranks} row each of {step.seq_len:,} tokens at least: a step has "
-            f"{step.tokens:,} tokens of text, not training.tokens_per_step = {asked:,}; lower data.seq_len, or raise "
-            "tokens_per_step and lower max_steps"
-        )
-    if gpu != CPU and backend in ("reference", "blocked"):
-        yield (
-            f"model.attention_backend is {backend}: on a GPU it keeps its weights for the backward pass; auto takes a "
-            "fused kernel, which does not"
-        )
-    if not fits:
-        yield "nothing fits: take more GPUs, or lower training.micro_batch_tokens or data.seq_len"
-
-
 def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
-    """Prints header, work, a table of memory, a table of time, and notes."""
-    console, processor, ranks = Console(), plan["processor"], plan["processors"]
-    config = model_config(settings, vocab_size(settings))
+    """Prints header, work, and a table of memory and time with a column for each way to run."""
+    console, gpu, columns = Console(), plan["gpu"], plan["columns"]
     console.print(
-        f"[bold]{plan['name']} on {ranks:,} x {processor['name']}[/], {plan['precision']} "
-        f"({processor['flops'] / 1e12:,.4g} TFLOP/s, {size(processor['memory'])} usable; {processor['source']})"
+        f"[bold]{plan['name']} on {plan['gpus']:,} x {gpu['name']}[/], bf16 ({gpu['bf16_flops'] / 1e12:,.4g} TFLOP/s, "
+        f"{size(gpu['usable'])} usable; {gpu['source']})"
     )
-    console.print(_aligned(_work_lines(settings, config, ranks)))
-    columns = plan["memory"]
-    heads = [f"{c['sharding']}\n{_recomputed(c)}" for c in columns]
-    parts = [key for key in columns[0] if key not in ("sharding", "checkpointing", "fits", "largest_rows")]
-    rows = [[part.replace("_", " "), *(size(c[part]) for c in columns)] for part in parts]
-    rows.append(["fits", *("yes" if c["fits"] else "no" for c in columns)])
-    rows.append(
-        ["largest micro-batch", *(f"{c['largest_rows']:,} rows" if c["largest_rows"] else "none" for c in columns)]
-    )
-    console.print(text_table("Memory of each processor", ["sharding\nrecompute", *heads], rows))
-    title = f"Time at an MFU of {plan['mfu']:.0%} without recomputation, and at the same hardware rate with it"
-    heads = ["recompute", "tokens/s", "tokens/s each", "time", "processor hours"]
-    rows = []
-    for p in plan["pace"]:
-        rate, hours = p["tokens_per_second"], p["processor_hours"]
-        numbers = (
-            f"{rate:,.0f}",
-            f"{rate / ranks:,.0f}",
-            duration(p["seconds"]),
-            f"{hours:,.{0 if hours >= 10 else 2}f}",
-        )
-        rows.append([_recomputed(p), *numbers])
-    console.print(text_table(title, heads, rows))
-    for note in plan["notes"]:
-        console.print(f"note: {note}")
+    console.print(_aligned(_work_lines(settings, model_config(settings, vocab_size(settings)), plan["gpus"])))
+    formats: dict[str, tuple[str, Callable[[Any], str]]] = {  # the other figures are bytes
+        "checkpointing": ("recompute", lambda on: "layers" if on else "nothing"),
+        "fits": ("fits", lambda fits: "yes" if fits else "no"),
+        "largest_rows": ("largest micro-batch", lambda rows: f"{rows:,} rows" if rows else "none"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+        "seconds": ("time", duration),
+        "gpu_hours": ("GPU hours", "{:,.1f}".format),
+    }
+    title = f"Memory of each GPU, and the time of all at an MFU of {plan['mfu']:.0%} without recomputation"
+    heads = (Column(column["sharding"], justify="right", no_wrap=True) for column in columns)
+    table = Table("sharding", *heads, title=title, title_justify="left", box=SIMPLE_HEAD)
+    for key in [key for key in columns[0] if key != "sharding"]:
+        label, text = formats.get(key, (key.replace("_", " "), size))
+        table.add_row(label, *(text(column[key]) for column in columns))
+    console.print(table)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
-
-
-def _recomputed(column: dict[str, Any]) -> str:
-    return "layers" if column["checkpointing"] else "nothing"
-
-
-def text_table(title: str, heads: list[str], rows: list[list[str]]) -> Table:
-    """The first column holds names and may wrap; the others hold numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _aligned(lines: Iterable[tuple[str, str]]) -> str:

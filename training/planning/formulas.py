@@ -1,14 +1,7 @@
 """Formulas for what a run costs: bytes on each processor, FLOPs and time. Nothing is run and nothing is allocated.
 
 FLOPs are those of `model.flops`: the keys that a query sees, forward and backward, without recomputation.
-
-Bytes:
-
-* Weights take 4 bytes, gradients 4 bytes per objective, moments what `optimizer_bytes` says. DDP holds all of them on
-  each processor, FSDP2 a share of them. `exchange_bytes` counts the buffers for communication.
-* `layer_bytes` counts the activations that a layer keeps for its backward pass, and the gradients inside the layer.
-  With activation checkpointing a layer keeps only its input, and one layer at a time keeps the rest.
-* `head_bytes` counts the logits. They are never alive together with the gradients inside a layer: the larger counts.
+Weights take 4 bytes, gradients 4 bytes per objective. DDP holds all of them on each processor, FSDP2 a share of them.
 
 Assumed:
 
@@ -16,10 +9,10 @@ Assumed:
 * Attention on a GPU is a fused kernel, which keeps queries, keys, values and output. On a CPU, and on a GPU with
   `model.attention_backend: blocked`, short windows are computed in blocks, which also keep their attention weights.
 * `torch.compile` saves nothing, and a kernel needs no scratch memory.
-* MFU is FLOPs over the peak, communication included: state a lower MFU for a slow network. Activation checkpointing
-  runs the layers forward once more, so the same rate of the hardware trains fewer tokens per second.
-
-`tests/training/planning/test_memory.py` compares the bytes with real steps of small models on a CPU.
+* With activation checkpointing a layer keeps only its input, and one layer at a time keeps the rest.
+* The logits are never alive together with the gradients inside a layer.
+* MFU is FLOPs over the peak, communication included. Activation checkpointing runs the layers forward once more, so
+  the same rate of the hardware trains fewer tokens per second.
 
 Legend: E hidden size, I intermediate size, H heads, G key/value heads, D head size, V vocabulary.
 """
@@ -40,7 +33,6 @@ from training.settings.schema import OptimizerSettings, Settings
 CPU_BLOCKS_BELOW = {"fp32": 256, "bf16": 1024}  # tokens of window: a rule of thumb for attention on a CPU
 LEAST_BLOCK = 16  # tokens; shorter windows are computed in blocks of this size
 ANSWERS_PER_ROW = 4  # of a recall row, roughly: so few positions reach the head that the number hardly matters
-MOST_ROWS = 2**40  # in a micro-batch: an upper bound for the search
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,8 @@ def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
 
 def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[str, int]:
     """Bytes on each processor, by part, of a step with the micro-batches of the settings."""
-    objectives, relay_head = work(settings, setup.ranks), relay_parameters(settings, config)
+    objectives, recall = work(settings, setup.ranks), settings.recall
+    relay_head = config.hidden_size * recall.values if any(w.relay for w in objectives) else 0  # it exists in training
     shards = setup.ranks if setup.sharding == "fsdp2" else 1
     share = -(-(count_parameters(config) + relay_head) // shards)
     moments = optimizer_bytes(config, settings.training.optimizer, len(objectives), relay_head)
@@ -143,13 +136,7 @@ def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, avai
     """Rows of the largest text micro-batch that fits into the available bytes; 0 if not even one row fits."""
     needed, text = memory(settings, config, setup), work(settings, setup.ranks)[0]
     left = available - sum(needed.values()) + needed["activations"] + needed["logits_and_scratch"]
-    return bisect_right(range(1, MOST_ROWS), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
-
-
-def relay_parameters(settings: Settings, config: WindreachConfig) -> int:
-    """Parameters of the relay head, which exists in training only."""
-    recall = settings.recall
-    return config.hidden_size * recall.values if recall.enabled and recall.relay_loss_weight else 0
+    return bisect_right(range(1, 2**40), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
 
 
 def optimizer_bytes(config: WindreachConfig, s: OptimizerSettings, objectives: int, relay_head: int = 0) -> int:
@@ -185,20 +172,30 @@ def micro_batch_bytes(config: WindreachConfig, setup: Setup, w: Work, rows: int)
     stream = rows * seq_len * config.hidden_size * setup.stream_bytes
     layers = {spec: layer_bytes(config, setup, spec, rows, seq_len) for spec in set(config.specs)}
     if setup.checkpointing:
-        activations, backward = depth * stream, max(kept + scratch for kept, scratch in layers.values())
+        activations = depth * stream
+        backward, forward = max(map(sum, layers.values())), sum(layers[spec][2] for spec in config.specs)
     else:
-        activations = sum(layers[spec][0] for spec in config.specs)
-        backward = max(scratch for _, scratch in layers.values())
+        activations = sum(layers[spec][0] + layers[spec][2] for spec in config.specs)
+        backward, forward = max(scratch for _, scratch, _ in layers.values()), 0
     streams = (depth + 1) * stream if w.relay else 0
-    head = head_bytes(config, rows * seq_len, rows * w.scored(seq_len))
-    return activations, max(head + 2 * streams, backward + streams)
+    e, logits = config.hidden_size, rows * w.scored(seq_len) * config.vocab_size
+    head = 3 * 4 * e * rows * seq_len  # the final norm
+    head += 3 * 4 * min(logits, max(config.vocab_size, LOGITS_AT_ONCE))  # logits, softmax and gradient in float32
+    if logits > LOGITS_AT_ONCE:  # computed in parts, while the gradient of the head is kept
+        head += 4 * config.vocab_size * e
+    return activations, max(forward + head + 2 * streams, backward + streams)
 
 
-def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: int, seq_len: int) -> tuple[int, int]:
-    """(what a layer keeps for its backward pass, what the backward pass needs besides)."""
+def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: int, seq_len: int) -> tuple[int, ...]:
+    """What a layer keeps for its backward pass, what that pass needs besides, and the copies that autocast makes."""
     e, i, d, s = config.hidden_size, config.intermediate_size, config.head_dim, setup.product_bytes
     h, g = config.num_attention_heads, config.num_key_value_heads
-    kept_scores, scratch_scores = score_bytes(config, setup, spec, seq_len)
+    small = spec.window is not None and spec.window < CPU_BLOCKS_BELOW[setup.precision]
+    in_blocks = small if setup.on_cpu else spec.window is not None and config.attention_backend == "blocked"
+    keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
+    kept_scores, scratch_scores = s * keys, 3 * 4 * keys  # of one query in one head; fused kernels keep none
+    if config.attention_backend == "reference":  # autograd keeps each step of a float32 softmax over the whole row
+        kept_scores, scratch_scores = (3 * 4 + s) * seq_len, 2 * 4 * seq_len
     kept_per_token = (
         2 * e * setup.stream_bytes  # inputs of the two norms
         + 2 * e * 4  # the same, normalised in float32
@@ -209,30 +206,8 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
         + 4 * i * s  # gate, up, silu(gate), and its product with up
     )
     scratch_per_token = h * scratch_scores + 2 * i * s  # gradients of the scores, and of gate and up
-    autocast = s < setup.stream_bytes  # casts every matrix, and keeps the copy
+    autocast = s < setup.stream_bytes  # casts every matrix, and keeps the copies until the forward pass ends
     copies = s * e * ((2 * h + 2 * g) * d + 3 * i) if autocast else 0
-    largest_gradient = 2 * e * i * setup.stream_bytes
-    return rows * seq_len * kept_per_token + copies, rows * seq_len * scratch_per_token + largest_gradient
-
-
-def score_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, seq_len: int) -> tuple[int, int]:
-    """(kept, needed besides in the backward pass) for the scores of one query in one head. Fused kernels keep none."""
-    s, backend = setup.product_bytes, config.attention_backend
-    if backend == "reference":  # autograd keeps each step of a float32 softmax over the whole row
-        return (3 * 4 + s) * seq_len, 2 * 4 * seq_len
-    in_blocks = spec.window is not None and (
-        spec.window < CPU_BLOCKS_BELOW[setup.precision] if setup.on_cpu else backend == "blocked"
-    )
-    keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
-    return s * keys, 3 * 4 * keys
-
-
-def head_bytes(config: WindreachConfig, tokens: int, scored: int) -> int:
-    """The final norm, and the logits in float32 at most three times: logits, softmax and gradient.
-
-    A long batch computes `LOGITS_AT_ONCE` logits at a time and keeps the gradient of the head meanwhile.
-    """
-    e, v = config.hidden_size, config.vocab_size
-    logits = 3 * 4 * min(scored * v, max(v, LOGITS_AT_ONCE))
-    in_chunks = 4 * v * e if scored * v > LOGITS_AT_ONCE else 0
-    return 3 * 4 * e * tokens + logits + in_chunks
+    # The gradient of the last matrix, or that of gate and up, when what they kept is freed.
+    gradient = max(e * i * setup.stream_bytes, 2 * e * i * setup.stream_bytes - rows * seq_len * 4 * i * s)
+    return rows * seq_len * kept_per_token, rows * seq_len * scratch_per_token + gradient, copies

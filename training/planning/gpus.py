@@ -1,9 +1,6 @@
 """Peak rates and memory of GPUs, from their data sheets. Rates are dense, without structured sparsity."""
 
-from difflib import get_close_matches
 from typing import NamedTuple
-
-from model.errors import UserError
 
 
 class Gpu(NamedTuple):
@@ -28,13 +25,3 @@ GPUS = {
     "rtx-3090": Gpu(71e12, 24e9, "NVIDIA GA102 white paper"),
     "rtx-4090": Gpu(165.2e12, 24e9, "NVIDIA Ada white paper"),
 }
-CPU = "cpu"  # this machine
-
-
-def check_gpu(name: str) -> None:
-    """Raises UserError for a name that is neither in the table nor `cpu`."""
-    if name not in (*GPUS, CPU):
-        near = get_close_matches(name.lower(), [*GPUS, CPU], n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        known = f"known: {', '.join(GPUS)}, and {CPU} for this machine"
-        raise UserError(f"--gpu {name}: no such GPU in the table; {hint}{known}")

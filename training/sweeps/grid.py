@@ -1,20 +1,4 @@
-"""Reads a sweep file, and lists the runs that it stands for.
-
-    name: law
-    config: ../quickstart.yaml        relative to this file
-    set: {training.max_steps: 600}    settings of every run, by dotted path
-    grid:                             every combination of the axes is a run
-      - {axis: layers, key: model.num_hidden_layers, values: [2, 4, 8]}
-      - axis: window
-        points:
-          - {label: 8, set: {model.sliding_window: 8, recall.rows.relay_pace: 6}}
-          - {label: 16, set: {model.sliding_window: 16}}
-    seeds: [0, 1]
-    evaluate: {recall: {n: 200}, loss: {}}
-
-The labels of a run are its name, `layers=8,window=16,seed=0`, and the name of its folder. A setting that is text may
-contain labels of its run in braces: `runs/sweeps/law-base/window={window},seed={seed}`.
-"""
+"""Reads a sweep file, which docs/sweep.md describes, and lists the runs that it stands for."""
 
 import itertools
 import json
@@ -29,21 +13,18 @@ from pydantic import Field, ValidationError
 from data.tasks.distance import PATTERN as SHARE
 from model.errors import UserError
 from training.settings.config_file import load_settings, parse_file, report
-from training.settings.problems import ABSENT, Keys, Problem, explain
+from training.settings.problems import Keys, Problem, explain
 from training.settings.schema import PositiveInt, Settings, Strict
 
 Label = str | int | float
-Labels = dict[str, Label]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Overrides = dict[str, Any]
 
 
 class Point(Strict):
-    """One value of an axis. config: default is that of the sweep. set: settings by dotted path."""
+    """One value of an axis. set: settings by dotted path."""
 
     label: Label = Field(description="the name of the value in runs, tables and plots")
-    config: str | None = None
-    set: Overrides = Field(default_factory=dict)
+    set: dict[str, Any] = Field(default_factory=dict)
 
 
 class Axis(Strict):
@@ -55,29 +36,27 @@ class Axis(Strict):
     points: list[Point] = Field(default_factory=list)
 
     def all_points(self) -> list[Point]:
-        return [Point(label=_label(value), set={str(self.key): value}) for value in self.values] + self.points
+        """The points, after those of the values. A value that is neither number nor text has its JSON as label."""
+        named = [v if isinstance(v, Label) and not isinstance(v, bool) else json.dumps(v) for v in self.values]
+        return [Point(label=label, set={str(self.key): v}) for label, v in zip(named, self.values)] + self.points
 
 
-class Extra(Strict):
-    """A run beside the grid, with its labels by variable."""
+class Options(Strict):
+    """Options of an evaluation's command, which describes them."""
 
-    labels: Labels = Field(description="variable: label", min_length=1)
-    config: str | None = None
-    set: Overrides = Field(default_factory=dict)
+    def arguments(self) -> list[str]:
+        given = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in self if v}
+        return [word for k, text in given.items() for word in (f"--{k.replace('_', '-')}", text)]
 
 
-class RecallOptions(Strict):
-    """Options of `python -m eval.recall`; that command describes them."""
-
+class RecallOptions(Options):
     n: PositiveInt = 200
     tasks: list[str] = Field(default_factory=list)
     distances: list[PositiveInt | Annotated[str, Field(pattern=rf"^{SHARE}$")]] = Field(default_factory=list)
     max_distance: PositiveInt | None = None
 
 
-class LossOptions(Strict):
-    """Options of `python -m eval.loss`; that command describes them."""
-
+class LossOptions(Options):
     max_tokens: PositiveInt = 200_000
     rows: PositiveInt = 64
     context: PositiveInt | None = None
@@ -89,41 +68,27 @@ class Evaluations(Strict):
     recall: RecallOptions | None = None
     loss: LossOptions | None = None
 
-    def commands(self) -> Iterator[tuple[str, list[str]]]:
-        """(name, options) of each evaluation."""
-        for name, options in (("recall", self.recall), ("loss", self.loss)):
-            given = options.model_dump() if options else {}
-            texts = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in given.items() if v}
-            if options:
-                yield name, [word for k, text in texts.items() for word in (f"--{k.replace('_', '-')}", text)]
-
 
 class Sweep(Strict):
-    """A sweep file; the docstring of this module explains its keys."""
+    """A sweep file; docs/sweep.md explains its keys."""
 
     name: Name = Field(description="name of the sweep and of its folder")
-    config: str | None = None
-    set: Overrides = Field(default_factory=dict)
-    grid: list[Axis] = Field(default_factory=list)
-    runs: list[Extra] = Field(default_factory=list)
+    config: str = Field(description="the YAML file that all runs start from, relative to this file")
+    set: dict[str, Any] = Field(default_factory=dict)
+    grid: list[Axis] = Field(description="the variables; every combination of their values is a run", min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
     evaluate: Evaluations = Evaluations()
 
-    def combinations(self) -> Iterator[tuple[Labels, str | None, Overrides]]:
-        """Labels, config and settings of each run, without seeds. If axes set the same key, the last one wins."""
-        for points in itertools.product(*(axis.all_points() for axis in self.grid)) if self.grid else ():
-            labels = {axis.axis: point.label for axis, point in zip(self.grid, points)}
-            config = next((point.config for point in reversed(points) if point.config), self.config)
-            yield labels, config, {key: value for point in points for key, value in point.set.items()}
-        for run in self.runs:
-            yield run.labels, run.config or self.config, run.set
+    def axes(self) -> list[Axis]:
+        """The axes of the grid; the last axis is the seed."""
+        return [*self.grid, Axis(axis="seed", key="seed", values=self.seeds)]
 
 
 @dataclass(frozen=True)
 class Run:
     """One run: its labels by variable (the seed is the last), its config, overrides and folder."""
 
-    labels: Labels
+    labels: dict[str, Label]
     config: Path
     overrides: tuple[str, ...]
     folder: Path
@@ -143,83 +108,58 @@ def load_sweep(path: Path) -> Sweep:
         problems = list(explain(errors, tree, Sweep))
 
     def origin(keys: Keys) -> str:
-        while keys and keys not in lines:
-            keys = keys[:-1]
-        return f"{path}:{lines[keys]}" if keys else str(path)
+        line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
+        return f"{path}:{line}" if line else str(path)
 
     if problems:
         raise UserError(report(str(path), [p.at(origin(p.keys)) for p in problems]))
     return sweep
 
 
+def _inconsistencies(sweep: Sweep) -> Iterator[Problem]:
+    """Problems of axes and seeds that the types don't show."""
+    axes = sweep.axes()
+    names = [axis.axis for axis in axes]
+    for i, axis in enumerate(axes):
+        at: Keys = ("grid", i) if i < len(sweep.grid) else ("seeds",)
+        labels = [_plain(point.label) for point in axis.all_points()]
+        if not labels or (axis.key is None) == bool(axis.values):
+            yield Problem(at, axis.axis, "an axis needs both key and values, or points", "add what is missing")
+        if axis.axis in names[i + 1 :]:
+            yield Problem((*at, "axis"), axis.axis, "another axis has this name (seeds are one)", "use another name")
+        if len(set(labels)) < len(labels):
+            yield Problem(at, labels, "one of them is listed twice", "list each once")
+
+
 def runs(sweep: Sweep, path: Path, folder: Path, more: Sequence[str] = ()) -> list[Run]:
-    """Every run of the sweep in `path`. `folder` is that of the sweep; the overrides `more` win."""
-    listed = []
-    for (labels, config, settings), seed in itertools.product(sweep.combinations(), sweep.seeds):
-        labels = labels | {"seed": seed}
-        run = folder / _run_name(labels)
-        given = sweep.set | settings | {"seed": seed}
+    """Every run of the sweep in `path`. If axes set the same key, the last one wins; the overrides `more` win over all.
+
+    `folder` is that of the sweep.
+    """
+    listed, axes = [], sweep.axes()
+    for points in itertools.product(*(axis.all_points() for axis in axes)):
+        labels = {axis.axis: point.label for axis, point in zip(axes, points)}
+        run = folder / ",".join(f"{name}={_plain(label)}" for name, label in labels.items())
+        given = sweep.set | {key: value for point in points for key, value in point.set.items()}
         overrides = [f"{key}={json.dumps(_filled(value, labels))}" for key, value in given.items()]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{sweep.name}-{run.name}")
         own = [f"name={name}", f"run_dir={json.dumps(str(run))}"]
-        listed.append(Run(labels, path.parent / str(config), (*overrides, *more, *own), run))
+        listed.append(Run(labels, path.parent / sweep.config, (*overrides, *more, *own), run))
     return listed
 
 
 def checked_settings(listed: Sequence[Run]) -> dict[str, Settings]:
-    """Settings of each run by its name. Raises UserError with the problems of all runs, each problem once."""
-    settings: dict[str, Settings] = {}
-    problems: dict[str, list[str]] = {}
+    """Settings of each run by its name. Raises UserError with all problems of the first run that can't start."""
+    settings = {}
     for run in listed:
         try:
             settings[run.name] = load_settings(run.config, run.overrides)
         except UserError as problem:
-            problems.setdefault(str(problem), []).append(run.name)
-    if problems:
-        parts = [f"{n[0]}{f' and {len(n) - 1} more' if n[1:] else ''}: {text}" for text, n in problems.items()]
-        raise UserError("\n".join([f"{len(listed) - len(settings)} of {len(listed)} runs can't start", *parts]))
+            raise UserError(f"the run {run.name} can't start\n{problem}") from problem
     return settings
 
 
-def _inconsistencies(sweep: Sweep) -> Iterator[Problem]:
-    if not sweep.grid and not sweep.runs:
-        yield Problem(("grid",), ABSENT, "there is nothing to run", "add an axis to grid, or a run to runs")
-    names = [axis.axis for axis in sweep.grid]
-    for i, axis in enumerate(sweep.grid):
-        at: Keys = ("grid", i)
-        if not axis.values and not axis.points:
-            yield Problem(at, axis.axis, "the axis has no values", "give key and values, or points")
-        if axis.values and axis.key is None:
-            what = "no key says which setting the values are for"
-            yield Problem((*at, "values"), axis.values, what, "add key: a dotted path")
-        if axis.key is not None and not axis.values:
-            yield Problem((*at, "key"), axis.key, "it has no values", "add values: [a, b]")
-        if axis.axis == "seed" or axis.axis in names[:i]:
-            what = "seeds are an axis of their own" if axis.axis == "seed" else "two axes have this name"
-            yield Problem((*at, "axis"), axis.axis, what, "use another name")
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        yield Problem(("seeds",), sweep.seeds, "a seed is listed twice", "list each seed once")
-    seen = set()
-    for labels, config, _ in sweep.combinations():
-        name = _run_name(labels)
-        if name in seen:
-            yield Problem(("runs" if sweep.runs else "grid",), name, "two runs have these labels", "change a label")
-        if config is None:
-            what, remedy = f"the run {name} has no config", "add config: ../quickstart.yaml here, or to the run"
-            yield Problem(("config",), ABSENT, what, remedy)
-        seen.add(name)
-
-
-def _run_name(labels: Labels) -> str:
-    return ",".join(f"{name}={_plain(label)}" for name, label in labels.items())
-
-
-def _label(value: Any) -> Label:
-    """The value itself if it is a number or text, else its JSON."""
-    return value if isinstance(value, Label) and not isinstance(value, bool) else json.dumps(value)
-
-
-def _filled(value: Any, labels: Labels) -> Any:
+def _filled(value: Any, labels: dict[str, Label]) -> Any:
     """A setting with the labels of its run in place of their names.
 
     >>> _filled("runs/base-{layers}-{seed}", {"layers": 8, "seed": 0}), _filled(3, {"layers": 8})

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,21 +20,22 @@ from types import FrameType
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from model.flops import count_parameters
 from model.windows import reach
-from training.planning.dry_run import text_table, vocab_size
+from training.planning.dry_run import vocab_size
 from training.planning.formulas import work
 from training.processes.signals import STOPPED
 from training.run.checkpoint import write_json
 from training.settings.build import model_config
-from training.settings.consistency import last_distance
 from training.settings.schema import Settings
 from training.sweeps.grid import Evaluations, Run, Sweep
 
 ROOT = Path(__file__).resolve().parents[2]
+Slot = tuple[list[int], dict[str, str]]  # the cores and the environment of one process at a time
 DONE, FAILED, INTERRUPTED, WAITING = "done", "failed", "stopped", "waiting"
 
 
@@ -48,130 +49,48 @@ class Outcome:
     code: int = 0
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one process runs at a time. cores: empty if they can't be pinned; device: for CUDA_VISIBLE_DEVICES."""
-
-    cores: frozenset[int]
-    device: str | None = None
-
-    def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        threads = {"OMP_NUM_THREADS": str(len(self.cores))} if self.cores else {}
-        gpu = {"CUDA_VISIBLE_DEVICES": self.device} if self.device is not None else {}
-        return os.environ | {"PYTHONPATH": path} | threads | gpu
-
-
 def slots(jobs: int, devices: Sequence[str]) -> list[Slot]:
-    """`jobs` slots with equal shares of the cores and, where there are GPUs, one GPU each."""
-    cores = _cores()
+    """Where `jobs` processes run: equal shares of the cores (empty if they can't be pinned) and, if any, a GPU each."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = max(1, len(cores) // jobs)
-    shares = [frozenset(cores[i * share : (i + 1) * share] or cores) for i in range(jobs)]
-    return [Slot(own, devices[i % len(devices)] if devices else None) for i, own in enumerate(shares)]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+    listed = []
+    for i in range(jobs):
+        own, environment = cores[i * share : (i + 1) * share] or cores, os.environ | {"PYTHONPATH": path}
+        if own:
+            environment["OMP_NUM_THREADS"] = str(len(own))
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+        listed.append((own, environment))
+    return listed
 
 
 def visible_devices() -> list[str]:
     """GPUs as CUDA_VISIBLE_DEVICES names them; empty without a GPU."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
         return []
-    return [d.strip() for d in named.split(",")] if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
-class Jobs:
-    """Works through the runs of a sweep and reports each run that ends; `done` of `count` runs are finished."""
-
-    def __init__(self, evaluate: Evaluations, console: Console, done: int, count: int):
-        self.evaluate, self.console, self.done, self.count = evaluate, console, done, count
-        self._stopping = threading.Event()
-        self._thread = threading.local()  # the slot of each thread
-        self._children: set[subprocess.Popen[bytes]] = set()
-
-    def work(self, runs: Sequence[Run], places: Sequence[Slot]) -> list[Outcome]:
-        """Outcomes in the order of the runs. Handles SIGINT and SIGTERM meanwhile."""
-        outcomes = [Outcome(run) for run in runs]
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with ThreadPoolExecutor(len(places), initializer=self._enter, initargs=(iter(places),)) as pool:
-                list(pool.map(self._run, outcomes))
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return outcomes
-
-    def _enter(self, places: Iterator[Slot]) -> None:
-        self._thread.slot = next(places)
-        if self._thread.slot.cores:
-            os.sched_setaffinity(0, self._thread.slot.cores)  # of this thread; its processes inherit it
-
-    def _run(self, outcome: Outcome) -> None:
-        """All stages of a run that are not finished."""
-        if self._stopping.is_set():
-            return
-        run, outcome.state = outcome.run, DONE
-        run.folder.mkdir(parents=True, exist_ok=True)
-        for stage, command in stages(run, self.evaluate):
-            if stage in finished_stages(run, self.evaluate):
-                continue
-            outcome.stage, outcome.code = stage, self._call(command, run.folder / f"{stage}.log")
-            if outcome.code:
-                stopped = self._stopping.is_set() or outcome.code == STOPPED
-                outcome.state = INTERRUPTED if stopped else FAILED
-                break
-            note_finished(run, stage, command)
-        self.done += outcome.state == DONE
-        where = "" if outcome.state == DONE else f" in {outcome.stage}, exit code {outcome.code}"
-        text = f"[{self.done}/{self.count}] {run.name}: {outcome.state}{where}"
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def _call(self, command: list[str], log: Path) -> int:
-        """The exit code of a command, whose output goes to `log`. Ctrl-C does not reach a session of its own."""
-        if self._stopping.is_set():
-            return STOPPED
-        with log.open("ab") as sink:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=self._thread.slot.environment(),
-                start_new_session=True,
-            )
-        self._children.add(child)
-        if self._stopping.is_set():  # the signal came while the process started
-            child.terminate()
-        code = child.wait()
-        self._children.discard(child)
-        _kill_group(child)  # helpers that it left behind
-        return code
-
-    def _stop(self, number: int, _frame: FrameType | None) -> None:
-        """The first signal asks the processes to stop, the second kills them."""
-        again = self._stopping.is_set()
-        self._stopping.set()
-        if not again:
-            name = signal.Signals(number).name
-            print(f"\n{name}: waiting for the runs at work to write a checkpoint; again to kill them", file=sys.stderr)
-        for child in list(self._children):
-            if again:
-                _kill_group(child)
-            else:
-                child.terminate()  # not its group: the process may still need its helpers
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return [device.strip() for device in named.split(",")]
 
 
 def run_all(
     sweep: Sweep, listed: list[Run], settings: dict[str, Settings], jobs: int | None, console: Console
 ) -> list[Outcome]:
     """Runs what is not finished, `jobs` at a time (default: one, or one per GPU); outcomes of all runs, in order."""
-    outcomes = {run.name: Outcome(run, DONE) for run in listed if is_finished(run, sweep.evaluate)}
-    left = [run for run in listed if run.name not in outcomes]
-    devices = visible_devices()
+    outcomes = [Outcome(run, WAITING if stages_left(run, sweep.evaluate) else DONE) for run in listed]
+    left, devices = [outcome for outcome in outcomes if outcome.state == WAITING], visible_devices()
     places = slots(min(jobs or max(1, len(devices)), max(1, len(left))), devices)
-    console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes)} done before; {len(places)} at a time")
-    _prepare_text([settings[run.name] for run in left])
-    jobs_at_work = Jobs(sweep.evaluate, console, len(outcomes), len(listed))
-    outcomes |= {outcome.run.name: outcome for outcome in jobs_at_work.work(left, places)}
-    return [outcomes[run.name] for run in listed]
+    console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes) - len(left)} done before; {len(places)} at a time")
+    _prepare_text([settings[outcome.run.name] for outcome in left])
+    at_work = _Jobs(sweep.evaluate, console, outcomes)
+    before = {number: signal.signal(number, at_work.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(len(places)) as pool:
+            list(pool.map(at_work.work, places))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return outcomes
 
 
 def _prepare_text(needed: list[Settings]) -> None:
@@ -183,16 +102,90 @@ def _prepare_text(needed: list[Settings]) -> None:
         prepare_tokens(s, prepare_tokenizer(s))
 
 
+class _Jobs:
+    """The processes at work. One thread per slot takes the next waiting run, and reports the run's end."""
+
+    def __init__(self, evaluate: Evaluations, console: Console, outcomes: list[Outcome]):
+        self.evaluate, self.console, self.outcomes = evaluate, console, outcomes
+        self.left = iter([outcome for outcome in outcomes if outcome.state == WAITING])
+        self.stopping = threading.Event()
+        self.children: set[subprocess.Popen[bytes]] = set()
+
+    def work(self, slot: Slot) -> None:
+        """Runs what is left until nothing is left, or a signal came."""
+        cores, environment = slot
+        if cores:
+            os.sched_setaffinity(0, cores)  # of this thread; its processes inherit it
+        for outcome in self.left:
+            if self.stopping.is_set():
+                return
+            self._run(outcome, environment)
+            done = sum(other.state == DONE for other in self.outcomes)
+            where = "" if outcome.state == DONE else f" in {outcome.stage}, exit code {outcome.code}"
+            text = f"[{done}/{len(self.outcomes)}] {outcome.run.name}: {outcome.state}{where}"
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def _run(self, outcome: Outcome, environment: dict[str, str]) -> None:
+        """All stages of a run that are not finished."""
+        run = outcome.run
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for stage, command in stages_left(run, self.evaluate).items():
+            outcome.stage, outcome.code = stage, self._call(command, run.folder / f"{stage}.log", environment)
+            if outcome.code:
+                stopped = self.stopping.is_set() or outcome.code == STOPPED
+                outcome.state = INTERRUPTED if stopped else FAILED
+                return
+            note_finished(run, stage, command)
+        outcome.state = DONE
+
+    def _call(self, command: list[str], log: Path, environment: dict[str, str]) -> int:
+        """The exit code of a Python command, whose output goes to `log`."""
+        if self.stopping.is_set():
+            return STOPPED
+        with log.open("ab") as sink:
+            child = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C does not reach a session of its own
+            )
+        self.children.add(child)
+        if self.stopping.is_set():  # the signal came while the process started
+            child.terminate()
+        code = child.wait()
+        self.children.discard(child)
+        _kill_group(child)  # helpers that it left behind
+        return code
+
+    def stop(self, number: int, _frame: FrameType | None) -> None:
+        """The first signal asks the processes to stop, the second kills them."""
+        again = self.stopping.is_set()
+        self.stopping.set()
+        if not again:
+            name = signal.Signals(number).name
+            print(f"\n{name}: waiting for the runs at work to write a checkpoint; again to kill them", file=sys.stderr)
+        for child in list(self.children):
+            if again:
+                _kill_group(child)
+            else:
+                child.terminate()  # not its group: the process may still need its helpers
+
+
+def _kill_group(leader: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+
+
 def exit_code(outcomes: list[Outcome], console: Console) -> int:
     """1 if a run failed, else 75 if a run was stopped or did not start. Prints the ends of the failed runs' logs."""
     for o in outcomes:
         if o.state == FAILED:
             log = o.run.folder / f"{o.stage}.log"
-            console.print(
-                f"\n{o.run.name} failed in {o.stage} with exit code {o.code}; the end of {log}:", markup=False
-            )
+            what = f"{o.run.name} failed in {o.stage} with exit code {o.code}; the end of {log}:"
             end = log.read_text(errors="replace").splitlines()[-20:]
-            console.print("\n".join(end), markup=False, highlight=False)
+            console.print("", what, *end, sep="\n", markup=False, highlight=False)
     states = {o.state for o in outcomes}
     if states & {INTERRUPTED, WAITING}:
         console.print("stopped; run the same command again to go on")
@@ -201,58 +194,42 @@ def exit_code(outcomes: list[Outcome], console: Console) -> int:
 
 def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
     """Size, reach, tokens and FLOPs of each run."""
-    rows = []
+    heads = ("parameters", "R", "text tokens", "recall tokens", "FLOPs")
+    table = Table(Column("run", overflow="fold"), *(Column(head, justify="right") for head in heads), box=SIMPLE_HEAD)
     for run in listed:
         s = settings[run.name]
-        config, works = model_config(s, vocab_size(s)), {w.name: w for w in work(s, 1)}
-        farthest, tokens = reach(config.specs), {name: f"{w.tokens:,.0f}" for name, w in works.items()}
-        last = f"{last_distance(s):,}" if s.recall.enabled else "–"
-        flops = f"{sum(w.flops(config) for w in works.values()):.2e}"
-        sizes = [f"{count_parameters(config):,}", f"{farthest:,}" if farthest else "unbounded", last]
-        rows.append([run.name, *sizes, tokens["text"], tokens.get("recall", "–"), flops])
-    heads = ["run", "parameters", "R", "last D", "text", "recall", "FLOPs"]
-    return text_table("Runs; text and recall in tokens", heads, rows)
+        config, works = model_config(s, vocab_size(s)), work(s, 1)
+        tokens, flops = {w.name: w.tokens for w in works}, sum(w.flops(config) for w in works)
+        both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
+        farthest = reach(config.specs)
+        sizes = f"{count_parameters(config):,}", "unbounded" if farthest is None else f"{farthest:,}"
+        table.add_row(run.name, *sizes, *both, f"{flops:.2e}")
+    return table
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def stages(run: Run, evaluate: Evaluations) -> list[tuple[str, list[str]]]:
-    """(name, command) of each stage: training, then the evaluations."""
-    train = [sys.executable, str(ROOT / "train.py"), str(run.config), *run.overrides]
-    evaluations = [
-        (name, [sys.executable, "-m", f"eval.{name}", str(run.folder), *options])
-        for name, options in evaluate.commands()
-    ]
-    return [("train", train), *evaluations]
+def stages(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
+    """The command of each stage, without the Python interpreter: training, then the evaluations."""
+    listed = {"train": [str(ROOT / "train.py"), str(run.config), *run.overrides]}
+    for name, options in evaluate:
+        listed |= {name: ["-m", f"eval.{name}", str(run.folder), *options.arguments()]} if options else {}
+    return listed
 
 
-def finished_stages(run: Run, evaluate: Evaluations) -> set[str]:
-    """Stages that the same command finished before. After other training, no evaluation counts as finished."""
-    noted = _noted(run)
-    done = {stage for stage, command in stages(run, evaluate) if noted.get(stage) == command[1:]}
-    return done if "train" in done else set()
-
-
-def is_finished(run: Run, evaluate: Evaluations) -> bool:
-    return finished_stages(run, evaluate) == {stage for stage, _ in stages(run, evaluate)}
+def stages_left(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
+    """Stages that the same command has not finished before. After other training, every evaluation is left."""
+    every, noted = stages(run, evaluate), _noted(run)
+    left = {stage: command for stage, command in every.items() if noted.get(stage) != command}
+    return every if "train" in left else left
 
 
 def note_finished(run: Run, stage: str, command: list[str]) -> None:
-    """Notes the command without the interpreter, which may be another one tomorrow."""
-    kept = {} if stage == "train" else _noted(run)
-    write_json(run.folder / "sweep.json", kept | {stage: command[1:]})
+    """Adds the stage to the run's `sweep.json`; training removes the stages noted before."""
+    write_json(run.folder / "sweep.json", ({} if stage == "train" else _noted(run)) | {stage: command})
 
 
 def _noted(run: Run) -> dict[str, Any]:
     path = run.folder / "sweep.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _kill_group(leader: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
-
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
