@@ -133,9 +133,12 @@ class WindreachModel(nn.Module):
         cache = self._checked_cache(tokens, past_key_values)
         assert tokens is not None
         packing = _pack(tokens, documents, attention_mask, position_ids, cache)
+        watched = output_hidden_states or torch.is_grad_enabled() or self.config.attention_backend == "reference"
         if cache is None:
-            streams = self._run_whole_rows(self._embed(tokens), packing, output_hidden_states)
-        elif self._fits_slots(tokens, output_hidden_states):
+            x = self._embed(tokens)
+            attends = [plan.prepare(packing, len(x)) for plan in self.plans(x)]
+            streams = self._run_layers(x, packing, attends, [None] * len(self.layers), output_hidden_states)
+        elif tokens.shape[1] == 1 and not watched:
             x = self._embed(tokens)
             cache.begin(packing, x.new_empty(0, dtype=product_dtype(x)))
             run = self._decode if self._structure else self._run_one_token
@@ -165,15 +168,10 @@ class WindreachModel(nn.Module):
         """Embeddings (B, T, E) of token ids (B, T). Embeddings stay as they are."""
         return self.embed_tokens(tokens) if tokens.ndim == 2 else tokens
 
-    def _run_whole_rows(self, x: Tensor, packing: Packing, keep_all: bool) -> list[Tensor]:
-        """The residual stream (B, T, E) after the last layer; with `keep_all` also before the first and after each."""
-        attends = [plan.prepare(packing, len(x)) for plan in self.plans(x)]
-        return self._run_layers(x, packing, attends, [None] * len(self.layers), keep_all)
-
     def _run_chunk(
         self, tokens: Tensor, packing: Packing, cache: RingCache, keep_all: bool, last: int
     ) -> list[Tensor]:  # fmt: skip
-        """The same for a chunk of any length behind a cache, in the memory of `PREFILL_TOKENS` and `last` positions."""
+        """`_run_layers` for a chunk of any length behind a cache, in the memory of `PREFILL_TOKENS` tokens."""
         parts: list[list[Tensor]] = []
         skip = tokens.shape[1] - last if last else 0
         for part, part_packing in zip(tokens.split(PREFILL_TOKENS, 1), packing.split(PREFILL_TOKENS)):
@@ -186,11 +184,6 @@ class WindreachModel(nn.Module):
                 parts.append([stream[:, max(0, skip) :] for stream in streams])
             skip -= part.shape[1]
         return [torch.cat(stream, 1) for stream in zip(*parts)]
-
-    def _fits_slots(self, tokens: Tensor, keep_all: bool) -> bool:
-        """Whether the input is a single token a row that may attend over the slots of a cache themselves."""
-        oracle = self.config.attention_backend == "reference"
-        return tokens.shape[1] == 1 and not (keep_all or oracle or torch.is_grad_enabled())
 
     def _run_one_token(
         self, x: Tensor, token: Packing, slots: Sequence[Slots], rings: Sequence[RingLayer], structure: str
@@ -205,6 +198,7 @@ class WindreachModel(nn.Module):
     def _run_layers(
         self, x: Tensor, packing: Packing, attends: Sequence[Attend], rings: Sequence[RingLayer | None], keep_all: bool
     ) -> list[Tensor]:
+        """The residual stream (B, T, E) after the last layer; with `keep_all` also before the first and after each."""
         streams = [x]
         for layer, rotary, attend, ring in self._calls(packing, attends, rings):
             if self.gradient_checkpointing and self.training and ring is None:

@@ -6,7 +6,6 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import TextIO
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -28,7 +27,7 @@ def cli(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _silenced():
+        if isinstance(error, BrokenPipeError) and _redirect_closed_outputs():
             return 128 + signal.SIGPIPE
         if error.errno not in _NO_ROOM:
             raise
@@ -39,15 +38,13 @@ def cli(main: Callable[[], int | None]) -> int:
         return 130
 
 
-def _silenced() -> bool:
+def _redirect_closed_outputs() -> bool:
     """Whether standard output or error was closed by its reader. A closed one is redirected to nowhere."""
-    lost = [stream for stream in (sys.stdout, sys.stderr) if _has_lost_its_reader(stream)]
-    for stream in lost:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return bool(lost)
-
-
-def _has_lost_its_reader(stream: TextIO) -> bool:
-    watch = select.poll()
-    watch.register(stream.fileno(), 0)
-    return any(event & select.POLLERR for _, event in watch.poll(0))
+    closed = False
+    for stream in (sys.stdout, sys.stderr):
+        watch = select.poll()
+        watch.register(stream.fileno(), 0)
+        if any(event & select.POLLERR for _, event in watch.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            closed = True
+    return closed

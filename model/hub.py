@@ -32,7 +32,7 @@ def is_qwen3(config: WindreachConfig) -> bool:
 
 
 def _is_plain(specs: Iterable[LayerSpec]) -> bool:
-    return all(s == (LayerSpec("full") if s.kind == "full" else LayerSpec("sliding", s.window)) for s in specs)
+    return all(spec in (LayerSpec("full"), LayerSpec("sliding", spec.window or 1)) for spec in specs)
 
 
 def save_hf(

@@ -48,7 +48,8 @@ class Blocks:
         first = min(self.global_tokens, t)
         q = F.pad(q, (0, 0, 0, n * c - t)).view(b, g, h // g, n, c, d)
         q = q.permute(0, 3, 1, 2, 4, 5).reshape(b * n, g, h // g * c, d)
-        global_kv = [_for_each_block(x[:, :, :first], n) for x in (k, v)] if first else [None, None]
+        # Keys and values of the global tokens are repeated for each block: (M, G, F, D).
+        global_kv = [x[:, None, :, :first].expand(-1, n, -1, -1, -1).flatten(0, 1) if first else None for x in (k, v)]
         out = _Blocks.apply(q, _cut(k, n, c), _cut(v, n, c), *global_kv, self.bias, sinks)
         return out.view(b, n, g, h // g, c, d).permute(0, 2, 3, 1, 4, 5).reshape(b, h, n * c, d)[:, :, :t]
 
@@ -57,11 +58,6 @@ def _cut(x_bgtd: Tensor, n: int, c: int) -> Tensor:
     """Keys or values as blocks (1 + M, G, C, D). The first block is zeros, so that every block has one before it."""
     blocks = F.pad(x_bgtd, (0, 0, 0, n * c - x_bgtd.shape[2])).unflatten(2, (n, c)).transpose(1, 2).flatten(0, 1)
     return torch.cat((torch.zeros_like(blocks[:1]), blocks))
-
-
-def _for_each_block(x_bgfd: Tensor, n: int) -> Tensor:
-    """Keys or values of the global tokens, repeated for each block: (M, G, F, D)."""
-    return x_bgfd[:, None].expand(-1, n, -1, -1, -1).flatten(0, 1)
 
 
 class _Blocks(torch.autograd.Function):

@@ -23,18 +23,14 @@ from model.windows import LayerSpec
 MIN_TILE_WINDOW = 128  # tokens; below, tiles are never faster than blocks
 
 
-def _needs_gpu(capability: int) -> str | None:
+def _needs_gpu(capability: int, package: str | None = None) -> str | None:
+    if package and importlib.util.find_spec(package) is None:
+        return f"needs the package {package}, which is not installed"
     if not torch.cuda.is_available():
         return "needs an NVIDIA GPU, and this machine has none"
     if torch.cuda.get_device_capability()[0] < capability:
         return f"needs an NVIDIA GPU of compute capability {capability}.0 or more"
     return None
-
-
-def _needs_xformers() -> str | None:
-    if importlib.util.find_spec("xformers") is None:
-        return "needs the package xformers, which is not installed"
-    return _needs_gpu(6)
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ BACKENDS = {
     ),
     "xformers": Backend(
         "the memory-efficient attention of xFormers", sinks=False, global_tokens=False, head_size_multiple=8,
-        missing=_needs_xformers,
+        missing=lambda: _needs_gpu(6, "xformers"),
     ),
 }  # fmt: skip
 _VARLEN_KERNELS = {"flash": varlen.flash, "xformers": varlen.xformers}
@@ -184,8 +180,9 @@ class AttentionPlan:
     def _prepare_blocked(self, packing: Packing) -> Attend:
         spec, t = self.spec, packing.positions.shape[1]
         tiles, blocks = self._in_tiles(t), self._in_blocks(t)
-        if spec.global_tokens or spec.kind == "chunked":
-            _check_start(packing)
+        from_start = spec.global_tokens or spec.kind == "chunked"
+        if from_start and packing.documents is None and bool((packing.positions[:, 0] != 0).any()):
+            raise UserError("position_ids must start at 0 for chunked layers and global tokens, unless a cache is used")
         if packing.documents is not None and (tiles or (blocks and spec.global_tokens)):
             # Tiles know no documents, and blocks look for global tokens at the start of the row.
             if not packing.is_one_document():
@@ -224,9 +221,3 @@ class AttentionPlan:
 def _prepare_whole_rows(plan: AttentionPlan, tokens: int, device: torch.device, batch_size: int) -> Attend:
     with torch.inference_mode(False):  # what an evaluation prepares, training may use
         return plan._prepare(Packing.of_whole_rows(tokens, device), batch_size)
-
-
-def _check_start(packing: Packing) -> None:
-    """Blocks and tiles of these layers count from the start of the row."""
-    if packing.documents is None and not packing.whole and bool((packing.positions[:, 0] != 0).any()):
-        raise UserError("position_ids must start at 0 for chunked layers and global tokens, unless a cache is used")

@@ -84,14 +84,14 @@ class MaskedChunk:
     keys: Packing
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        parts = zip(q.split(QUERIES_PER_MASK, 2), self.queries.split(QUERIES_PER_MASK))
-        return torch.cat([self._attend(part, k, v, packing, sinks) for part, packing in parts], 2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, sinks: Tensor | None) -> Tensor:
-        seen = may_see(self.spec, packing, self.keys)
-        if sinks is not None:
-            return attend_dense(q, k, v, seen, sinks)
-        return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        outs, gqa = [], q.shape[1] != k.shape[1]
+        for part, packing in zip(q.split(QUERIES_PER_MASK, 2), self.queries.split(QUERIES_PER_MASK)):
+            seen = may_see(self.spec, packing, self.keys)
+            if sinks is None:
+                outs.append(F.scaled_dot_product_attention(part, k, v, seen[:, None], enable_gqa=gqa))
+            else:
+                outs.append(attend_dense(part, k, v, seen, sinks))
+        return torch.cat(outs, 2)
 
 
 @dataclass(frozen=True)

@@ -69,23 +69,18 @@ class Tile:
         out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse[..., None] - lse))
         lse.copy_(torch.logaddexp(lse, more_lse[..., None]))
 
-    def write_gradients(self, saved: Sequence[Tensor], out: Tensor, grads: Sequence[Tensor], beta: int) -> None:
-        """See `Squares.write_gradients`."""
-        for grad, share, factor in zip(self._qkv(grads), self._backward(saved, out), (0, beta, beta), strict=True):
-            grad.copy_(share) if not factor else grad.add_(share)
-
-    def add_gradients(self, saved: Sequence[Tensor], out: Tensor, grads: Sequence[Tensor]) -> None:
-        for grad, share in zip(self._qkv(grads), self._backward(saved, out), strict=True):
-            grad.add_(share)
+    def write_gradients(
+        self, saved: Sequence[Tensor], out: Tensor, grads: Sequence[Tensor], beta: int, beta_q: int = 0
+    ) -> None:
+        """See `Squares.write_gradients`. The gradient of q keeps `beta_q` times its value."""
+        grad, q, k, v, _, lse = saved
+        grad, out, lse = (self._queries(x) for x in (grad, out, lse))
+        shares = _kernel("_backward")(grad, *self._qkv((q, k, v)), out, lse[..., 0], 0.0, self.causal)
+        for to, share, keep in zip(self._qkv(grads), shares, (beta_q, beta, beta), strict=True):
+            to.add_(share) if keep else to.copy_(share)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return _kernel("")(*self._qkv((q, k, v)), 0.0, self.causal)
-
-    def _backward(self, saved: Sequence[Tensor], out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The tile's share of the gradients of q, k and v, from the merged output and log-sum-exp."""
-        grad, q, k, v, _, lse = saved
-        grad, out, lse = (self._queries(x) for x in (grad, out, lse))
-        return _kernel("_backward")(grad, *self._qkv((q, k, v)), out, lse[..., 0], 0.0, self.causal)
 
     def _qkv(self, qkv: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tile's part of queries, keys and values, or of their gradients: views (X, N, rows or columns, D)."""
@@ -222,15 +217,12 @@ class _Tiles(torch.autograd.Function):
             for part in ctx.parts.first:
                 part.write_gradients(saved, out[:, head], of_head, min(head, 1))
             for tile in ctx.parts.more:
-                tile.add_gradients(saved, out[:, head], of_head)
-        grad_sinks = None if sink_h is None else _gradient_of_sinks(sink_h, lse, delta)
+                tile.write_gradients(saved, out[:, head], of_head, 1, 1)
+        grad_sinks = None
+        if sink_h is not None:
+            shares = -((_sinks(sink_h, lse) - lse).exp() * delta).sum((2, 3))
+            grad_sinks = shares.view(-1, len(sink_h)).sum(0).to(sink_h.dtype)
         return *(x.to(q.dtype) for x in grads), grad_sinks, None
-
-
-def _gradient_of_sinks(sink_h: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """(H,), from the log-sum-exp with sinks and the sum of gradient times output, both (X, R, T, 1)."""
-    shares = -((_sinks(sink_h, lse) - lse).exp() * delta).sum((2, 3))
-    return shares.view(-1, len(sink_h)).sum(0).to(sink_h.dtype)
 
 
 def _sinks(sink_h: Tensor, lse: Tensor) -> Tensor:

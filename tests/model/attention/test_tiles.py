@@ -12,7 +12,7 @@ from torch import Tensor
 from model.attention import plan as attention
 from model.attention import tiles
 from model.attention.composed import ByDocument
-from model.attention.reference import attend_dense
+from model.attention.reference import Dense, attend_dense
 from model.attention.squares import Squares
 from model.attention.tiles import Tile, Tiles
 from model.packing import Packing, may_see
@@ -134,8 +134,8 @@ def test_rows_of_one_document_are_computed_whole_and_all_others_by_document(kind
     positions, q = torch.arange(30).expand(2, -1), torch.zeros(2, HEADS, 30, 8)
     whole_rows = Packing(positions, torch.zeros(2, 30, dtype=torch.long))
     assert isinstance(prepared(q, spec, whole_rows), Tiles)
+    assert isinstance(prepared(q, spec, Packing(positions, torch.full((2, 30), -1))), Dense)  # nothing but padding
     for documents in (
-        torch.full((2, 30), -1),
         torch.tensor([[0] * 30, [1] * 30]),
         torch.tensor([[0] * 15 + [1] * 15] * 2),
     ):
