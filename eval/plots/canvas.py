@@ -45,6 +45,10 @@ def figure(narrow: bool, height: float = 1.0) -> Figure:
     return Figure(figsize=(width, usual * height), layout="constrained")
 
 
+def distance_unit(result: dict[str, Any]) -> str:
+    return "in windows of W tokens" if result["window"] else "in tokens"
+
+
 def save(figure: Figure, path: Path | BinaryIO) -> None:
     """Write the figure as a PNG to a path or an open file."""
     figure.savefig(path, dpi=160, facecolor="white")

@@ -9,7 +9,7 @@ from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.plots.canvas import GRID, INK, figure, styled
+from eval.plots.canvas import GRID, INK, distance_unit, figure, styled
 
 COLORMAP = matplotlib.colors.LinearSegmentedColormap.from_list(
     "recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"], N=41
@@ -36,8 +36,7 @@ def relay_figure(relay: dict[str, Any], narrow: bool = False) -> Figure:
     frontier = np.array(relay["frontier"], dtype=float) / scale  # nan where a layer has no limit
     _draw_steps(ax, frontier, layers, "horizontal", "frontier: the value can't be farther")
     ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    unit = "in windows of W tokens" if relay["window"] else "in tokens"
-    ax.set(xlim=(0, columns[-1]), xlabel=f"distance behind the value, {unit}", ylabel="after layer")
+    ax.set(xlim=(0, columns[-1]), xlabel=f"distance behind the value, {distance_unit(relay)}", ylabel="after layer")
     return drawn
 
 

@@ -12,7 +12,7 @@ Legend: B batch, T positions, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -31,7 +31,6 @@ from model.windows import LayerSpec
 
 LastLogits = Callable[[Tensor], Tensor]  # token ids (B, T) -> logits (B, V) at the last position
 DENSE_LIMIT = 4096  # tokens: the reference backend holds the whole mask, which does not fit for more
-MAX_LENGTHS = 4096  # lengths that are tried for chunked layers
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def cliff_length(specs: Sequence[LayerSpec]) -> int | None:
     spans = _spans(specs)
     least = max(sum(spans), 2 * max(spans)) + max(spec.global_tokens for spec in specs) + min(spans) + 4
     period = math.lcm(*(spec.window or 1 for spec in specs if spec.kind == "chunked"))
-    lengths = np.arange(least, least + min(period, MAX_LENGTHS))
+    lengths = np.arange(least, least + min(period, 4096))
     return int(lengths[(lengths - windows.farthest_source(specs, lengths - 1)).argmax()])
 
 
@@ -105,7 +104,7 @@ def feed(
     length = input_ids.shape[1]
     ring = None if size is None else RingCache(examined.model.config)
     for start in range(0, length, size or length):
-        end = min(length, start + (size or length))
+        end = start + (size or length)
         output = examined.model(
             input_ids=input_ids[:, start:end].to(examined.device),
             documents=None if documents is None else documents[:, start:end].to(examined.device),
@@ -127,29 +126,23 @@ def left_padded(examined: Examined, input_ids: Tensor, pad: int, size: int | Non
 
 
 def behind_document(examined: Examined, input_ids: Tensor, other: Tensor, size: int | None = None) -> Tensor:
-    """Logits (B, V) of sequences that are packed behind another document `other` (B, S)."""
+    """Logits (B, V) of sequences that are packed behind another document `other`, (B, S) or (1, S) for all."""
+    other = other.expand(len(input_ids), -1)
     documents = torch.cat((torch.zeros_like(other), torch.ones_like(input_ids)), 1)
     return feed(examined, torch.cat((other, input_ids), 1), size, documents=documents)
 
 
 def chunk_sizes(specs: Sequence[LayerSpec]) -> list[int]:
-    """Tokens to prefill at a time: below, at and above the smallest and the largest window, and above two windows.
-
-    >>> chunk_sizes([LayerSpec("sliding", 8)] * 2)
-    [7, 8, 9, 19]
-    """
+    """Tokens to prefill at a time: below, at and above the smallest and the largest window, and above two windows."""
     spans = _spans(specs)
     return sorted({max(2, n) for w in (min(spans), max(spans)) for n in (w - 1, w, w + 1, 2 * w + 3)})
 
 
-def ways_to_feed(examined: Examined) -> dict[str, LastLogits]:
+def ways_to_feed(examined: Examined) -> Mapping[str, LastLogits]:
     """Each way to compute the last logits of a sequence with one model of ours, other than a plain forward pass."""
     span = min(_spans(examined.specs))
     padded = partial(left_padded, examined, pad=span // 2 + 1)
-
-    def packed(ids: Tensor, size: int | None = None) -> Tensor:
-        return behind_document(examined, ids, torch.zeros_like(ids[:, : span + 3]), size)
-
+    packed = partial(behind_document, examined, other=torch.zeros(1, span + 3, dtype=torch.long))
     return {f"prefill by {size}": partial(feed, examined, size=size) for size in chunk_sizes(examined.specs)} | {
         "token by token": partial(feed, examined, size=1),
         "left-padded batch": padded,
@@ -204,10 +197,9 @@ def compare(path: str, logits: LastLogits, probe: Probe) -> list[dict[str, Any]]
     if path.endswith(" reference") and length > DENSE_LIMIT:
         return [{"path": path, "unavailable": f"the dense mask of {length:,} tokens would not fit"}]
     try:
-        pairs = zip(logits(probe.before), logits(probe.after), strict=True)
+        equal = map(torch.equal, logits(probe.before), logits(probe.after))
     except UserError as error:
         return [{"path": path, "unavailable": str(error)}]
-    equal = [torch.equal(before, after) for before, after in pairs]
     return [{"path": path} | change | {"equal": e} for change, e in zip(probe.changes, equal, strict=True)]
 
 
