@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from eval.plots.canvas import GRID, INK, distance_unit, figure, styled
 
-COLORMAP = matplotlib.colors.LinearSegmentedColormap.from_list(
-    "recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"], N=41
-)
+COLORMAP = LinearSegmentedColormap.from_list("recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"], N=41)
 
 
 @styled
@@ -75,10 +73,8 @@ def _draw_cells(ax: Axes, x: Any, y: Any, values: Sequence[Sequence[float]], tip
 
 def _draw_steps(ax: Axes, values: np.ndarray, edges: np.ndarray, orientation: Any, label: str) -> None:
     """Draw a line of steps over the map, with its legend; nan leaves a gap."""
-    outline = [patheffects.withStroke(linewidth=3.5, foreground="white")]
-    ax.stairs(
-        values, edges, orientation=orientation, baseline=None, color=INK, lw=1.6, path_effects=outline, label=label
-    )
+    steps = ax.stairs(values, edges, orientation=orientation, baseline=None, color=INK, lw=1.6, label=label)
+    steps.set_path_effects([patheffects.withStroke(linewidth=3.5, foreground="white")])
     ax.legend(loc="lower right", fontsize=8.5)
 
 

@@ -1,8 +1,6 @@
-"""Which keys a query sees, drawn from `model.windows`: the masks of layers, and the cone of a stack.
+"""Which keys a query sees, drawn from `model.windows`: the masks of layers, and the cone of a stack."""
 
-Colours go from dark to light, so that layers can be told apart in grey and by the colour-blind.
-"""
-
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from textwrap import fill
@@ -44,7 +42,7 @@ def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[Any], left: float 
 
 
 def _shades(count: int) -> list[Any]:
-    """`count` colours from dark to light."""
+    """`count` colours from dark to light, which can be told apart in grey and by the colour-blind."""
     return [matplotlib.colormaps["cividis"](x) for x in np.linspace(0.12, 0.85, max(2, count))][:count]
 
 
@@ -70,14 +68,13 @@ def sentence_figure() -> Figure:
     return drawn
 
 
-def kinds_of(specs: Sequence[LayerSpec]) -> dict[LayerSpec, int]:
+def kinds_of(specs: Sequence[LayerSpec]) -> Counter[LayerSpec]:
     """Each different mask of the stack, and how many layers have it. Sinks and rotary positions change no mask.
 
     >>> kinds_of([LayerSpec("sliding", 4), LayerSpec("full", rope=False), LayerSpec("sliding", 4, sink=True)])
-    {LayerSpec(kind='sliding', window=4, ...): 2, LayerSpec(kind='full', window=None, ...): 1}
+    Counter({LayerSpec(kind='sliding', window=4, ...): 2, LayerSpec(kind='full', window=None, ...): 1})
     """
-    masks = [replace(spec, sink=False, rope=True, rope_theta=None) for spec in specs]
-    return {spec: masks.count(spec) for spec in dict.fromkeys(masks)}
+    return Counter(replace(spec, sink=False, rope=True, rope_theta=None) for spec in specs)
 
 
 def title_of(spec: LayerSpec) -> str:

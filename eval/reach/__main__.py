@@ -12,7 +12,6 @@
 
 import json
 import sys
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +19,7 @@ from rich.console import Console
 from eval.command import at_least, new_parser, prepare
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
+from eval.report.runs import Result
 from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli
@@ -31,9 +31,7 @@ def field_length(examined: Examined, max_tokens: int) -> int:
     return min(nominal_reach(examined.specs, window) + 2 * window, max_tokens, examined.max_tokens or max_tokens)
 
 
-def measure(
-    examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 16, max_tokens: int = 8192
-) -> dict[str, Any]:
+def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 16, max_tokens: int = 8192) -> Result:
     """Everything that reach.json holds."""
     from eval.reach.cliff import cliff, cliff_holds
     from eval.reach.gradient import gradient_field
@@ -63,17 +61,16 @@ def measure(
     }
 
 
-def print_result(result: dict[str, Any], console: Console) -> None:
+def print_result(result: Result, console: Console) -> None:
     far, others = result["reach"], result["reach_of_other_tokens"]
+    words = "; the reach is unbounded"
     if far is not None:
         words = (
             f", W = {result['window']:,}; reach R = {far:,} tokens back, receptive field "
             f"{result['receptive_field']:,}, W·k = {result['window_times_layers']:,}"
         )
     elif others is not None:
-        words = f"; the reach is unbounded for global tokens and {others:,} tokens back for all others"
-    else:
-        words = "; the reach is unbounded"
+        words += f" for global tokens and {others:,} tokens back for all others"
     console.print(f"[bold]{result['model']}[/]: {result['layers']} layers{words}")
     if result["cliff_note"]:
         console.print(f"Cliff test: {result['cliff_note']}")

@@ -13,9 +13,10 @@ Legend: B batch, T positions, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +34,7 @@ LastLogits = Callable[[Tensor], Tensor]  # token ids (B, T) -> logits (B, V) at 
 DENSE_LIMIT = 4096  # tokens: the reference backend holds the whole mask, which does not fit for more
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """Token ids (B, T) before and after a change, and for each sequence {distance, changed, expected}.
 
     `expected` is whether theory says that the logits at the last token stay equal.
@@ -184,8 +184,8 @@ def cliff(examined: Examined, seed: int = 0, max_tokens: int = 8192) -> tuple[li
     if length > limit:
         return between, f"a sequence longer than the reach has {length:,} tokens, more than the limit {limit:,}"
     reachable = windows.reachable(examined.specs, length)
-    window, product = examined.window or 1, windows.window_times_layers(examined.specs) or 0
-    distances = cliff_distances(reachable, near=[1, window - 1, window, product, product + window])
+    window, quoted = examined.window or 1, windows.window_times_layers(examined.specs) or 0
+    distances = cliff_distances(reachable, near=[1, window - 1, window, quoted, quoted + window])
     probe = make_probe(reachable, distances, int(examined.tokenizer.vocab_size), seed)
     rows = [row for path, logits in cliff_paths(examined) for row in compare(path, logits, probe)]
     return rows + between, None
@@ -209,12 +209,11 @@ def _between_documents(examined: Examined, seed: int, limit: int) -> list[dict[s
     span = min(*_spans(examined.specs), limit // 4)
     ids = torch.randint(0, vocabulary, (1, 4 * span), generator=torch.Generator().manual_seed(seed))
     rows: list[dict[str, Any]] = []
-    for size in (None, span + 1):
+    for size, own in product((None, span + 1), sorted({1, 2, max(2, span // 2)})):
         path = "packed documents" + (f", prefill by {size}" if size else "")
-        for own in sorted({1, 2, max(2, span // 2)}):
-            other, change = ids[:, :-own], {"distance": own, "changed": "the whole document before", "expected": True}
-            probe = Probe(other, (other + 1) % vocabulary, [change])
-            rows += compare(path, partial(behind_document, examined, ids[:, -own:], size=size), probe)
+        other, change = ids[:, :-own], {"distance": own, "changed": "the whole document before", "expected": True}
+        probe = Probe(other, (other + 1) % vocabulary, [change])
+        rows += compare(path, partial(behind_document, examined, ids[:, -own:], size=size), probe)
     return rows
 
 

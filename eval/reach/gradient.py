@@ -38,8 +38,8 @@ def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 
             direction = torch.randn(hidden.shape, generator=generator).to(device)
             (gradient,) = torch.autograd.grad((hidden * direction).sum(), embeddings, retain_graph=True)
             energy = gradient.double().square().sum(-1)
-            energy = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
-            total += energy.sum(0).cpu().numpy()[::-1]
+            share = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
+            total += share.sum(0).cpu().numpy()[::-1]
     return total / total.sum()
 
 

@@ -61,18 +61,13 @@ def mixture_horizon(influence: np.ndarray, epsilon: float = 0.01) -> int:
     return int(np.flatnonzero(beyond >= epsilon * influence.sum())[-1])
 
 
-def _attention_of(layer: nn.Module) -> nn.Module | None:
-    modules = (getattr(layer, name, None) for name in ATTENTION_NAMES)
-    return next((module for module in modules if isinstance(module, nn.Module)), None)
-
-
 def residual_shares(examined: Examined, texts: Tensor) -> list[float]:
     """Alpha of each layer: |x| / (|x| + |a|), where x is the residual stream and a what attention adds to it.
 
     Norms are taken over E and averaged over positions and texts (B, T). Empty when no attention module is known.
     """
     lists = [
-        [(layer, attention) for layer in module if (attention := _attention_of(layer))]
+        [(layer, child) for layer in module for name, child in layer.named_children() if name in ATTENTION_NAMES]
         for module in examined.model.modules()
         if isinstance(module, nn.ModuleList)
     ]
@@ -101,13 +96,12 @@ def predictions(examined: Examined, alphas: list[float]) -> dict[str, Any]:
     Empty for an unbounded reach, for alphas that were not measured, and for chunked layers: how far their queries see
     depends on the position in the block, so the recurrence does not hold.
     """
-    window, reach = examined.window, examined.reach
-    chunked = any(spec.kind == "chunked" for spec in examined.specs)
+    window, reach, specs = examined.window, examined.reach, examined.specs
+    chunked = any(spec.kind == "chunked" for spec in specs)
     if window is None or reach is None or chunked or len(alphas) != examined.layers:
         return {}
     alpha = float(np.mean(alphas))
-    spans = [spec.window for spec in examined.specs]
-    influence = mixture(spans, alphas, reach + 1, [spec.dilation for spec in examined.specs])
+    influence = mixture([spec.window for spec in specs], alphas, reach + 1, [spec.dilation for spec in specs])
     return {
         "epsilon": 0.01,
         "xiao_bound": xiao_bound(window, alpha),

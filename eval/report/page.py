@@ -3,7 +3,7 @@
 The sentences around them, the headline figures and the captions of the pictures are in `templates/report.html`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,7 +14,7 @@ from eval.report import tables
 from eval.report.runs import Result, Run
 
 Drawing = Callable[[bool], Figure]  # draws for wide screens (False) or for phones (True)
-Contents = tuple[dict[str, tables.Table], dict[str, Drawing]]  # by the names that they have in a tracker
+Contents = tuple[dict[str, tables.Table], Mapping[str, Drawing]]  # by the names that they have in a tracker
 
 
 def shared(runs: list[Run]) -> Contents:
@@ -36,9 +36,7 @@ def of_one(run: Run) -> Contents:
         "heat_map": ("heat", plots.heat_figure),
         "gradient_field": ("reach", plots.reach_figure),
     }
-    pictures: dict[str, Drawing] = {
-        name: partial(f, run.results[key]) for name, (key, f) in draw.items() if key in run.results
-    }
+    pictures = {name: partial(f, run.results[key]) for name, (key, f) in draw.items() if key in run.results}
     return tables.tables_of(run), pictures
 
 

@@ -115,8 +115,8 @@ def tables_of(run: Run) -> dict[str, Table]:
 
 def reach_tables(reach: Result) -> dict[str, Table]:
     """The gradient field, the cliff test and the predictions, as far as reach.json has them."""
-    moments = ("before", "after")
-    rows = [{"moment": f"{m} training"} | row for m in moments for row in reach["gradient"][m]["quantiles"]]
+    field = reach["gradient"]
+    rows = [{"moment": f"{m} training"} | row for m in ("before", "after") for row in field[m]["quantiles"]]
     tables = {"gradient": table("gradient", rows)}
     if reach["cliff"]:
         by_path = groupby(reach["cliff"], itemgetter("path"))
