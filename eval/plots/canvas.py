@@ -35,14 +35,17 @@ STYLE: dict[Any, Any] = {
     "legend.framealpha": 0.85,
     "legend.edgecolor": "white",
 }
-WIDE, NARROW = (9.0, 4.8), (4.4, 4.6)  # inches
 styled = matplotlib.rc_context(STYLE)  # a decorator for functions that draw
 
 
 def figure(narrow: bool, height: float = 1.0) -> Figure:
     """An empty figure for wide screens or for phones, `height` times as tall as usual."""
-    width, usual = NARROW if narrow else WIDE
+    width, usual = (4.4, 4.6) if narrow else (9.0, 4.8)  # inches
     return Figure(figsize=(width, usual * height), layout="constrained")
+
+
+def distance_unit(result: dict[str, Any]) -> str:
+    return "in windows of W tokens" if result["window"] else "in tokens"
 
 
 def save(figure: Figure, path: Path | BinaryIO) -> None:
@@ -52,9 +55,8 @@ def save(figure: Figure, path: Path | BinaryIO) -> None:
 
 def marks(ax: Axes, x: Any, y: Any, tips: Sequence[str], color: str, size: float = 26, **style: Any) -> None:
     """Draw dots; each shows its text of `tips` on hover. `style` is passed to matplotlib's scatter."""
-    ax.scatter(
-        x, y, s=size, urls=tips, linewidths=0.8, clip_on=False, zorder=4, color=color, **{"edgecolors": "white"} | style
-    )
+    style.setdefault("edgecolors", "white")
+    ax.scatter(x, y, s=size, urls=tips, linewidths=0.8, clip_on=False, zorder=4, color=color, **style)
 
 
 def landmark(ax: Axes, x: float, label: str, side: str, line: Any = "-", color: str = INK, level: int = 0) -> None:
@@ -75,11 +77,10 @@ def svg(figure: Figure, prefix: str) -> str:
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    head, body = text[text.index("<svg") :].split(">", 1)
+    head, body = buffer.getvalue().partition("<svg")[2].split(">", 1)
     head = re.sub(r' (width|height|xmlns|xmlns:xlink)="[^"]*"', "", head)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+|\n", r"\1", d[0]), body)  # a map has many outlines
     body = re.sub(r"""<a xlink:href=(".*?"|'.*?') target="_blank">""", r"<g data-tip=\1>", body).replace("</a>", "</g>")
-    body = body.replace("xlink:href", "href")
-    return head + ">" + re.sub(r'( id="| href="#|url\(#)', rf"\g<1>{prefix}-", body)
+    body = re.sub(r'( id="| href="#|url\(#)', rf"\g<1>{prefix}-", body.replace("xlink:href", "href"))
+    return f"<svg{head}>{body}"

@@ -1,6 +1,7 @@
 """Curves: recall and the gradient by distance, losses by position and context, and training by step."""
 
 from collections.abc import Sequence
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.plots.canvas import COLORS, GREY, GRID, INK, MUTED, figure, landmark, marks, styled
+from eval.plots.canvas import COLORS, GREY, GRID, INK, MUTED, distance_unit, figure, landmark, marks, styled
 
-LINES = ("-", "--", ":")
 LOWEST = 1e-12  # the smallest share of the gradient energy that a picture shows
 PANELS = (  # title, kind of line in metrics.jsonl, its columns and the label of each
     ("Training loss, nats", "train", {"loss_text": "text", "loss_answer": "answers", "loss_relay": "relay head"}),
@@ -19,8 +19,7 @@ PANELS = (  # title, kind of line in metrics.jsonl, its columns and the label of
     ("Longest distance in training, tokens", "train", {"distance": "curriculum"}),
 )
 Result = dict[str, Any]
-Metrics = list[tuple[str, list[Result]]]  # name of a run, lines of its metrics.jsonl
-Points = list[tuple[int, float]]  # step, value
+Panels = dict[str, dict[str, list[tuple[int, float]]]]  # title -> label of a curve -> (step, value)
 
 
 @styled
@@ -36,7 +35,7 @@ def hero_figure(results: list[Result], reach: Result | None = None, narrow: bool
     _draw_landmarks(axes[0, 0], results[0], (reach or {}).get("predictions", {}), narrow)
     if reach:
         _draw_field(axes[1, 0], reach)
-    axes[-1, 0].set_xlabel(_distance_label(results[0]))
+    axes[-1, 0].set_xlabel(f"distance, {distance_unit(results[0])}")
     return drawn
 
 
@@ -44,14 +43,10 @@ def hero_figure(results: list[Result], reach: Result | None = None, narrow: bool
 def reach_figure(reach: Result, narrow: bool = False) -> Figure:
     """The gradient field of one model alone."""
     drawn = figure(narrow, 0.8)
-    ax = drawn.subplots()
+    ax = drawn.subplots(subplot_kw={"xlabel": f"distance, {distance_unit(reach)}"})
     _draw_field(ax, reach)
-    ax.set(xlim=(0, None), xlabel=_distance_label(reach))
+    ax.set_xlim(0, None)
     return drawn
-
-
-def _distance_label(result: Result) -> str:
-    return "distance, in windows of W tokens" if result["window"] else "distance, in tokens"
 
 
 def _draw_recall(ax: Axes, results: list[Result], narrow: bool) -> None:
@@ -60,7 +55,7 @@ def _draw_recall(ax: Axes, results: list[Result], narrow: bool) -> None:
     for i, (result, name) in enumerate(curves):
         color = GREY if result is not main and len(results) == 2 else COLORS[i % len(COLORS)]
         label = name if len(results) == 1 else result["model"] + (f", {name}" if name != task else "")
-        style = {"color": color, "label": label, "ls": LINES[i // len(COLORS) % len(LINES)]}
+        style = {"color": color, "label": label, "ls": ("-", "--", ":")[i // len(COLORS) % 3]}
         _draw_task(ax, result, name, style | {"zorder": 3 if result is main else 2})
     chance = main["tasks"][task]["chance"]
     ax.axhline(chance, color=MUTED, lw=0.9, ls=(0, (1, 2)))
@@ -75,16 +70,12 @@ def _draw_recall(ax: Axes, results: list[Result], narrow: bool) -> None:
 
 
 def _draw_task(ax: Axes, result: Result, task: str, style: Result) -> None:
-    label = style["label"]
-    rows, h90, scale = result["tasks"][task]["rows"], result["tasks"][task]["h90"], result["window"] or 1
-    tips = [
-        f"{label}: distance {row['distance']:,} tokens, recall {row['accuracy']:.1%} "
-        f"[{row['low']:.1%}, {row['high']:.1%}], n = {row['n']}"
-        for row in rows
-    ]
-    x, y, low, high = np.array([[row[k] for k in ("distance", "accuracy", "low", "high")] for row in rows]).T
+    label, scale, entry = style["label"], result["window"] or 1, result["tasks"][task]
+    tip = "{label}: distance {distance:,} tokens, recall {accuracy:.1%} [{low:.1%}, {high:.1%}], n = {n}"
+    tips = [tip.format(label=label, **row) for row in entry["rows"]]
+    x, y, low, high = np.array([[row[k] for k in ("distance", "accuracy", "low", "high")] for row in entry["rows"]]).T
     _draw_interval(ax, x / scale, y, low, high, style, tips)
-    if h90:
+    if h90 := entry["h90"]:
         tip = f"{label}: H90 = {h90:,} tokens, the farthest distance recalled in at least 90 % of cases"
         marks(ax, [h90 / scale], [0.9], [tip], "white", 34, marker="D", edgecolors=style["color"])
 
@@ -97,11 +88,7 @@ def _draw_interval(ax: Axes, x: Any, y: Any, low: Any, high: Any, style: Result,
 
 
 def _draw_landmarks(ax: Axes, result: Result, predictions: Result, narrow: bool) -> None:
-    """Draw lines at W, 1.5 W, R and W·k, at H90, and at Xiao's bound and the mixture's horizon if they are predicted.
-
-    R and W·k nearly touch, so their labels go to opposite sides. What is measured can be anywhere, so its labels have
-    levels of their own.
-    """
+    """Draw lines at W, 1.5 W, R, W·k, H90 and the predictions. Labels that may meet get other sides or levels."""
     window, far = result["window"], result["reach"]
     if h90 := next(iter(result["tasks"].values()))["h90"]:
         landmark(ax, h90 / (window or 1), f"◇ H90 = {h90:,}", "left", (0, (1, 2)), MUTED, level=1)
@@ -146,8 +133,14 @@ def loss_figure(losses: list[Result], narrow: bool = False) -> Figure:
     drawn = figure(narrow, 1.5 if narrow else 0.75)
     axes = drawn.subplots(2, 1) if narrow else drawn.subplots(1, 2)
     for ax, word, x_key in ((axes[0], "position", "middle"), (axes[1], "context", "context")):
-        for i, loss in enumerate(losses):
-            _draw_loss(ax, loss, word, x_key, COLORS[i % len(COLORS)])
+        for color, loss in zip(cycle(COLORS), losses, strict=False):
+            keys = (x_key, "bits_per_token", "standard_error")
+            x, y, error = np.array([[row[key] for key in keys] for row in loss[f"by_{word}"]]).T
+            style = {"color": color, "label": loss["model"]}
+            _draw_interval(ax, np.maximum(1.0, x), y, y - 1.96 * error, y + 1.96 * error, style)
+            for tokens, line in ((loss["window"], "-"), (loss["reach"], "--")):
+                if tokens:
+                    ax.axvline(tokens, color=INK, lw=0.8, ls=line)
         ax.set(title=f"Loss by {word}", xlabel=f"{word}, tokens", ylabel="bits per token")
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
@@ -157,32 +150,18 @@ def loss_figure(losses: list[Result], narrow: bool = False) -> Figure:
     return drawn
 
 
-def _draw_loss(ax: Axes, loss: Result, word: str, x_key: str, color: str) -> None:
-    rows = loss[f"by_{word}"]
-    x, y, error = np.array([[row[k] for k in (x_key, "bits_per_token", "standard_error")] for row in rows]).T
-    style = {"color": color, "label": loss["model"]}
-    _draw_interval(ax, np.maximum(1.0, x), y, y - 1.96 * error, y + 1.96 * error, style)
-    for tokens, line in ((loss["window"], "-"), (loss["reach"], "--")):
-        if tokens:
-            ax.axvline(tokens, color=INK, lw=0.8, ls=line)
-
-
 @styled
-def training_figure(runs: Metrics, narrow: bool = False) -> Figure:
-    """One panel for each quantity of metrics.jsonl that was logged, against the step.
-
-    A single run shows all columns of a panel. Several runs share the panels and show the first column of each.
-    """
-    logged = _panels(runs)
-    rows = len(logged) if narrow else (len(logged) + 1) // 2
+def training_figure(panels: Panels, narrow: bool = False) -> Figure:
+    """One panel for each of `training_panels`, against the step."""
+    rows = len(panels) if narrow else (len(panels) + 1) // 2
     drawn = figure(narrow, (0.6 if narrow else 0.5) * rows)
-    for i, (title, curves) in enumerate(logged.items()):
+    for i, (title, curves) in enumerate(panels.items()):
         ax = drawn.add_subplot(rows, 1 if narrow else 2, i + 1)
-        for color, (label, points) in zip(COLORS * len(curves), curves.items(), strict=False):
+        for color, (label, points) in zip(cycle(COLORS), curves.items(), strict=False):
             ax.plot(*np.array(points).T, color=color, lw=1.4, label=label)
             some = points[:: max(1, len(points) // 40)]
             tips = [f"{label}: step {step:,}, {value:.3g}" for step, value in some]
-            steps, values = zip(*some, strict=True)
+            steps, values = np.array(some).T
             marks(ax, steps, values, tips, color, size=9)
         ax.set_title(title, fontsize=9.5)
         ax.set(xlabel="step", ylim=(0, None))
@@ -192,20 +171,16 @@ def training_figure(runs: Metrics, narrow: bool = False) -> Figure:
     return drawn
 
 
-def has_curves(runs: Metrics) -> bool:
-    """Whether `training_figure` has anything to show."""
-    return bool(_panels(runs))
+def training_panels(runs: list[tuple[str, list[Result]]]) -> Panels:
+    """The quantities that were logged, for the names of runs and the lines of their metrics.jsonl.
 
-
-def _panels(runs: Metrics) -> dict[str, dict[str, Points]]:
-    """Title -> label -> points: of each column for a single run, of the first column for several runs."""
-    panels: dict[str, dict[str, Points]] = {}
-    for title, kind, columns in PANELS:
-        wanted = [(label, runs[0][1], column) for column, label in columns.items()]
-        if len(runs) > 1:
-            wanted = [(name, lines, next(iter(columns))) for name, lines in runs]
-        for label, lines, column in wanted:
+    A single run shows all columns of a panel. Several runs share the panels and show the first column of each.
+    """
+    panels: Panels = {}
+    for (title, kind, columns), (name, lines) in product(PANELS, runs):
+        for column, label in list(columns.items())[: None if len(runs) == 1 else 1]:
             logged = [line for line in lines if line.get("kind") == kind and isinstance(line.get(column), int | float)]
             if logged:
-                panels.setdefault(title, {})[label] = [(line["step"], line[column]) for line in logged]
+                curve = label if len(runs) == 1 else name
+                panels.setdefault(title, {})[curve] = [(line["step"], line[column]) for line in logged]
     return panels

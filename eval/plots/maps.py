@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from eval.plots.canvas import GRID, INK, figure, styled
+from eval.plots.canvas import GRID, INK, distance_unit, figure, styled
 
-COLORMAP = matplotlib.colors.LinearSegmentedColormap.from_list(
-    "recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"], N=41
-)
+COLORMAP = LinearSegmentedColormap.from_list("recall", ["#fdf6ec", "#f6c98a", "#e8894a", "#a53b4f", "#3d1a4b"], N=41)
 
 
 @styled
@@ -36,8 +34,7 @@ def relay_figure(relay: dict[str, Any], narrow: bool = False) -> Figure:
     frontier = np.array(relay["frontier"], dtype=float) / scale  # nan where a layer has no limit
     _draw_steps(ax, frontier, layers, "horizontal", "frontier: the value can't be farther")
     ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    unit = "in windows of W tokens" if relay["window"] else "in tokens"
-    ax.set(xlim=(0, columns[-1]), xlabel=f"distance behind the value, {unit}", ylabel="after layer")
+    ax.set(xlim=(0, columns[-1]), xlabel=f"distance behind the value, {distance_unit(relay)}", ylabel="after layer")
     return drawn
 
 
@@ -76,10 +73,8 @@ def _draw_cells(ax: Axes, x: Any, y: Any, values: Sequence[Sequence[float]], tip
 
 def _draw_steps(ax: Axes, values: np.ndarray, edges: np.ndarray, orientation: Any, label: str) -> None:
     """Draw a line of steps over the map, with its legend; nan leaves a gap."""
-    outline = [patheffects.withStroke(linewidth=3.5, foreground="white")]
-    ax.stairs(
-        values, edges, orientation=orientation, baseline=None, color=INK, lw=1.6, path_effects=outline, label=label
-    )
+    steps = ax.stairs(values, edges, orientation=orientation, baseline=None, color=INK, lw=1.6, label=label)
+    steps.set_path_effects([patheffects.withStroke(linewidth=3.5, foreground="white")])
     ax.legend(loc="lower right", fontsize=8.5)
 
 

@@ -1,8 +1,6 @@
-"""Which keys a query sees, drawn from `model.windows`: the masks of layers, and the cone of a stack.
+"""Which keys a query sees, drawn from `model.windows`: the masks of layers, and the cone of a stack."""
 
-Colours go from dark to light, so that layers can be told apart in grey and by the colour-blind.
-"""
-
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from textwrap import fill
@@ -21,22 +19,13 @@ from eval.reach.cliff import cliff_length
 from model import windows
 from model.windows import LayerSpec
 
-SENTENCE, SENTENCE_WINDOW = "The cat sat on the", 3
 SEEN, UNSEEN = "#12355b", "#eef1f5"
 WIDEST_MASK = 24  # tokens of a window in a panel; a wider window is drawn to scale
 LONGEST_CONE = 8192  # tokens; longer stacks are drawn to scale
 
 
 def mask(spec: LayerSpec, length: int) -> np.ndarray:
-    """Bool (length, length): whether the query of the row sees the key of the column.
-
-    >>> mask(LayerSpec("sliding", 3), 5).astype(int)
-    array([[1, 0, 0, 0, 0],
-           [1, 1, 0, 0, 0],
-           [1, 1, 1, 0, 0],
-           [0, 1, 1, 1, 0],
-           [0, 0, 1, 1, 1]])
-    """
+    """Bool (length, length): whether the query of the row sees the key of the column."""
     positions = torch.arange(length)
     return np.asarray(windows.visible(spec, positions[:, None], positions[None, :]))
 
@@ -45,7 +34,7 @@ def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[Any], left: float 
     """Draw a grid of cells from x = `left` and y = 0 downwards; a cell with the number n has the n-th colour."""
     rows, columns = cells.shape
     ax.imshow(
-        cells, ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, aspect="auto", interpolation="nearest",
+        cells, ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, interpolation="nearest",
         extent=(left, left + columns, rows, 0),
     )  # fmt: skip
     ax.tick_params(length=0)
@@ -53,21 +42,20 @@ def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[Any], left: float 
 
 
 def _shades(count: int) -> list[Any]:
-    """`count` colours from dark to light."""
+    """`count` colours from dark to light, which can be told apart in grey and by the colour-blind."""
     return [matplotlib.colormaps["cividis"](x) for x in np.linspace(0.12, 0.85, max(2, count))][:count]
 
 
 @styled
 def sentence_figure() -> Figure:
     """The causal triangle beside the band of a sliding window, with words as rows and columns."""
-    drawn, words = Figure(figsize=(9.0, 4.6), layout="constrained"), SENTENCE.split()
+    drawn, words = Figure(figsize=(9.0, 4.6), layout="constrained"), ["The", "cat", "sat", "on", "the"]
     full, sliding = drawn.subplots(1, 2)
     full.set_title("Full attention: all earlier tokens")
-    sliding.set_title(f"Sliding window of W = {SENTENCE_WINDOW} tokens")
-    for ax, spec in ((full, LayerSpec("full")), (sliding, LayerSpec("sliding", SENTENCE_WINDOW))):
+    sliding.set_title("Sliding window of W = 3 tokens")
+    for ax, spec in ((full, LayerSpec("full")), (sliding, LayerSpec("sliding", 3))):
         seen, edges = mask(spec, len(words)), np.arange(len(words) + 1)
         _draw_cells(ax, seen, ["white", SEEN])
-        ax.set_aspect("equal")
         for (query, key), sees in np.ndenumerate(seen):
             color = "white" if sees else MUTED
             ax.text(key + 0.5, query + 0.52, str(int(sees)), ha="center", va="center", color=color, fontsize=13)
@@ -80,14 +68,13 @@ def sentence_figure() -> Figure:
     return drawn
 
 
-def kinds_of(specs: Sequence[LayerSpec]) -> dict[LayerSpec, int]:
+def kinds_of(specs: Sequence[LayerSpec]) -> Counter[LayerSpec]:
     """Each different mask of the stack, and how many layers have it. Sinks and rotary positions change no mask.
 
     >>> kinds_of([LayerSpec("sliding", 4), LayerSpec("full", rope=False), LayerSpec("sliding", 4, sink=True)])
-    {LayerSpec(kind='sliding', window=4, ...): 2, LayerSpec(kind='full', window=None, ...): 1}
+    Counter({LayerSpec(kind='sliding', window=4, ...): 2, LayerSpec(kind='full', window=None, ...): 1})
     """
-    masks = [replace(spec, sink=False, rope=True, rope_theta=None) for spec in specs]
-    return {spec: masks.count(spec) for spec in dict.fromkeys(masks)}
+    return Counter(replace(spec, sink=False, rope=True, rope_theta=None) for spec in specs)
 
 
 def title_of(spec: LayerSpec) -> str:
@@ -119,7 +106,6 @@ def layers_figure(specs: Sequence[LayerSpec]) -> Figure:
         drawn = scaled(spec, -(-max(spec.ring_slots or 8, spec.global_tokens) // WIDEST_MASK))
         length = 2 * max(drawn.ring_slots or 8, drawn.global_tokens) + 4
         _draw_cells(ax, mask(drawn, length), [UNSEEN, color])
-        ax.set_aspect("equal")
         scale = [f"drawn as {title_of(drawn).removeprefix(f'{spec.kind}, ')}"] if drawn != spec else []
         title = (title_of(spec), *scale, f"{kinds[spec]} of {len(specs)} layers")
         ax.set_title("\n".join(fill(line, 24) for line in title), fontsize=9)
@@ -157,17 +143,12 @@ def cone_figure(specs: Sequence[LayerSpec]) -> Figure:
     rows = sorted({round(row) for row in np.linspace(0, len(drawn), min(len(drawn) + 1, 9))})
     ax.set_yticks([row + 0.5 for row in rows], [str(row) for row in rows])
     ax.set(xlabel="tokens back from the last token", ylabel="layers back from the output")
-    ax.set(xlim=(-length - 0.5, max(2.0, length / 100)), facecolor=UNSEEN)
-    _draw_reach(ax, drawn)
-    return figure
-
-
-def _draw_reach(ax: Axes, specs: Sequence[LayerSpec]) -> None:
-    """Draw lines at R and W·k, or say that a full layer has no bound."""
-    far, product = windows.reach_of_other_tokens(specs), windows.window_times_layers(specs)
+    ax.set(xlim=(-length - 0.5, max(2.0, length / 100)), facecolor=UNSEEN, aspect="auto")
+    far, product = windows.reach_of_other_tokens(drawn), windows.window_times_layers(drawn)
     if far is None or product is None:
-        landmark(ax, ax.get_xlim()[0], "unbounded: a full layer sees every earlier token", "right")
-        return
-    others = "" if windows.reach(specs) is not None else ", global tokens aside"
+        landmark(ax, -length - 0.5, "unbounded: a full layer sees every earlier token", "right")
+        return figure
+    others = "" if windows.reach(drawn) is not None else ", global tokens aside"
     landmark(ax, -far, f"R = {far:,}{others}", "right" if 3 * far > product else "left")  # where there is room
     landmark(ax, -product, f"W·k = {product:,}", "left", "--")
+    return figure

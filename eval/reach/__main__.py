@@ -3,43 +3,35 @@
     python -m eval.reach MODEL [--out DIR] [--plot]
 
 1. **Theory**: reach R, receptive field R + 1 and W·k, from the descriptions of the layers.
-2. **Cliff test** (`eval.reach.cliff`), exact: tokens that can't reach the query are changed, and the query's logits are
-   compared bit by bit, through every attention backend and every way to feed the model.
-3. **Gradient field** (`eval.reach.gradient`): how the energy of d(output)/d(input embedding) is spread over distance,
-   before and after training.
-4. **Alpha** (`eval.reach.theory`): the share of the residual stream that each layer leaves as it is, and what Xiao's
-   theory predicts from it.
+2. **Cliff test** (`eval.reach.cliff`): a token that can't reach the query must not change one bit of its logits.
+3. **Gradient field** (`eval.reach.gradient`): how the energy of the input gradient is spread over distance.
+4. **Alpha** (`eval.reach.theory`): the share of the residual stream that a layer leaves as it is, and predictions.
 
 `--plot` adds pictures: `mask.png`, `layers.png`, `cone.png` (`eval.reach.masks`) and `reach.png`, the gradient field.
 """
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 
-from eval.command import at_least, new_parser
-from eval.models import nominal_reach
+from eval.command import at_least, new_parser, prepare
+from eval.haystack import Haystack
+from eval.models import Examined, nominal_reach
+from eval.report.runs import Result
 from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli
 
-if TYPE_CHECKING:
-    from eval.haystack import Haystack
-    from eval.models import Examined
 
-
-def field_length(examined: "Examined", max_tokens: int) -> int:
+def field_length(examined: Examined, max_tokens: int) -> int:
     """Tokens of a text for the gradient field: the reach and two windows more, at most `max_tokens`."""
     window = examined.window or 64
     return min(nominal_reach(examined.specs, window) + 2 * window, max_tokens, examined.max_tokens or max_tokens)
 
 
-def measure(
-    examined: "Examined", haystack: "Haystack", seed: int = 0, texts: int = 16, max_tokens: int = 8192
-) -> dict[str, Any]:
+def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 16, max_tokens: int = 8192) -> Result:
     """Everything that reach.json holds."""
     from eval.reach.cliff import cliff, cliff_holds
     from eval.reach.gradient import gradient_field
@@ -69,17 +61,16 @@ def measure(
     }
 
 
-def print_result(result: dict[str, Any], console: Console) -> None:
+def print_result(result: Result, console: Console) -> None:
     far, others = result["reach"], result["reach_of_other_tokens"]
+    words = "; the reach is unbounded"
     if far is not None:
         words = (
             f", W = {result['window']:,}; reach R = {far:,} tokens back, receptive field "
             f"{result['receptive_field']:,}, W·k = {result['window_times_layers']:,}"
         )
     elif others is not None:
-        words = f"; the reach is unbounded for global tokens and {others:,} tokens back for all others"
-    else:
-        words = "; the reach is unbounded"
+        words += f" for global tokens and {others:,} tokens back for all others"
     console.print(f"[bold]{result['model']}[/]: {result['layers']} layers{words}")
     if result["cliff_note"]:
         console.print(f"Cliff test: {result['cliff_note']}")
@@ -93,14 +84,9 @@ def main() -> None:
     parser.add_argument("--texts", type=at_least(1), default=16, help="texts for the gradient; default %(default)s")
     parser.add_argument("--max-tokens", type=at_least(8), default=8192, help="longest sequence; default %(default)s")
     args = parser.parse_args()
-
-    from eval.haystack import open_haystack  # imports torch
-    from eval.models import load_model
-
     console = Console()
-    examined = load_model(args.model, args.device)
-    result = measure(examined, open_haystack(examined, args.text, args.data), args.seed, args.texts, args.max_tokens)
-    out = examined.out_dir(args.out)
+    examined, out, haystack = prepare(args)
+    result = measure(examined, haystack, args.seed, args.texts, args.max_tokens)
     (out / "reach.json").write_text(json.dumps(result, indent=1))
     print_result(result, console)
     if args.plot:

@@ -12,10 +12,11 @@ Legend: B batch, T positions, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +32,9 @@ from model.windows import LayerSpec
 
 LastLogits = Callable[[Tensor], Tensor]  # token ids (B, T) -> logits (B, V) at the last position
 DENSE_LIMIT = 4096  # tokens: the reference backend holds the whole mask, which does not fit for more
-MAX_LENGTHS = 4096  # lengths that are tried for chunked layers
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """Token ids (B, T) before and after a change, and for each sequence {distance, changed, expected}.
 
     `expected` is whether theory says that the logits at the last token stay equal.
@@ -84,7 +83,7 @@ def cliff_length(specs: Sequence[LayerSpec]) -> int | None:
     spans = _spans(specs)
     least = max(sum(spans), 2 * max(spans)) + max(spec.global_tokens for spec in specs) + min(spans) + 4
     period = math.lcm(*(spec.window or 1 for spec in specs if spec.kind == "chunked"))
-    lengths = np.arange(least, least + min(period, MAX_LENGTHS))
+    lengths = np.arange(least, least + min(period, 4096))
     return int(lengths[(lengths - windows.farthest_source(specs, lengths - 1)).argmax()])
 
 
@@ -105,7 +104,7 @@ def feed(
     length = input_ids.shape[1]
     ring = None if size is None else RingCache(examined.model.config)
     for start in range(0, length, size or length):
-        end = min(length, start + (size or length))
+        end = start + (size or length)
         output = examined.model(
             input_ids=input_ids[:, start:end].to(examined.device),
             documents=None if documents is None else documents[:, start:end].to(examined.device),
@@ -127,29 +126,23 @@ def left_padded(examined: Examined, input_ids: Tensor, pad: int, size: int | Non
 
 
 def behind_document(examined: Examined, input_ids: Tensor, other: Tensor, size: int | None = None) -> Tensor:
-    """Logits (B, V) of sequences that are packed behind another document `other` (B, S)."""
+    """Logits (B, V) of sequences that are packed behind another document `other`, (B, S) or (1, S) for all."""
+    other = other.expand(len(input_ids), -1)
     documents = torch.cat((torch.zeros_like(other), torch.ones_like(input_ids)), 1)
     return feed(examined, torch.cat((other, input_ids), 1), size, documents=documents)
 
 
 def chunk_sizes(specs: Sequence[LayerSpec]) -> list[int]:
-    """Tokens to prefill at a time: below, at and above the smallest and the largest window, and above two windows.
-
-    >>> chunk_sizes([LayerSpec("sliding", 8)] * 2)
-    [7, 8, 9, 19]
-    """
+    """Tokens to prefill at a time: below, at and above the smallest and the largest window, and above two windows."""
     spans = _spans(specs)
     return sorted({max(2, n) for w in (min(spans), max(spans)) for n in (w - 1, w, w + 1, 2 * w + 3)})
 
 
-def ways_to_feed(examined: Examined) -> dict[str, LastLogits]:
+def ways_to_feed(examined: Examined) -> Mapping[str, LastLogits]:
     """Each way to compute the last logits of a sequence with one model of ours, other than a plain forward pass."""
     span = min(_spans(examined.specs))
     padded = partial(left_padded, examined, pad=span // 2 + 1)
-
-    def packed(ids: Tensor, size: int | None = None) -> Tensor:
-        return behind_document(examined, ids, torch.zeros_like(ids[:, : span + 3]), size)
-
+    packed = partial(behind_document, examined, other=torch.zeros(1, span + 3, dtype=torch.long))
     return {f"prefill by {size}": partial(feed, examined, size=size) for size in chunk_sizes(examined.specs)} | {
         "token by token": partial(feed, examined, size=1),
         "left-padded batch": padded,
@@ -191,8 +184,8 @@ def cliff(examined: Examined, seed: int = 0, max_tokens: int = 8192) -> tuple[li
     if length > limit:
         return between, f"a sequence longer than the reach has {length:,} tokens, more than the limit {limit:,}"
     reachable = windows.reachable(examined.specs, length)
-    window, product = examined.window or 1, windows.window_times_layers(examined.specs) or 0
-    distances = cliff_distances(reachable, near=[1, window - 1, window, product, product + window])
+    window, quoted = examined.window or 1, windows.window_times_layers(examined.specs) or 0
+    distances = cliff_distances(reachable, near=[1, window - 1, window, quoted, quoted + window])
     probe = make_probe(reachable, distances, int(examined.tokenizer.vocab_size), seed)
     rows = [row for path, logits in cliff_paths(examined) for row in compare(path, logits, probe)]
     return rows + between, None
@@ -204,10 +197,9 @@ def compare(path: str, logits: LastLogits, probe: Probe) -> list[dict[str, Any]]
     if path.endswith(" reference") and length > DENSE_LIMIT:
         return [{"path": path, "unavailable": f"the dense mask of {length:,} tokens would not fit"}]
     try:
-        pairs = zip(logits(probe.before), logits(probe.after), strict=True)
+        equal = map(torch.equal, logits(probe.before), logits(probe.after))
     except UserError as error:
         return [{"path": path, "unavailable": str(error)}]
-    equal = [torch.equal(before, after) for before, after in pairs]
     return [{"path": path} | change | {"equal": e} for change, e in zip(probe.changes, equal, strict=True)]
 
 
@@ -217,12 +209,11 @@ def _between_documents(examined: Examined, seed: int, limit: int) -> list[dict[s
     span = min(*_spans(examined.specs), limit // 4)
     ids = torch.randint(0, vocabulary, (1, 4 * span), generator=torch.Generator().manual_seed(seed))
     rows: list[dict[str, Any]] = []
-    for size in (None, span + 1):
+    for size, own in product((None, span + 1), sorted({1, 2, max(2, span // 2)})):
         path = "packed documents" + (f", prefill by {size}" if size else "")
-        for own in sorted({1, 2, max(2, span // 2)}):
-            other, change = ids[:, :-own], {"distance": own, "changed": "the whole document before", "expected": True}
-            probe = Probe(other, (other + 1) % vocabulary, [change])
-            rows += compare(path, partial(behind_document, examined, ids[:, -own:], size=size), probe)
+        other, change = ids[:, :-own], {"distance": own, "changed": "the whole document before", "expected": True}
+        probe = Probe(other, (other + 1) % vocabulary, [change])
+        rows += compare(path, partial(behind_document, examined, ids[:, -own:], size=size), probe)
     return rows
 
 

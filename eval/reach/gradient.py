@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.stats import linregress
 from torch import Tensor, nn
 
@@ -18,11 +17,10 @@ from eval.forward import body
 from eval.models import Examined
 from model.decoder import WindreachForCausalLM, build_model
 
-FloatArray = NDArray[np.float64]
 QUANTILES = (0.5, 0.9, 0.99)
 
 
-def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 0) -> FloatArray:
+def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 0) -> np.ndarray:
     """Energy of the input gradient by distance (T,), summing to 1: index d is d tokens back from the query.
 
     For each of `directions` random directions u, the gradient of u.h with respect to every input embedding is squared
@@ -40,12 +38,12 @@ def gradient_energy(model: Any, texts: Tensor, directions: int = 4, seed: int = 
             direction = torch.randn(hidden.shape, generator=generator).to(device)
             (gradient,) = torch.autograd.grad((hidden * direction).sum(), embeddings, retain_graph=True)
             energy = gradient.double().square().sum(-1)
-            energy = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
-            total += energy.sum(0).cpu().numpy()[::-1]
+            share = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
+            total += share.sum(0).cpu().numpy()[::-1]
     return total / total.sum()
 
 
-def energy_quantiles(energy: FloatArray, window: int | None, reach: int | None) -> list[dict[str, Any]]:
+def energy_quantiles(energy: np.ndarray, window: int | None, reach: int | None) -> list[dict[str, Any]]:
     """For each share of the energy, the distance within which it lies: in tokens, in W and in % of R."""
     distances = np.searchsorted(np.cumsum(energy) / energy.sum(), QUANTILES).tolist()
     return [
@@ -59,7 +57,7 @@ def energy_quantiles(energy: FloatArray, window: int | None, reach: int | None) 
     ]
 
 
-def fit_decay(energy: FloatArray, reach: int | None) -> dict[str, dict[str, float]]:
+def fit_decay(energy: np.ndarray, reach: int | None) -> dict[str, dict[str, float]]:
     """Least squares on the log energy at distances 1..R: an exponential exp(-d/length) and a power d^-exponent.
 
     Empty when fewer than three of these distances have any energy.

@@ -18,12 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eval.models import Examined
 
-FloatArray = NDArray[np.float64]
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 
 
@@ -40,17 +38,14 @@ def xiao_bound(window: int, alpha: float, epsilon: float = 0.01) -> float:
 
 def mixture(
     windows: Sequence[int | None], alphas: Sequence[float], length: int, dilations: Sequence[int] | None = None
-) -> FloatArray:
+) -> np.ndarray:
     """Influence by distance (length,) after all layers. It sums to 1 when `length` exceeds the reach.
 
     >>> influence = mixture([3, 3], [0.5, 0.5], 5)
     >>> influence.round(3).tolist()
     [0.444, 0.222, 0.25, 0.056, 0.028]
-    >>> mixture([2], [0.5], 4, dilations=[3]).tolist()
-    [0.75, 0.0, 0.0, 0.25]
     """
-    influence = np.zeros(length)
-    influence[0] = 1.0
+    influence = np.eye(1, length)[0]
     for window, alpha, dilation in zip(windows, alphas, dilations or [1] * len(windows), strict=True):
         seen = length if window is None else window
         one_layer = np.zeros(length)
@@ -60,15 +55,10 @@ def mixture(
     return influence
 
 
-def mixture_horizon(influence: FloatArray, epsilon: float = 0.01) -> int:
+def mixture_horizon(influence: np.ndarray, epsilon: float = 0.01) -> int:
     """Largest distance (tokens) at or beyond which at least epsilon of the influence lies."""
     beyond = np.cumsum(influence[::-1])[::-1]
     return int(np.flatnonzero(beyond >= epsilon * influence.sum())[-1])
-
-
-def _attention_of(layer: nn.Module) -> nn.Module | None:
-    modules = (getattr(layer, name, None) for name in ATTENTION_NAMES)
-    return next((module for module in modules if isinstance(module, nn.Module)), None)
 
 
 def residual_shares(examined: Examined, texts: Tensor) -> list[float]:
@@ -76,7 +66,11 @@ def residual_shares(examined: Examined, texts: Tensor) -> list[float]:
 
     Norms are taken over E and averaged over positions and texts (B, T). Empty when no attention module is known.
     """
-    lists = [m for m in examined.model.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention_of(m[0])]
+    lists = [
+        [(layer, child) for layer in module for name, child in layer.named_children() if name in ATTENTION_NAMES]
+        for module in examined.model.modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     shares: list[float] = []
     stream = torch.empty(0)
 
@@ -89,9 +83,7 @@ def residual_shares(examined: Examined, texts: Tensor) -> list[float]:
         shares.append(float((x / (x + a).clamp_min(1e-12)).mean()))
 
     with ExitStack() as hooks, torch.inference_mode():
-        for layer in max(map(list, lists), key=len, default=[]):
-            attention = _attention_of(layer)
-            assert attention is not None
+        for layer, attention in max(lists, key=len, default=[]):
             hooks.enter_context(layer.register_forward_pre_hook(keep_stream, with_kwargs=True))
             hooks.enter_context(attention.register_forward_hook(add_share))
         examined.model(input_ids=texts.to(examined.device), use_cache=False, logits_to_keep=1)
@@ -104,13 +96,12 @@ def predictions(examined: Examined, alphas: list[float]) -> dict[str, Any]:
     Empty for an unbounded reach, for alphas that were not measured, and for chunked layers: how far their queries see
     depends on the position in the block, so the recurrence does not hold.
     """
-    window, reach = examined.window, examined.reach
-    chunked = any(spec.kind == "chunked" for spec in examined.specs)
+    window, reach, specs = examined.window, examined.reach, examined.specs
+    chunked = any(spec.kind == "chunked" for spec in specs)
     if window is None or reach is None or chunked or len(alphas) != examined.layers:
         return {}
     alpha = float(np.mean(alphas))
-    spans = [spec.window for spec in examined.specs]
-    influence = mixture(spans, alphas, reach + 1, [spec.dilation for spec in examined.specs])
+    influence = mixture([spec.window for spec in specs], alphas, reach + 1, [spec.dilation for spec in specs])
     return {
         "epsilon": 0.01,
         "xiao_bound": xiao_bound(window, alpha),

@@ -9,7 +9,6 @@ into its folder. Several runs get a comparison, written into the current folder:
 
 import argparse
 import io
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -30,23 +29,18 @@ def log_to_wandb(runs: list[Run], mode: Literal["offline", "online"], folder: Pa
 
     from eval.plots import save
     from eval.report.page import of_one, shared, title
+    from training.run.folder import read_facts
 
     first, alone = runs[0], len(runs) == 1
-    facts = first.folder / "run.json"
-    own = json.loads(facts.read_text()).get("wandb_id") if alone and facts.exists() else None
+    own = read_facts(first.folder).get("wandb_id") if alone else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # wandb warns of its own deprecations
         try:
             run = wandb.init(
                 project=first.header["settings"].get("tracking", {}).get("wandb_project", "windreach"),
-                name=title(runs),
-                id=own,
-                resume="allow" if own and mode == "online" else None,
-                job_type="report",
-                mode=mode,
-                dir=folder,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+                name=title(runs), id=own, resume="allow" if own and mode == "online" else None, job_type="report",
+                mode=mode, dir=folder, settings=wandb.Settings(silent=True, console="off"),
+            )  # fmt: skip
         except (wandb.errors.Error, OSError) as error:
             raise UserError(f"--wandb {mode}: {error}; try --wandb offline") from error
         with run:
@@ -74,8 +68,7 @@ def main() -> None:
 
     from eval.report.page import page  # imports matplotlib
 
-    default = runs[0].folder / "report.html" if len(runs) == 1 else Path("comparison.html")
-    out = Path(args.out) if args.out else default
+    out = Path(args.out or (runs[0].folder / "report.html" if len(runs) == 1 else "comparison.html"))
     try:
         with out.open("w", encoding="utf-8") as file:
             file.write(page(runs))

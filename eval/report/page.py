@@ -3,11 +3,10 @@
 The sentences around them, the headline figures and the captions of the pictures are in `templates/report.html`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from eval import plots
@@ -15,7 +14,7 @@ from eval.report import tables
 from eval.report.runs import Result, Run
 
 Drawing = Callable[[bool], Figure]  # draws for wide screens (False) or for phones (True)
-Contents = tuple[dict[str, tables.Table], dict[str, Drawing]]  # by the names that they have in a tracker
+Contents = tuple[dict[str, tables.Table], Mapping[str, Drawing]]  # by the names that they have in a tracker
 
 
 def shared(runs: list[Run]) -> Contents:
@@ -25,9 +24,8 @@ def shared(runs: list[Run]) -> Contents:
         pictures["recall"] = partial(plots.hero_figure, recalls, runs[0].results.get("reach"))
     if losses := [run.results["loss"] for run in runs if "loss" in run.results]:
         pictures["loss"] = partial(plots.loss_figure, losses)
-    metrics = [(run.name, run.metrics) for run in runs]
-    if plots.has_curves(metrics):
-        pictures["training"] = partial(plots.training_figure, metrics)
+    if panels := plots.training_panels([(run.name, run.metrics) for run in runs]):
+        pictures["training"] = partial(plots.training_figure, panels)
     return tables.comparison(runs) if len(runs) > 1 else {}, pictures
 
 
@@ -38,9 +36,7 @@ def of_one(run: Run) -> Contents:
         "heat_map": ("heat", plots.heat_figure),
         "gradient_field": ("reach", plots.reach_figure),
     }
-    pictures: dict[str, Drawing] = {
-        name: partial(f, run.results[key]) for name, (key, f) in draw.items() if key in run.results
-    }
+    pictures = {name: partial(f, run.results[key]) for name, (key, f) in draw.items() if key in run.results}
     return tables.tables_of(run), pictures
 
 
@@ -48,14 +44,13 @@ def page(runs: list[Run]) -> str:
     """The whole report as HTML."""
     from eval.relay import finding as relay_finding  # imports torch
 
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    loader = PackageLoader("eval.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"svg": plots.svg, "tokens": tokens, "identity": identity}
     return environment.get_template("report.html").render(
         title=title(runs), runs=runs, shared=shared(runs), contents=[of_one(run) for run in runs],
-        relay_finding=relay_finding,
+        svg=plots.svg, tokens=tokens, identity=identity, relay_finding=relay_finding,
     )  # fmt: skip
 
 

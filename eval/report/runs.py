@@ -48,13 +48,11 @@ def read_run(name: str) -> Run:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"RUN {name!r}: no such folder; give the folder of a run, such as runs/quickstart")
-    files = {evaluation: folder / f"{evaluation}.json" for evaluation in EVALUATIONS}
-    results = {evaluation: read_result(file) for evaluation, file in files.items() if file.exists()}
+    results = {key: read_result(file) for key in EVALUATIONS if (file := folder / f"{key}.json").exists()}
     if not results:
         raise UserError(f"RUN {name!r}: nothing measured yet; run `python -m eval.recall {name}` first")
-    settings = folder / "settings.yaml"
-    text = settings.read_text() if settings.exists() else ""
-    return Run(folder, results, read_metrics(folder / "metrics.jsonl"), text)
+    settings = file.read_text() if (file := folder / "settings.yaml").exists() else ""
+    return Run(folder, results, read_metrics(folder / "metrics.jsonl"), settings)
 
 
 def read_metrics(file: Path) -> list[Result]:

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich import table as rich_table
+from rich.console import Console
+from rich.markup import escape
 
-    from eval.report.runs import Result, Run
+from eval.report.runs import Result, Run
 
 TABLES = {  # name: caption, columns "heading = key of a row : format of a number"
     "recall": (
@@ -74,12 +75,9 @@ class Table:
         """What the cells of a row show."""
         return ["" if v is None else format(v, style) for v, style in zip(row, self.columns.values(), strict=True)]
 
-    def print(self, console: "Console") -> None:
+    def print(self, console: Console) -> None:
         """Print the table on a terminal."""
-        from rich.markup import escape
-        from rich.table import Table as RichTable
-
-        printed = RichTable(title=self.caption, title_justify="left")
+        printed = rich_table.Table(title=self.caption, title_justify="left")
         for heading, style in self.columns.items():
             printed.add_column(heading, justify="right" if style else "left")
         for row in self.rows:
@@ -87,7 +85,7 @@ class Table:
         console.print(printed)
 
 
-def table(name: str, rows: Iterable["Result"], facts: "Result | None" = None) -> Table:
+def table(name: str, rows: Iterable[Result], facts: Result | None = None) -> Table:
     """The table `name` of `TABLES` with one row for each result; `facts` fill the caption."""
     caption, described = TABLES[name]
     columns = [map(str.strip, re.split(" = | :", column)) for column in described.split("| ")]
@@ -96,7 +94,7 @@ def table(name: str, rows: Iterable["Result"], facts: "Result | None" = None) ->
     return Table(caption.format(**facts or {}), dict(zip(headings, styles, strict=True)), cells)
 
 
-def tables_of(run: "Run") -> dict[str, Table]:
+def tables_of(run: Run) -> dict[str, Table]:
     """All tables of one run, by their names in a tracker."""
     results, tables = run.results, {}
     for task, entry in results.get("recall", {"tasks": {}})["tasks"].items():
@@ -115,15 +113,14 @@ def tables_of(run: "Run") -> dict[str, Table]:
     return tables
 
 
-def reach_tables(reach: "Result") -> dict[str, Table]:
+def reach_tables(reach: Result) -> dict[str, Table]:
     """The gradient field, the cliff test and the predictions, as far as reach.json has them."""
-    moments = ("before", "after")
-    rows = [{"moment": f"{m} training"} | row for m in moments for row in reach["gradient"][m]["quantiles"]]
+    field = reach["gradient"]
+    rows = [{"moment": f"{m} training"} | row for m in ("before", "after") for row in field[m]["quantiles"]]
     tables = {"gradient": table("gradient", rows)}
     if reach["cliff"]:
-        tables["cliff"] = table(
-            "cliff", [verdict(list(tests)) for _, tests in groupby(reach["cliff"], itemgetter("path"))]
-        )
+        by_path = groupby(reach["cliff"], itemgetter("path"))
+        tables["cliff"] = table("cliff", [verdict(path, list(tests)) for path, tests in by_path])
     if predicted := reach["predictions"]:
         distances = {
             f"Xiao's bound at the measured α = {reach['alpha']['residual_share']:.3f}": predicted["xiao_bound"],
@@ -138,9 +135,8 @@ def reach_tables(reach: "Result") -> dict[str, Table]:
     return tables
 
 
-def verdict(tests: list["Result"]) -> "Result":
+def verdict(path: str, tests: list[Result]) -> Result:
     """The row of one path: how many changes that can't reach the query left every bit of the logits as it was."""
-    path = tests[0]["path"]
     if reason := tests[0].get("unavailable"):
         return {"path": path, "verdict": f"not available: {reason}"}
     beyond = [test["equal"] for test in tests if test["expected"]]
@@ -149,7 +145,7 @@ def verdict(tests: list["Result"]) -> "Result":
     return {"path": path, "verdict": f"{word} ({sum(beyond)} of {len(beyond)})", "farthest": max(seen, default=None)}
 
 
-def comparison(runs: list["Run"]) -> dict[str, Table]:
+def comparison(runs: list[Run]) -> dict[str, Table]:
     """The tables that compare several runs, by their names in a tracker."""
     rows = []
     for run in runs:
@@ -164,7 +160,7 @@ def comparison(runs: list["Run"]) -> dict[str, Table]:
     return tables
 
 
-def settings_table(runs: list["Run"]) -> Table:
+def settings_table(runs: list[Run]) -> Table:
     """One row for each setting that is not the same in all runs."""
     settings = [flat(run.header["settings"]) for run in runs]
     paths = dict.fromkeys(path for each in settings for path in each if path not in ("", "name", "run_dir"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from eval import models
+from eval import command
 from eval.haystack import open_haystack
 from eval.models import Examined, load_model
 from eval.reach import __main__ as reach
@@ -108,7 +108,7 @@ def test_a_model_that_sees_beyond_its_reach_ends_with_a_fault(
     def lies(name: str, device: str | None) -> Examined:
         return replace(load_model(name, device), specs=(LayerSpec("sliding", 7),) * 3)
 
-    monkeypatch.setattr(models, "load_model", lies)
+    monkeypatch.setattr(command, "load_model", lies)
     with pytest.raises(SystemExit, match="a token beyond the reach changed the output"):
         call(monkeypatch, untrained_run, "--out", tmp_path, "--texts", 2, "--device", "cpu")
     assert json.loads((tmp_path / "reach.json").read_text())["cliff_holds"] is False
