@@ -21,17 +21,10 @@ KEPT_FILES = 200  # so that a run that skips for hours does not fill the disk
 
 
 def keep_batch(
-    run_dir: Path,
-    objective: Objective,
-    measured: Measured,
-    step: int,
-    distances: Mapping[str, int],
+    run_dir: Path, objective: Objective, measured: Measured, step: int, distances: Mapping[str, int],
     tokenizer: Tokenizer,
-) -> str:
-    """Save this rank's sequences of a skipped step. Returns a sentence that says where they are.
-
-    `step` is the index from which batches are made, one less than the number of the step.
-    """
+) -> str:  # fmt: skip
+    """Save this rank's sequences of a skipped step, whose index (from 0) is `step`. Returns where, in a sentence."""
     rank, folder = PartialState().process_index, run_dir / "skipped"
     folder.mkdir(exist_ok=True)
     if sum(1 for _ in folder.iterdir()) >= KEPT_FILES:

@@ -7,7 +7,7 @@ checkpoints/    step-000200/ ...                       tokenizer/  metrics.jsonl
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, takewhile
+from itertools import count, product, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -83,8 +83,8 @@ def open_run(settings: Settings, resume: str) -> Path | None:
     (folder / "checkpoints").mkdir(exist_ok=True)
     if chosen is not None and chosen.parent.resolve() == (folder / "checkpoints").resolve():
         for path in takewhile(lambda p: p.name != chosen.name, checkpoints(folder)):  # or the next start resumes them
-            target = _set_aside(path, f"not-resumed-{path.name}")
-            print(f"{path} is newer than the checkpoint resumed and is now {target.name}")
+            now = _set_aside(path, f"not-resumed-{path.name}").name
+            print(f"{path} is newer than the checkpoint resumed and is now {now}")
     write_text(folder / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     return chosen
 
@@ -109,7 +109,7 @@ def decide_once(
         "wandb_id": uuid4().hex[:8],
     } | dict(origin or {})
     if checkpoint is not None:
-        now["precision"] = _state(checkpoint).get("precision", now["precision"])
+        now["precision"] = read_facts(checkpoint, "state.json").get("precision", now["precision"])
     facts: dict[str, Any] = now | read_facts(folder)
     check_same_data(folder, facts, now)
     write_json(folder / "run.json", facts)
@@ -121,9 +121,9 @@ def decide_once(
     return facts | {"matmul_rate": machine.rate(facts["precision"])}
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """run.json: precision, wandb id, hashes of text and tokenizer. Empty for a new run."""
-    path = folder / "run.json"
+def read_facts(folder: Path, name: str = "run.json") -> dict[str, Any]:
+    """Precision, wandb id, hashes of text and tokenizer, of a run or a checkpoint. Empty for a new run."""
+    path = folder / name
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -153,17 +153,15 @@ def check_same_batches(
     `distances` are the values of D that are still to come, by task.
     """
     processes = "1 process" if before == 1 else f"{before} processes"
-    for objective in objectives:
-        now = objective.ranks
-        for of_tasks in distances:
-            rows = objective.plan(of_tasks, before).rows
-            if rows != objective.plan(of_tasks).rows:
-                at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
-                raise UserError(
-                    f"{path}: was saved by {processes}; {now} would train on other batches\n"
-                    f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
-                    f"  start it with {processes}, or with a number that divides {rows}"
-                )
+    for objective, of_tasks in product(objectives, distances):
+        now, rows = objective.ranks, objective.plan(of_tasks, before).rows
+        if rows != objective.plan(of_tasks).rows:
+            at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
+            raise UserError(
+                f"{path}: was saved by {processes}; {now} would train on other batches\n"
+                f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
+                f"  start it with {processes}, or with a number that divides {rows}"
+            )
 
 
 def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = None) -> list[str]:
@@ -188,19 +186,17 @@ def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = N
 
 def _read_settings(path: Path) -> tuple[Settings, list[str]]:
     """The settings saved at `path`, and the names of those that this version does not have."""
-    tree, dropped = yaml.safe_load(path.read_text()) or {}, []
+    tree = yaml.safe_load(path.read_text()) or {}
     try:
         return Settings.model_validate(tree), []
     except ValidationError as problem:
-        dropped = [".".join(map(str, e["loc"])) for e in problem.errors() if e["type"] == "extra_forbidden"]
-    try:
-        return Settings.model_validate(tree, extra="ignore"), dropped
-    except ValidationError as problem:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
+        faults = [(e["type"], ".".join(map(str, e["loc"])), e["msg"]) for e in problem.errors()]
+    if wrong := "; ".join(f"{key}: {what}" for kind, key, what in faults if kind != "extra_forbidden"):
         raise UserError(
             f"{path}: this version can't read the settings of that run: {wrong}\n"
             "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
-        ) from problem
+        )
+    return Settings.model_validate(tree, extra="ignore"), [key for _, key, _ in faults]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -210,10 +206,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
-
-
 def _explicit(path: Path, settings: Settings) -> Path:
     """The checkpoint at `path`, which may belong to another run with the same settings."""
     problem = problem_with(path) if path.is_dir() else "no such folder"
@@ -221,7 +213,8 @@ def _explicit(path: Path, settings: Settings) -> Path:
         raise _no_checkpoint(path, problem)
     run = path.resolve().parents[1]
     check_settings(run, settings, path)
-    if not (run / "settings.yaml").exists() and _state(path)["settings_sha256"] != settings_hash(settings):
+    saved = read_facts(path, "state.json").get("settings_sha256")
+    if not (run / "settings.yaml").exists() and saved != settings_hash(settings):
         raise UserError(
             f"{path}: was written by a run with other settings, or by another version\n"
             f"  give the settings of its run, or copy that run's settings.yaml to {run} to see what differs"

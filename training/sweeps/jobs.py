@@ -24,6 +24,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from data.token_store import prepare_tokens
+from data.tokenizer import prepare_tokenizer
 from model.flops import count_parameters
 from model.windows import reach
 from training.planning.dry_run import vocab_size
@@ -56,21 +58,17 @@ def slots(jobs: int, devices: Sequence[str]) -> list[Slot]:
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     listed = []
     for i in range(jobs):
-        own, environment = cores[i * share : (i + 1) * share] or cores, os.environ | {"PYTHONPATH": path}
-        if own:
-            environment["OMP_NUM_THREADS"] = str(len(own))
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-        listed.append((own, environment))
+        own = cores[i * share : (i + 1) * share] or cores
+        environment = {"OMP_NUM_THREADS": str(len(own))} if own else {}
+        environment |= {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}
+        listed.append((own, os.environ | {"PYTHONPATH": path} | environment))
     return listed
 
 
 def visible_devices() -> list[str]:
     """GPUs as CUDA_VISIBLE_DEVICES names them; empty without a GPU."""
-    if not torch.cuda.is_available():
-        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    return [device.strip() for device in named.split(",")]
+    return [device.strip() for device in named.split(",")] if torch.cuda.is_available() else []
 
 
 def run_all(
@@ -81,7 +79,9 @@ def run_all(
     left, devices = [outcome for outcome in outcomes if outcome.state == WAITING], visible_devices()
     places = slots(min(jobs or max(1, len(devices)), max(1, len(left))), devices)
     console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes) - len(left)} done before; {len(places)} at a time")
-    _prepare_text([settings[outcome.run.name] for outcome in left])
+    needed = {f"{s.data.model_dump_json()} {s.recall.values}": s for s in (settings[o.run.name] for o in left)}
+    for s in needed.values():  # prepared once, because runs that start at the same time would prepare it twice
+        prepare_tokens(s, prepare_tokenizer(s))
     at_work = _Jobs(sweep.evaluate, console, outcomes)
     before = {number: signal.signal(number, at_work.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -91,15 +91,6 @@ def run_all(
         for number, handler in before.items():
             signal.signal(number, handler)
     return outcomes
-
-
-def _prepare_text(needed: list[Settings]) -> None:
-    """Prepares text and tokenizer once, because runs that start at the same time would prepare them twice."""
-    from data.token_store import prepare_tokens
-    from data.tokenizer import prepare_tokenizer
-
-    for s in {f"{s.data.model_dump_json()} {s.recall.values}": s for s in needed}.values():
-        prepare_tokens(s, prepare_tokenizer(s))
 
 
 class _Jobs:
@@ -132,8 +123,7 @@ class _Jobs:
         for stage, command in stages_left(run, self.evaluate).items():
             outcome.stage, outcome.code = stage, self._call(command, run.folder / f"{stage}.log", environment)
             if outcome.code:
-                stopped = self.stopping.is_set() or outcome.code == STOPPED
-                outcome.state = INTERRUPTED if stopped else FAILED
+                outcome.state = INTERRUPTED if self.stopping.is_set() or outcome.code == STOPPED else FAILED
                 return
             note_finished(run, stage, command)
         outcome.state = DONE
@@ -143,14 +133,10 @@ class _Jobs:
         if self.stopping.is_set():
             return STOPPED
         with log.open("ab") as sink:
-            child = subprocess.Popen(
-                [sys.executable, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C does not reach a session of its own
-            )
+            child = subprocess.Popen(  # in a session of its own, which Ctrl-C does not reach
+                [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
         self.children.add(child)
         if self.stopping.is_set():  # the signal came while the process started
             child.terminate()
@@ -167,10 +153,7 @@ class _Jobs:
             name = signal.Signals(number).name
             print(f"\n{name}: waiting for the runs at work to write a checkpoint; again to kill them", file=sys.stderr)
         for child in list(self.children):
-            if again:
-                _kill_group(child)
-            else:
-                child.terminate()  # not its group: the process may still need its helpers
+            _kill_group(child) if again else child.terminate()  # not its group, which it may still need
 
 
 def _kill_group(leader: subprocess.Popen[bytes]) -> None:
@@ -199,11 +182,10 @@ def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
     for run in listed:
         s = settings[run.name]
         config, works = model_config(s, vocab_size(s)), work(s, 1)
-        tokens, flops = {w.name: w.tokens for w in works}, sum(w.flops(config) for w in works)
-        both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
-        farthest = reach(config.specs)
+        tokens, farthest = {w.name: w.tokens for w in works}, reach(config.specs)
         sizes = f"{count_parameters(config):,}", "unbounded" if farthest is None else f"{farthest:,}"
-        table.add_row(run.name, *sizes, *both, f"{flops:.2e}")
+        both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
+        table.add_row(run.name, *sizes, *both, f"{sum(w.flops(config) for w in works):.2e}")
     return table
 
 
