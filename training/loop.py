@@ -23,6 +23,7 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
+from model.decoder import build_model
 from model.projections import row_sizes
 from model.windows import reach
 from training.curriculum import Curriculum, State
@@ -39,8 +40,9 @@ from training.reporting.profiling import profiled
 from training.run.checkpoint import load_state, prune, replace_folder, save_checkpoint
 from training.run.folder import FACTS_SAVED, check_same_batches, check_same_data, decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
+from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
-from training.start import grow_from_run, new_decoder
+from training.start import grow_from_run
 
 
 def train(settings: Settings, resume: str) -> int:
@@ -63,8 +65,8 @@ class Trainer:
         self.settings, self.dir = settings, run_dir(settings)
         self.stop = StopRequest()
         self.ranks = join_ranks()
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
-        set_up_threads(settings.training.num_threads, local_processes)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
+        set_up_threads(settings.training.num_threads, local_processes=local)
         make_deterministic()
 
         # 1. Data: the main process fills the cache, then every process reads it.
@@ -72,9 +74,10 @@ class Trainer:
         self.tokenizer, train_store, heldout_store = self._cached_data()
 
         # 2. Model.
-        self.decoder = new_decoder(settings, self.tokenizer)
-        origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
+        config = model_config(settings, self.tokenizer.vocab_size)
+        self.decoder = build_model(config, init_options(settings), settings.seed)
         self.config = self.decoder.config
+        origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: open_run(settings, resume))
@@ -242,13 +245,12 @@ class Trainer:
             return
         paused = time.perf_counter()
         random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
-        state = {"progress": asdict(self.state), "random": gather_object([random])}
-        state |= {name: self.facts[name] for name in FACTS_SAVED}
+        facts = {name: self.facts[name] for name in FACTS_SAVED}
+        state = {"progress": asdict(self.state), "random": gather_object([random])} | facts
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
-        write_hf = partial(self._write_hf, weights)
-        ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, write_hf))
+        ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, partial(self._write_hf, weights)))
         ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
         self.saved_step = self.state.step
         gc.collect()
@@ -265,10 +267,10 @@ class Trainer:
         """Write the last weights to runs/NAME/hf and print where everything is."""
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         ask_main(lambda: replace_folder(self.dir / "hf", partial(self._write_hf, weights)))
-        s, R = self.state, reach(self.config.specs)
+        s, farthest = self.state, reach(self.config.specs) or "unbounded"
+        recall = f"recall horizon {s.horizon} tokens of R = {farthest}\n" if self.settings.recall.enabled else ""
         self.ranks.print(
             f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"
             f"held-out text  {s.validation_bits_per_byte or math.nan:.3f} bits per byte\n"
-            + (f"recall horizon {s.horizon} tokens of R = {R or 'unbounded'}\n" if self.settings.recall.enabled else "")
-            + f"run folder     {self.dir}\nexport         {self.dir / 'hf'}"
+            f"{recall}run folder     {self.dir}\nexport         {self.dir / 'hf'}"
         )

@@ -89,10 +89,7 @@ def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: 
 
 
 class Objective(ABC):
-    """One source of gradients, with its own clipping and its own moments.
-
-    `points` are its weight over the run: [share of all steps, weight].
-    """
+    """A source of gradients with its own clipping and moments. `points`: its weight as [share of all steps, weight]."""
 
     name: str
     term_weights: Mapping[str, float]
@@ -208,8 +205,7 @@ class Scorer(nn.Module):
         out = self.decoder.model(input_ids, documents=documents, output_hidden_states="relay" in targets)
         scores = {}
         for term, (index, labels) in targets.items():
-            if term == "relay":
-                assert self.relay_head is not None
+            if term == "relay" and self.relay_head is not None:
                 stream_ne = torch.stack(out.hidden_states).flatten(0, 2).index_select(0, index)
                 scores[term] = _score_relay(self.relay_head(self.decoder.model.norm(stream_ne)), labels)
             else:

@@ -37,9 +37,6 @@ def vocab_size(settings: Settings) -> int:
     return load_tokenizer(tokenizer.model_file).vocab_size
 
 
-# -- on this machine --------------------------------------------------------------------------------------------------
-
-
 def plan_text(settings: Settings) -> str:
     """The plan of one process on this machine, one fact per line.
 
@@ -107,9 +104,6 @@ def _training_flops(settings: Settings, config: WindreachConfig) -> dict[str, fl
     return {part: 3 * n for part, n in forward_flops(config, settings.data.seq_len).items()}
 
 
-# -- on many GPUs -----------------------------------------------------------------------------------------------------
-
-
 def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[str, Any]:
     """The figures that `print_plan` shows and `--json` writes. Units: bytes, FLOPs, seconds.
 
@@ -163,9 +157,6 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
         label, text = formats.get(key, (key.replace("_", " "), size))
         table.add_row(label, *(text(column[key]) for column in columns))
     console.print(table)
-
-
-# -- text -------------------------------------------------------------------------------------------------------------
 
 
 def _aligned(lines: Iterable[tuple[str, str]]) -> str:

@@ -106,9 +106,6 @@ def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
     return (4 * whole - parts["output"]) / (3 * whole)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
 def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[str, int]:
     """Bytes on each processor, by part, of a step with the micro-batches of the settings."""
     objectives, recall = work(settings, setup.ranks), settings.recall

@@ -47,9 +47,9 @@ def keep_batch(
 def stop_after(in_a_row: int, limit: int, step: int) -> None:
     """Raises TrainingFault once `limit` steps in a row were skipped, the last one `step`."""
     if in_a_row >= limit:
+        what = f"{in_a_row} steps in a row had a loss or gradient that is not finite (training.max_skipped_steps)"
         raise TrainingFault(
-            f"{in_a_row} steps in a row had a loss or gradient that is not finite "
-            f"(training.max_skipped_steps), the last one step {step}\n"
+            f"{what}, the last one step {step}\n"
             "  their batches are in the run folder's skipped/, the checkpoints are from before;\n"
             "  lower training.optimizer.lr, or look at the data of these steps"
         )

@@ -97,10 +97,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest valid checkpoint, or None if there is none at all. Reports each invalid one that it passes over.
-
-    Raises UserError if all are invalid.
-    """
+    """The newest valid checkpoint; None if there is none at all. Reports invalid ones; UserError if all are invalid."""
     problems = ""
     for path in checkpoints(run_dir):
         problem = problem_with(path)

@@ -72,10 +72,8 @@ def open_run(settings: Settings, resume: str) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as problem:
-        raise UserError(
-            f"run_dir: {folder} can't be written or set aside: {problem.strerror}\n"
-            "  choose another with run_dir=PATH, or change its permissions"
-        ) from problem
+        remedy = "choose another with run_dir=PATH, or change its permissions"
+        raise UserError(f"run_dir: {folder} can't be written or set aside: {problem.strerror}\n  {remedy}") from problem
     for key in check_settings(folder, settings):
         print(f"{folder / 'settings.yaml'}: {key} is ignored, because this version has no such setting")
     clear_leftovers(folder)
@@ -114,17 +112,15 @@ def decide_once(
     check_same_data(folder, facts, now)
     write_json(folder / "run.json", facts)
     tokenizer.save(folder / "tokenizer")
-    print(
-        f"matmul: fp32 {machine.fp32_flops / 1e9:.0f}, bf16 {machine.bf16_flops / 1e9:.0f} GFLOP/s "
-        f"-> {facts['precision']} (training.precision={settings.training.precision})"
-    )
+    rates = f"fp32 {machine.fp32_flops / 1e9:.0f}, bf16 {machine.bf16_flops / 1e9:.0f} GFLOP/s"
+    print(f"matmul: {rates} -> {facts['precision']} (training.precision={settings.training.precision})")
     return facts | {"matmul_rate": machine.rate(facts["precision"])}
 
 
 def read_facts(folder: Path, name: str = "run.json") -> dict[str, Any]:
-    """Precision, wandb id, hashes of text and tokenizer, of a run or a checkpoint. Empty for a new run."""
-    path = folder / name
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The content of a JSON file in the folder of a run or a checkpoint; empty if the file is missing or empty."""
+    text = (folder / name).read_text() if (folder / name).exists() else ""
+    return json.loads(text or "{}")
 
 
 def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -132,10 +128,8 @@ def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any
     text = now.get("data_sha256", {})
     if changed := [split for split in text if saved["data_sha256"][split] != text[split]]:
         lines = (f"  {s}: sha256 {saved['data_sha256'][s][:16]}... there, {text[s][:16]}... now\n" for s in changed)
-        raise UserError(
-            f"{where}: the text under this run has changed since it began\n{''.join(lines)}"
-            "  put the old text back, or start a run under another name, or --resume never to start anew"
-        )
+        remedy = "put the old text back, or start a run under another name, or --resume never to start anew"
+        raise UserError(f"{where}: the text under this run has changed since it began\n{''.join(lines)}  {remedy}")
     if saved.get("tokenizer_sha256") not in (None, now["tokenizer_sha256"]):
         raise UserError(
             f"{where}: was trained with another tokenizer\n"
@@ -177,10 +171,9 @@ def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = N
     differing = (k for k in sorted(there | now) if there.get(k) != now.get(k))
     if names := [k for k in differing if not k.startswith(FREE + ROUNDING)]:
         lines = (f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now\n" for k in names)
-        raise UserError(
-            f"{checkpoint or f'run folder {folder}'} holds a run with other settings:\n{''.join(lines)}"
-            "  use another name=..., or --resume never to set that folder aside and start anew"
-        )
+        where = checkpoint or f"run folder {folder}"
+        remedy = "use another name=..., or --resume never to set that folder aside and start anew"
+        raise UserError(f"{where} holds a run with other settings:\n{''.join(lines)}  {remedy}")
     return dropped
 
 
@@ -192,10 +185,8 @@ def _read_settings(path: Path) -> tuple[Settings, list[str]]:
     except ValidationError as problem:
         faults = [(e["type"], ".".join(map(str, e["loc"])), e["msg"]) for e in problem.errors()]
     if wrong := "; ".join(f"{key}: {what}" for kind, key, what in faults if kind != "extra_forbidden"):
-        raise UserError(
-            f"{path}: this version can't read the settings of that run: {wrong}\n"
-            "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
-        )
+        remedy = "go on with the version that wrote them, or use another name=..., or --resume never to start anew"
+        raise UserError(f"{path}: this version can't read the settings of that run: {wrong}\n  {remedy}")
     return Settings.model_validate(tree, extra="ignore"), [key for _, key, _ in faults]
 
 
@@ -215,10 +206,8 @@ def _explicit(path: Path, settings: Settings) -> Path:
     check_settings(run, settings, path)
     saved = read_facts(path, "state.json").get("settings_sha256")
     if not (run / "settings.yaml").exists() and saved != settings_hash(settings):
-        raise UserError(
-            f"{path}: was written by a run with other settings, or by another version\n"
-            f"  give the settings of its run, or copy that run's settings.yaml to {run} to see what differs"
-        )
+        remedy = f"give the settings of its run, or copy that run's settings.yaml to {run} to see what differs"
+        raise UserError(f"{path}: was written by a run with other settings, or by another version\n  {remedy}")
     return path
 
 

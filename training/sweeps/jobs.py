@@ -5,7 +5,6 @@ Started again, a sweep skips these stages. A signal is passed to the running pro
 second signal kills them.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -32,6 +30,7 @@ from training.planning.dry_run import vocab_size
 from training.planning.formulas import work
 from training.processes.signals import STOPPED
 from training.run.checkpoint import write_json
+from training.run.folder import read_facts
 from training.settings.build import model_config
 from training.settings.schema import Settings
 from training.sweeps.grid import Evaluations, Run, Sweep
@@ -189,9 +188,6 @@ def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
     return table
 
 
-# -- stages -----------------------------------------------------------------------------------------------------------
-
-
 def stages(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
     """The command of each stage, without the Python interpreter: training, then the evaluations."""
     listed = {"train": [str(ROOT / "train.py"), str(run.config), *run.overrides]}
@@ -202,16 +198,12 @@ def stages(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
 
 def stages_left(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
     """Stages that the same command has not finished before. After other training, every evaluation is left."""
-    every, noted = stages(run, evaluate), _noted(run)
+    every, noted = stages(run, evaluate), read_facts(run.folder, "sweep.json")
     left = {stage: command for stage, command in every.items() if noted.get(stage) != command}
     return every if "train" in left else left
 
 
 def note_finished(run: Run, stage: str, command: list[str]) -> None:
     """Adds the stage to the run's `sweep.json`; training removes the stages noted before."""
-    write_json(run.folder / "sweep.json", ({} if stage == "train" else _noted(run)) | {stage: command})
-
-
-def _noted(run: Run) -> dict[str, Any]:
-    path = run.folder / "sweep.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    noted = {} if stage == "train" else read_facts(run.folder, "sweep.json")
+    write_json(run.folder / "sweep.json", noted | {stage: command})
