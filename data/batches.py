@@ -9,18 +9,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data.tasks import TASKS
-from data.tasks.draws import Draws
+from data.tasks.draws import Draws, IntArray
 from data.tasks.layout import DEFAULT_RULES, RowRules, clean_filler, filler_room, task_size, training_rows
 from data.tasks.question import DEFAULT_OPTIONS, UNSCORED, TaskOptions
 from data.tasks.vocabulary import RecallVocabulary
 from data.token_store import TokenStore
 from model.errors import UserError
-
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,8 @@ def text_batch(store: TokenStore, seed: int, step: int, rows: range, seq_len: in
     """
     chunks = (len(store.tokens) - 1) // seq_len
     if chunks < 1:
-        raise UserError(
-            f"data.seq_len is {seq_len:,} and the training text has {len(store.tokens):,} tokens; "
-            "lower it or give more text"
-        )
+        has = f"the training text has {len(store.tokens):,} tokens"
+        raise UserError(f"data.seq_len is {seq_len:,} and {has}; lower it or give more text")
     numbers = range(step * rows_per_step + rows.start, step * rows_per_step + rows.stop)
     order = [_epoch(seed, n // chunks, chunks)[n % chunks] for n in numbers]
     positions = np.array(order, dtype=np.int64)[:, None] * seq_len + np.arange(seq_len + 1)
@@ -71,17 +66,16 @@ def recall_batch(
     arrays = _blank(np.zeros((len(rows), seq_len), dtype=np.int64))
     arrays["tasks"] = np.searchsorted(ends, draws.uniform("task", 1)[:, 0] * ends[-1], side="right")
     for number, task in enumerate(tasks):
-        needed = task_size(task, vocab, options).row(max_distances[task])
+        distance = max_distances[task]
+        needed = task_size(task, vocab, options).row(distance)
         if seq_len < needed:
-            raise UserError(
-                f"recall.seq_len is {seq_len} and the distance of {task} {max_distances[task]}: "
-                f"rows of at least {needed} tokens are needed"
-            )
+            what = f"recall.seq_len is {seq_len} and the distance of {task} {distance}"
+            raise UserError(f"{what}: rows of at least {needed} tokens are needed")
         of_task = arrays["tasks"] == number
         if not of_task.any():
             continue
         filler, positions = _fillers(draws.of(of_task), store, vocab, seq_len, TASKS[task].noise)
-        laid = training_rows(draws.of(of_task), filler, vocab, max_distances[task], rules, task, options)
+        laid = training_rows(draws.of(of_task), filler, vocab, distance, rules, task, options)
         arrays["input_ids"][of_task], arrays["recall_labels"][of_task] = laid.tokens, laid.answers
         arrays["labels"][of_task] = _filler_labels(store, vocab, positions, laid.tokens)
         arrays["relay_labels"][of_task], arrays["relay_layers"][of_task] = laid.relays, laid.relay_layers
@@ -108,20 +102,17 @@ def _fillers(
 
 def _filler_labels(store: TokenStore, vocab: RecallVocabulary, positions: IntArray, tokens: IntArray) -> IntArray:
     """(B, T) next tokens where text follows text as in the store. Noise is not scored: nobody can predict it."""
-    labels = np.full_like(tokens, UNSCORED)
     plain = (positions >= 0) & (tokens == store.tokens[positions]) & ~np.isin(tokens, vocab.reserved)
     document = np.searchsorted(store.document_starts, positions, side="right")
     scored = plain[:, :-1] & plain[:, 1:] & (document[:, :-1] == document[:, 1:])
-    labels[:, :-1] = np.where(scored, tokens[:, 1:], UNSCORED)
-    return labels
+    return np.pad(np.where(scored, tokens[:, 1:], UNSCORED), ((0, 0), (0, 1)), constant_values=UNSCORED)
 
 
 def _blank(input_ids: IntArray) -> dict[str, IntArray]:
     """The arrays of a batch that asks for nothing."""
-    zero, unscored = np.zeros_like(input_ids), np.full_like(input_ids, UNSCORED)
-    arrays = {"input_ids": input_ids, "tasks": zero[:, 0]}
-    arrays |= {name: unscored.copy() for name in ("labels", "recall_labels", "relay_labels")}
-    return arrays | {name: zero.copy() for name in ("documents", "relay_layers", "distances")}
+    arrays = {name: np.full_like(input_ids, UNSCORED) for name in ("labels", "recall_labels", "relay_labels")}
+    arrays |= {name: np.zeros_like(input_ids) for name in ("documents", "relay_layers", "distances")}
+    return arrays | {"input_ids": input_ids, "tasks": np.zeros(len(input_ids), dtype=np.int64)}
 
 
 def _batch(arrays: dict[str, IntArray]) -> Batch:

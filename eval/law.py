@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from eval.plots.canvas import GREY, GRID, save, styled
@@ -73,10 +73,8 @@ def fit(windows: ArrayLike, layers: ArrayLike, horizons: ArrayLike) -> Law:
     x = np.column_stack((np.ones(len(y)), np.log(windows), np.log(layers)))
     n, free = x.shape
     if n <= free or np.linalg.matrix_rank(x) < free:
-        raise UserError(
-            f"{n} runs with a horizon don't determine a law of window and depth; "
-            "it takes at least four, of several windows and several depths"
-        )
+        remedy = "it takes at least four, of several windows and several depths"
+        raise UserError(f"{n} runs with a horizon don't determine a law of window and depth; {remedy}")
     values, *_ = np.linalg.lstsq(x, y, rcond=None)
     errors = y - x @ values
     variance = float(errors @ errors) / (n - free)
@@ -127,8 +125,7 @@ def figure(runs: Sequence[Run], laws: dict[str, Summary]) -> Figure:
 def read_runs(path: Path) -> list[Run]:
     """The finished runs of a sweep. Raises UserError if the file is no sweep.json."""
     try:
-        tree = json.loads(path.read_text())
-        return [run for run in tree["runs"] if run["state"] == "done" and run["reach"]]
+        return [run for run in json.loads(path.read_text())["runs"] if run["state"] == "done" and run["reach"]]
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{path}: not the sweep.json of a sweep ({problem}); run scripts/sweep.py first") from problem
 
@@ -146,15 +143,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "law.json").write_text(json.dumps({"laws": laws}, indent=1, default=asdict))
     save(figure(runs, laws), out / "law.png")
-    table = Table(
-        "horizon, runs", "N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)", box=box.SIMPLE_HEAD
-    )
+    heads = ("horizon, runs", "N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)")
+    table = Table(*heads, box=box.SIMPLE_HEAD)
     for name, one in laws.items():
         law, off = one["fit"], (f"x{factor:.2f}" for factor in (one["fit"].scatter, *one["scatter"].values()))
         table.add_row(name, str(law.n), str(law.window), str(law.depth), *off)
-    console = Console()
-    console.print(table)
-    console.print(f"Written: {out}/law.json, law.png", soft_wrap=True)
+    rich.print(table)
+    print(f"Written: {out}/law.json, law.png")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 
 from eval.plots.canvas import COLORS, GRID, save, styled
 from training.run.checkpoint import write_json, write_text
+from training.run.folder import read_facts
 
 Row = dict[str, Any]
 METRICS = {
@@ -37,14 +38,15 @@ def write_results(
         save(picture, folder / "sweep.png")
     write_text(folder / "sweep.md", page + ("\n![The metrics of all runs](sweep.png)\n" if picture else ""))
     console.print(Markdown(page))
-    console.print(f"Written: {folder}/sweep.json, sweep.md" + (", sweep.png" if picture else ""), soft_wrap=True)
+    console.print(f"Written: {folder}/sweep.json, sweep.md{', sweep.png' if picture else ''}", soft_wrap=True)
 
 
 def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
     """Labels, state and results of a run; None for what it has not got. `further` are tasks beside the first one."""
-    recall, loss = (json.loads(text) if (text := _text(folder / f"{name}.json")) else {} for name in ("recall", "loss"))
+    recall, loss = read_facts(folder, "recall.json"), read_facts(folder, "loss.json")
     task, *further = recall["tasks"].values() if recall else [{}]
-    events = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
+    log = folder / "metrics.jsonl"
+    events = map(json.loads, log.read_text().splitlines() if log.exists() else [])
     logged = [event for event in events if event.get("kind") == "train"]
     last = logged[-1] if logged else {}
     rates = [event["tokens_per_second"] for event in logged[1:] or logged]  # the first one includes compilation
@@ -60,10 +62,6 @@ def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
         **{k: last.get(k) for k in ("tokens", "distance")},
         "tokens_per_second": statistics.median(rates) if rates else None,
     }
-
-
-def _text(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
 
 
 def markdown(name: str, rows: Sequence[Row], command: str) -> str:

@@ -26,10 +26,7 @@ class Score(NamedTuple):
 def cross_entropy(
     hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0, rows: int | None = None
 ) -> Score:
-    """The score of `labels_n` under the logits `hidden_ne @ weight_ve.T`, of which `rows` are computed at a time.
-
-    Default: as many rows as have `LOGITS_AT_ONCE` logits.
-    """
+    """The score of `labels_n` under `hidden_ne @ weight_ve.T`, `rows` at a time (default: `LOGITS_AT_ONCE` logits)."""
     rows = rows or max(1, LOGITS_AT_ONCE // len(weight_ve))
     if len(hidden_ne) > rows:
         return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))

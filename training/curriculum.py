@@ -39,8 +39,8 @@ class Curriculum:
         return self.settings.max_distance or self.reach
 
     def start(self) -> CurriculumState:
-        start = self.settings.start_distance
-        return CurriculumState(self.last_distance if start == "last" else min(start or self.window, self.last_distance))
+        start, last = self.settings.start_distance, self.last_distance
+        return CurriculumState(last if start == "last" else min(start or self.window, last))
 
     def advance(self, state: CurriculumState, correct: float, asked: float) -> CurriculumState:
         """The state after a step that answered `correct` of `asked` queries."""
@@ -54,10 +54,7 @@ class Curriculum:
         return CurriculumState(min(grown, self.last_distance))
 
     def row_length(self, distance: int, full: int, needed: int = 0) -> int:
-        """Tokens of a recall sequence at D = `distance`: the shortest of `row_lengths` that holds it, else `full`.
-
-        `needed` is the least that the tasks' questions take.
-        """
+        """Tokens of a recall sequence: the least of `row_lengths` that holds `distance` and `needed`, else `full`."""
         least = max(distance + 2 * self.window, needed)
         return min((n for n in self.settings.row_lengths if least <= n < full), default=full)
 

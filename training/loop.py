@@ -18,13 +18,16 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from data.tasks import need_keys
+from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
+from model.decoder import build_model
 from model.projections import row_sizes
 from model.windows import reach
 from training.curriculum import Curriculum, State
-from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops, task_vocabulary
+from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
 from training.processes.parallel import Tensors, load_whole, spread, stored_in_shards, whole, whole_weights
@@ -34,11 +37,12 @@ from training.processes.signals import STOPPED, StopRequest
 from training.reporting.metrics import Metrics, TrainingProgress
 from training.reporting.nonfinite import keep_batch, stop_after
 from training.reporting.profiling import profiled
-from training.run.checkpoint import load_state, prune, replace_export, save_checkpoint
+from training.run.checkpoint import load_state, prune, replace_folder, save_checkpoint
 from training.run.folder import FACTS_SAVED, check_same_batches, check_same_data, decide_once, open_run, run_dir
 from training.schedule import interpolate, rate_factor
+from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
-from training.start import grow_from_run, new_decoder
+from training.start import grow_from_run
 
 
 def train(settings: Settings, resume: str) -> int:
@@ -61,8 +65,8 @@ class Trainer:
         self.settings, self.dir = settings, run_dir(settings)
         self.stop = StopRequest()
         self.ranks = join_ranks()
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
-        set_up_threads(settings.training.num_threads, local_processes)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
+        set_up_threads(settings.training.num_threads, local_processes=local)
         make_deterministic()
 
         # 1. Data: the main process fills the cache, then every process reads it.
@@ -70,9 +74,10 @@ class Trainer:
         self.tokenizer, train_store, heldout_store = self._cached_data()
 
         # 2. Model.
-        self.decoder = new_decoder(settings, self.tokenizer)
-        origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
+        config = model_config(settings, self.tokenizer.vocab_size)
+        self.decoder = build_model(config, init_options(settings), settings.seed)
         self.config = self.decoder.config
+        origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: open_run(settings, resume))
@@ -85,7 +90,8 @@ class Trainer:
         farthest = reach(self.config.specs) or settings.data.seq_len
         self.curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, farthest)
         self.state, self.saved_step = State(curriculum=dict.fromkeys(recall.tasks, self.curriculum.start())), -1
-        vocabulary = task_vocabulary(settings, self.tokenizer) if recall.enabled else None
+        keys = recall.keys if need_keys(recall.tasks) else 0
+        vocabulary = recall_vocabulary(self.tokenizer, recall.values, keys) if recall.enabled else None
         self.objectives = objectives(settings, train_store, vocabulary, self.curriculum, self.ranks.num_processes)
         self.probe = Probe(settings, heldout_store, vocabulary, self.curriculum)
 
@@ -97,11 +103,9 @@ class Trainer:
         if settings.training.compile:
             self.decoder.compile_layers()
         self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
-        names = [objective.name for objective in self.objectives]
-        muon_dtype = DTYPES[self.facts["precision"]]
-        self.optimizer = SummedOptimizer(
-            self.scorer.named_parameters(), names, settings.training.optimizer, muon_dtype, row_sizes(self.scorer)
-        )
+        names, parameters = [objective.name for objective in self.objectives], self.scorer.named_parameters()
+        optimizer, muon_dtype = settings.training.optimizer, DTYPES[self.facts["precision"]]
+        self.optimizer = SummedOptimizer(parameters, names, optimizer, muon_dtype, row_sizes(self.scorer))
 
         # 6. Resume.
         if checkpoint is not None:
@@ -142,7 +146,7 @@ class Trainer:
             gc.collect()
             gc.freeze()
             gc.disable()  # a full collection during a step costs more than the loop's few cycles
-            self._start_clock()
+            self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0  # since the last logged step
             while self.state.step < settings.max_steps:
                 if sum_over_ranks({"stop": float(bool(self.stop))})["stop"]:
                     self._save()
@@ -203,9 +207,6 @@ class Trainer:
                 self.metrics.write("skipped", step, objective=o.name, in_a_row=in_a_row)
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 
-    def _start_clock(self) -> None:
-        self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
-
     def _log(self, measured: dict[str, Measured], schedule: dict[str, float]) -> None:
         seconds, state = time.perf_counter() - self.began, self.state
         rate = self.tokens / seconds
@@ -219,7 +220,7 @@ class Trainer:
         distances = "/".join(map(str, state.distances.values()))
         recall = f"  D {distances}  horizon {state.horizon}" if self.settings.recall.enabled else ""
         self.progress.figures(state.step, f"{losses}  {rate:,.0f} tok/s  MFU {mfu:.1%}{recall}")
-        self._start_clock()
+        self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
     # -- 8. evaluate --------------------------------------------------------------------------------------------------
 
@@ -228,10 +229,11 @@ class Trainer:
         paused = time.perf_counter()
         with whole(self.accelerator, self.wrapped):
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
-        self.state.validation_bits_per_byte, self.state.horizon = bits, recall.horizon
+        columns = recall.columns()
+        self.state.validation_bits_per_byte, self.state.horizon = bits, columns["horizon"]
         self.metrics.write("validation", self.state.step, bits_per_byte=bits)
         if recall:
-            self.metrics.write("probe", self.state.step, **recall.columns())
+            self.metrics.write("probe", self.state.step, **columns)
         self.progress.say(f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{recall}")
         self.began += time.perf_counter() - paused
 
@@ -243,13 +245,12 @@ class Trainer:
             return
         paused = time.perf_counter()
         random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
-        state = {"progress": asdict(self.state), "random": gather_object([random])}
-        state |= {name: self.facts[name] for name in FACTS_SAVED}
+        facts = {name: self.facts[name] for name in FACTS_SAVED}
+        state = {"progress": asdict(self.state), "random": gather_object([random])} | facts
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
-        write_hf = partial(self._write_hf, weights)
-        ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, write_hf))
+        ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, partial(self._write_hf, weights)))
         ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
         self.saved_step = self.state.step
         gc.collect()
@@ -265,11 +266,11 @@ class Trainer:
     def export(self) -> None:
         """Write the last weights to runs/NAME/hf and print where everything is."""
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
-        ask_main(lambda: replace_export(self.dir / "hf", partial(self._write_hf, weights)))
-        s, R = self.state, reach(self.config.specs)
+        ask_main(lambda: replace_folder(self.dir / "hf", partial(self._write_hf, weights)))
+        s, farthest = self.state, reach(self.config.specs) or "unbounded"
+        recall = f"recall horizon {s.horizon} tokens of R = {farthest}\n" if self.settings.recall.enabled else ""
         self.ranks.print(
             f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"
             f"held-out text  {s.validation_bits_per_byte or math.nan:.3f} bits per byte\n"
-            + (f"recall horizon {s.horizon} tokens of R = {R or 'unbounded'}\n" if self.settings.recall.enabled else "")
-            + f"run folder     {self.dir}\nexport         {self.dir / 'hf'}"
+            f"{recall}run folder     {self.dir}\nexport         {self.dir / 'hf'}"
         )

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from data.batches import recall_batch, text_batch
-from data.tasks import need_keys
 from data.tasks.layout import RowRules
 from data.tasks.question import UNSCORED, TaskOptions
-from data.tasks.vocabulary import RecallVocabulary, TokenizerLike, recall_vocabulary
+from data.tasks.vocabulary import RecallVocabulary
 from data.token_store import TokenStore
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
@@ -90,10 +89,7 @@ def step_plan(tokens: int, seq_len: int, micro_batch_tokens: int | None, ranks: 
 
 
 class Objective(ABC):
-    """One source of gradients, with its own clipping and its own moments.
-
-    `points` are its weight over the run: [share of all steps, weight].
-    """
+    """A source of gradients with its own clipping and moments. `points`: its weight as [share of all steps, weight]."""
 
     name: str
     term_weights: Mapping[str, float]
@@ -146,10 +142,9 @@ class RecallObjective(Objective):
     def __init__(
         self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary, curriculum: Curriculum, ranks: int
     ):
-        recall = settings.recall
+        recall, self.vocabulary, self.curriculum = settings.recall, vocabulary, curriculum
         max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
         super().__init__(settings, store, ranks, recall.weight, max_grad_norm)
-        self.vocabulary, self.curriculum = vocabulary, curriculum
         optional = {"relay": recall.relay_loss_weight, "text": recall.text_loss_weight}
         self.term_weights = {"answer": recall.answer_loss_weight} | {t: w for t, w in optional.items() if w > 0}
         self.tasks = tuple(str(task) for task in recall.tasks)
@@ -157,11 +152,10 @@ class RecallObjective(Objective):
 
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
         """All tasks share a step's sequences, so the largest of their distances decides."""
-        farthest, training = max(distances.values()), self.settings.training
+        farthest, training, full = max(distances.values()), self.settings.training, recall_seq_len(self.settings)
         tokens = self.settings.recall.tokens_per_step or training.tokens_per_step
-        needed = row_tokens(self.settings, distances)
-        seq_len = self.curriculum.row_length(farthest, recall_seq_len(self.settings), needed)
         tokens *= self.curriculum.batch_factor(farthest)
+        seq_len = self.curriculum.row_length(farthest, full, row_tokens(self.settings, distances))
         return step_plan(tokens, seq_len, training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
@@ -182,15 +176,9 @@ def objectives(
     settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum, ranks: int
 ) -> list[Objective]:
     """Text, and recall where there is a vocabulary for it."""
-    training = settings.training
-    text = TextObjective(settings, store, ranks, training.text_weight, training.optimizer.max_grad_norm)
+    weight, max_grad_norm = settings.training.text_weight, settings.training.optimizer.max_grad_norm
+    text = TextObjective(settings, store, ranks, weight, max_grad_norm)
     return [text] if vocabulary is None else [text, RecallObjective(settings, store, vocabulary, curriculum, ranks)]
-
-
-def task_vocabulary(settings: Settings, tokenizer: TokenizerLike) -> RecallVocabulary:
-    """The tokens of the run's recall tasks; it has keys only where a task uses them."""
-    recall = settings.recall
-    return recall_vocabulary(tokenizer, recall.values, recall.keys if need_keys(recall.tasks) else 0)
 
 
 def recall_rules(settings: Settings) -> tuple[RowRules, TaskOptions]:
@@ -217,8 +205,7 @@ class Scorer(nn.Module):
         out = self.decoder.model(input_ids, documents=documents, output_hidden_states="relay" in targets)
         scores = {}
         for term, (index, labels) in targets.items():
-            if term == "relay":
-                assert self.relay_head is not None
+            if term == "relay" and self.relay_head is not None:
                 stream_ne = torch.stack(out.hidden_states).flatten(0, 2).index_select(0, index)
                 scores[term] = _score_relay(self.relay_head(self.decoder.model.norm(stream_ne)), labels)
             else:
@@ -278,12 +265,10 @@ def differentiate(
 
     mine = {("loss", t): float(sum(s[t].loss.double() for s in scores)) for t in terms}  # sums of this rank
     mine |= {("right", t): float(sum(s[t].right.sum() for s in scores)) for t in terms}
-    if objective.tasks:
-        tasks = torch.cat([m.answer_tasks for m in micro_batches])
-        right = torch.cat([s["answer"].right for s in scores]).cpu()
     for number, task in enumerate(objective.tasks):
-        mine["right", task] = float(right[tasks == number].sum())
-        mine["count", task] = float((tasks == number).sum())
+        of_task = torch.cat([m.answer_tasks for m in micro_batches]) == number
+        mine["right", task] = float(torch.cat([s["answer"].right for s in scores]).cpu()[of_task].sum())
+        mine["count", task] = float(of_task.sum())
     measured = Measured({}, {}, counts)
     for (what, name), total in sum_over_ranks(mine).items():
         getattr(measured, what)[name] = total
@@ -314,10 +299,8 @@ def _score_relay(logits: Tensor, labels: Tensor) -> Score:
     known = labels < n
     picked = logits.gather(-1, labels.clamp(max=n - 1)[:, None])[:, 0]
     loss = torch.where(known, normaliser - picked, normaliser - logits.mean(-1) - math.log(n))
-    with torch.no_grad():
-        peak, best = logits.max(-1)
-        right = torch.where(known, best == labels, peak - normaliser < math.log(0.5))
-    return Score(loss.sum(), right)
+    peak, best = logits.detach().max(-1)
+    return Score(loss.sum(), torch.where(known, best == labels, peak - normaliser < math.log(0.5)))
 
 
 def _target(labels_bt: Tensor) -> Target:

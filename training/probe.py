@@ -45,11 +45,10 @@ class Probe:
         for task in map(str, settings.recall.tasks):
             size, questions = task_size(task, vocabulary, options), self.items.setdefault(task, {})
             length = max(max(distances) + 2 * window, size.row(max(distances)))
-            for d in distances:
-                if d >= size.nearest:
-                    seeds = ([settings.seed, d, i] for i in range(settings.training.probe_items))
-                    rngs = map(np.random.default_rng, seeds)
-                    questions[d] = [item(task, rng, store, vocabulary, length, d, options) for rng in rngs]
+            for d in (d for d in distances if d >= size.nearest):
+                seeds = ([settings.seed, d, i] for i in range(settings.training.probe_items))
+                rngs = map(np.random.default_rng, seeds)
+                questions[d] = [item(task, rng, store, vocabulary, length, d, options) for rng in rngs]
 
     def text(self, decoder: WindreachForCausalLM) -> float:
         """Bits per byte over the first `training.validation_tokens` tokens, in sequences of `data.seq_len`."""
@@ -74,10 +73,8 @@ class Probe:
                 for distance, items in by_distance.items():
                     mine = items[self.rank :: self.ranks]
                     right[task, distance] = sum(_right(decoder, mine[i : i + ROWS]) for i in range(0, len(mine), ROWS))
-        recalled = Recalled({task: {} for task in self.items})
-        for (task, distance), total in sum_over_ranks(right).items():
-            recalled[task][distance] = total / len(self.items[task][distance])
-        return recalled
+        total = sum_over_ranks(right)
+        return Recalled({t: {d: total[t, d] / len(asked[d]) for d in asked} for t, asked in self.items.items()})
 
 
 class Recalled(dict[str, dict[int, float]]):
@@ -91,17 +88,11 @@ class Recalled(dict[str, dict[int, float]]):
      off
     """
 
-    @property
-    def horizon(self) -> int:
-        """The horizon of the first task, in tokens."""
-        return horizon(next(iter(self.values()), {}))
-
     def columns(self) -> dict[str, Any]:
         """For the log: the figures of the first task, and those of each where there are several."""
-        columns: dict[str, Any] = {"accuracy": next(iter(self.values()), {}), "horizon": self.horizon}
-        if len(self) > 1:
-            columns |= {"by_task": dict(self)} | {f"horizon_{task}": horizon(shares) for task, shares in self.items()}
-        return columns
+        first = next(iter(self.values()), {})
+        each = {"by_task": dict(self)} | {f"horizon_{task}": horizon(shares) for task, shares in self.items()}
+        return {"accuracy": first, "horizon": horizon(first)} | (each if len(self) > 1 else {})
 
     def __str__(self) -> str:
         shown = {task: "".join(f"  {d}:{share:.2f}" for d, share in shares.items()) for task, shares in self.items()}

@@ -1,4 +1,4 @@
-"""The decoder before its first step: random weights, or the layers of a shallower run."""
+"""The decoder before its first step: fills it with the layers of a shallower run."""
 
 from pathlib import Path
 
@@ -6,19 +6,13 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from model import hub
-from model.decoder import WindreachForCausalLM, build_model
+from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.growth import grow
 from training.objective import RELAY_HEAD
 from training.run.checkpoint import file_sha256, load_state, newest_valid
 from training.run.folder import check_same_data, read_facts, run_dir
-from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
-
-
-def new_decoder(settings: Settings, tokenizer: Tokenizer) -> WindreachForCausalLM:
-    """The decoder with random weights; `seed` decides them."""
-    return build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), settings.seed)
 
 
 def grow_from_run(

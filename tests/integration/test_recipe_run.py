@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from data.tokenizer import prepare_tokenizer
+from model.decoder import build_model
 from tests.integration.tiny_run import ROOT, metrics, run, write_config
+from training.settings.build import init_options, model_config
 from training.settings.config_file import load_settings
-from training.start import grow_from_run, new_decoder
+from training.start import grow_from_run
 
 SWITCHES = {
     "max_steps": 4,
@@ -48,7 +50,8 @@ def test_a_run_grows_from_a_shallower_one_and_no_longer_needs_it_once_it_has_a_c
     run(config, *grown)
     assert len(json.loads((deep / "run.json").read_text())["grown_from_sha256"]) == 64
     settings = load_settings(config, grown)
-    decoder = new_decoder(settings, tokenizer := prepare_tokenizer(settings))
+    tokenizer = prepare_tokenizer(settings)
+    decoder = build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), settings.seed)
     _, auxiliary = grow_from_run(decoder, settings, tokenizer, "never")
     last = load_file(shallow / "checkpoints/step-000002/trainer.safetensors")
     assert torch.equal(auxiliary["relay_head"], last["relay_head"])

@@ -216,7 +216,7 @@ AXIS = "{axis: a, points: [{label: 1}]}"
     ("text", "message"),
     [
         ("", r"grid  \(.*sweep.yaml\)\n    missing: the variables; every combination of their values is a run; add it"),
-        ("grid: []", r"grid = \[\] .*:3\)\n    expected at least 1 of them"),
+        ("grid: []", r"grid = \[\] .*:3\)\n    List should have at least 1 item"),
         ("gird: []", r"gird = \[\]  \(.*:3\)\n    unknown key; did you mean grid\?"),
         ("grid: [{axis: a, kye: b}]", r"grid.0.kye = 'b' .*\n    unknown key; did you mean grid.0.key\?"),
         ("grid: [{axis: a}]", "grid.0 = 'a' .*:3.*\n    an axis needs both key and values, or points; add what"),

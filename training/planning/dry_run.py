@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from data.tokenizer import load_tokenizer
 from model.attention import check_backend, plan_attention
 from model.config import WindreachConfig
 from model.flops import cache_bytes, forward_flops, parameters
@@ -30,17 +31,10 @@ Lines = Iterator[tuple[str, str]]
 
 def vocab_size(settings: Settings) -> int:
     """Size of the vocabulary: `model.vocab_size`, or that of the tokenizer that is given or would be trained."""
-    if settings.model.vocab_size is not None:
-        return settings.model.vocab_size
     tokenizer = settings.data.tokenizer
-    if tokenizer.model_file is None:
-        return tokenizer.vocab_size
-    from data.tokenizer import load_tokenizer
-
+    if settings.model.vocab_size is not None or tokenizer.model_file is None:
+        return settings.model.vocab_size or tokenizer.vocab_size
     return load_tokenizer(tokenizer.model_file).vocab_size
-
-
-# -- on this machine --------------------------------------------------------------------------------------------------
 
 
 def plan_text(settings: Settings) -> str:
@@ -86,24 +80,21 @@ def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.de
     yield "memory", f"{size(sum(needed.values()))} for one process that holds everything ({listed})"
     rates = f"matmul here fp32 {machine.fp32_flops / 1e9:,.0f}, bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s"
     yield "precision", f"{precision} (training.precision is {t.precision}; {rates})"
-    seconds = sum(w.flops(config) for w in work(settings, ranks=1)) / machine.rate(precision)
-    yield (
-        "time",
-        f"{duration(seconds)} if all were bare {precision} matmuls at the rate measured just now; steps are slower",
-    )
+    shortest = duration(sum(w.flops(config) for w in work(settings, ranks=1)) / machine.rate(precision))
+    yield "time", f"{shortest} if all were bare {precision} matmuls at the rate measured just now; steps are slower"
 
 
 def _work_lines(settings: Settings, config: WindreachConfig, ranks: int) -> Lines:
     """Parameters, FLOPs, and the tokens of each objective."""
     parts, flops, seq_len = parameters(config), _training_flops(settings, config), settings.data.seq_len
     yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
-    listed = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
-    yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {seq_len:,}, visible keys only ({listed})"
+    each = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
+    yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {seq_len:,}, visible keys only ({each})"
     for w in work(settings, ranks):
         step = f"{w.first.tokens:,} tokens per step in rows of {w.first.seq_len:,}"
         if w.first != w.last:
-            distance = last_distance(settings)
-            step += f" at first, {w.last.tokens:,} in rows of {w.last.seq_len:,} at D = {distance:,}"
+            end = f"{w.last.tokens:,} in rows of {w.last.seq_len:,}"
+            step += f" at first, {end} at D = {last_distance(settings):,}"
         micro_batch = f"micro-batch {w.last.micro_rows:,} x {w.last.seq_len:,}"
         yield w.name, f"{step}, {micro_batch}; {w.steps:,} steps = {w.tokens:,.0f} tokens"
 
@@ -111,9 +102,6 @@ def _work_lines(settings: Settings, config: WindreachConfig, ranks: int) -> Line
 def _training_flops(settings: Settings, config: WindreachConfig) -> dict[str, float]:
     """FLOPs of forward and backward by part, per token of text; visible keys only."""
     return {part: 3 * n for part, n in forward_flops(config, settings.data.seq_len).items()}
-
-
-# -- on many GPUs -----------------------------------------------------------------------------------------------------
 
 
 def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[str, Any]:
@@ -135,20 +123,15 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
             pace = {"tokens_per_second": tokens / seconds, "seconds": seconds, "gpu_hours": seconds * ranks / 3600}
             columns.append(way | needed | fit | pace)
     return {
-        "name": settings.name,
-        "gpus": ranks,
-        "gpu": {"name": gpu, "usable": usable} | GPUS[gpu]._asdict(),
-        "mfu": mfu,
-        "reach": reach(config.specs),
-        "window_times_layers": window_times_layers(config.specs),
-        "parameters": parameters(config),
-        "flops_per_token": _training_flops(settings, config),
+        "name": settings.name, "gpus": ranks, "gpu": {"name": gpu, "usable": usable} | GPUS[gpu]._asdict(), "mfu": mfu,
+        "reach": reach(config.specs), "window_times_layers": window_times_layers(config.specs),
+        "parameters": parameters(config), "flops_per_token": _training_flops(settings, config),
         "work": [
             {"name": w.name, "steps": w.steps, "tokens": w.tokens, "flops": w.flops(config), "step": vars(w.last)}
             for w in works
         ],
         "columns": columns,
-    }
+    }  # fmt: skip
 
 
 def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
@@ -174,9 +157,6 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
         label, text = formats.get(key, (key.replace("_", " "), size))
         table.add_row(label, *(text(column[key]) for column in columns))
     console.print(table)
-
-
-# -- text -------------------------------------------------------------------------------------------------------------
 
 
 def _aligned(lines: Iterable[tuple[str, str]]) -> str:

@@ -73,12 +73,8 @@ class Work:
         return self.steps * (self.first.tokens + self.last.tokens) / 2
 
     def flops(self, config: WindreachConfig) -> float:
-        ends = (step_flops(config, plan, plan.rows * self.scored(plan.seq_len)) for plan in (self.first, self.last))
+        ends = (step_flops(config, p, p.rows * min(self.scored_per_row, p.seq_len)) for p in (self.first, self.last))
         return self.steps * sum(ends) / 2
-
-    def scored(self, seq_len: int) -> int:
-        """Positions of a row that reach the head."""
-        return min(self.scored_per_row, seq_len)
 
 
 def work(settings: Settings, ranks: int) -> list[Work]:
@@ -93,15 +89,14 @@ def work(settings: Settings, ranks: int) -> list[Work]:
         length = curriculum.row_length(distance, recall_seq_len(settings))
         return step_plan(tokens, length, t.micro_batch_tokens, ranks)
 
-    text = step_plan(t.tokens_per_step, seq_len, t.micro_batch_tokens, ranks)
-    objectives = [Work("text", text, text, active_steps(t.text_weight), seq_len)]
-    if recall.enabled:
-        curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, last_distance(settings))
-        first, last = recall_plan(curriculum.start().distance), recall_plan(last_distance(settings))
-        scored = last.seq_len if recall.text_loss_weight else ANSWERS_PER_ROW
-        relay = recall.relay_loss_weight > 0
-        objectives.append(Work("recall", first, last, active_steps(recall.weight), scored, relay))
-    return objectives
+    plan = step_plan(t.tokens_per_step, seq_len, t.micro_batch_tokens, ranks)
+    text = Work("text", plan, plan, active_steps(t.text_weight), seq_len)
+    if not recall.enabled:
+        return [text]
+    curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, last_distance(settings))
+    first, last = recall_plan(curriculum.start().distance), recall_plan(last_distance(settings))
+    scored = last.seq_len if recall.text_loss_weight else ANSWERS_PER_ROW
+    return [text, Work("recall", first, last, active_steps(recall.weight), scored, recall.relay_loss_weight > 0)]
 
 
 def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
@@ -111,25 +106,18 @@ def recompute_factor(config: WindreachConfig, seq_len: int) -> float:
     return (4 * whole - parts["output"]) / (3 * whole)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
 def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[str, int]:
     """Bytes on each processor, by part, of a step with the micro-batches of the settings."""
     objectives, recall = work(settings, setup.ranks), settings.recall
     relay_head = config.hidden_size * recall.values if any(w.relay for w in objectives) else 0  # it exists in training
     shards = setup.ranks if setup.sharding == "fsdp2" else 1
-    share = -(-(count_parameters(config) + relay_head) // shards)
+    weights = 4 * -(-(count_parameters(config) + relay_head) // shards)
     moments = optimizer_bytes(config, settings.training.optimizer, len(objectives), relay_head)
     activations, rest = max((micro_batch_bytes(config, setup, w, w.last.micro_rows) for w in objectives), key=sum)
     return {
-        "weights": 4 * share,
-        "gradients": 4 * share * len(objectives),
-        "optimizer": -(-moments // shards),
-        "exchange": exchange_bytes(config, setup),
-        "activations": activations,
-        "logits_and_scratch": rest,
-    }
+        "weights": weights, "gradients": weights * len(objectives), "optimizer": -(-moments // shards),
+        "exchange": exchange_bytes(config, setup), "activations": activations, "logits_and_scratch": rest,
+    }  # fmt: skip
 
 
 def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, available: float) -> int:
@@ -152,10 +140,8 @@ def exchange_bytes(config: WindreachConfig, setup: Setup) -> int:
     FSDP2: embedding, head and final norm for the whole step, two layers (one in use, the next on its way), and the
     gradients of one unit before and after their reduction in float32.
     """
-    if setup.ranks == 1:
-        return 0
-    if setup.sharding == "ddp":
-        return 4 * count_parameters(config)
+    if setup.ranks == 1 or setup.sharding == "ddp":
+        return 4 * count_parameters(config) if setup.ranks > 1 else 0
     parts, size = parameters(config), setup.stream_bytes
     root = parts["embedding"] + parts["output"] + config.hidden_size
     layer = -(-(count_parameters(config) - root) // config.num_hidden_layers)
@@ -178,7 +164,7 @@ def micro_batch_bytes(config: WindreachConfig, setup: Setup, w: Work, rows: int)
         activations = sum(layers[spec][0] + layers[spec][2] for spec in config.specs)
         backward, forward = max(scratch for _, scratch, _ in layers.values()), 0
     streams = (depth + 1) * stream if w.relay else 0
-    e, logits = config.hidden_size, rows * w.scored(seq_len) * config.vocab_size
+    e, logits = config.hidden_size, rows * min(w.scored_per_row, seq_len) * config.vocab_size
     head = 3 * 4 * e * rows * seq_len  # the final norm
     head += 3 * 4 * min(logits, max(config.vocab_size, LOGITS_AT_ONCE))  # logits, softmax and gradient in float32
     if logits > LOGITS_AT_ONCE:  # computed in parts, while the gradient of the head is kept

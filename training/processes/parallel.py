@@ -39,8 +39,7 @@ def spread(module: nn.Module, precision: str) -> tuple[Accelerator, nn.Module]:
     where, version = "in the accelerate config file", os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"fsdp_config.fsdp_version is {version} {where}; set it to 2")
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.activation_checkpointing:
+    if (plugin := FullyShardedDataParallelPlugin()).activation_checkpointing:
         remedy = "remove it and set training.activation_checkpointing: true"
         raise UserError(f"fsdp_config.fsdp_activation_checkpointing is true {where}; {remedy}")
     accelerator = Accelerator(mixed_precision=mixed, fsdp_plugin=plugin)
@@ -112,9 +111,8 @@ def stored_in_shards(checkpoints: Path, step: int, tensors: Tensors) -> Tensors 
     try:
         dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as problem:
-        causes = {str(cause[0]) for cause in problem.failures.values()}
-        what = "the parts of a checkpoint could not be written"
-        raise UserError(f"{folder}: {what}: {'; '.join(sorted(causes))}\n{MAKE_ROOM}") from problem
+        causes = "; ".join(sorted({str(cause[0]) for cause in problem.failures.values()}))
+        raise UserError(f"{folder}: the parts of a checkpoint could not be written: {causes}\n{MAKE_ROOM}") from problem
     return folder
 
 

@@ -24,9 +24,8 @@ class Machine:
 
     def choose(self, wanted: str) -> str:
         """`wanted`, or for `auto`: bf16 where its matmul is clearly faster. The run keeps the choice for ever."""
-        if wanted != "auto":
-            return wanted
-        return "bf16" if self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
+        fastest = "bf16" if self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
+        return fastest if wanted == "auto" else wanted
 
 
 @cache
@@ -60,9 +59,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seco
 def set_up_threads(wanted: int | None, local_processes: int) -> int:
     """Set and return this process's CPU threads. Default: an equal share of all cores; `accelerate launch` gives 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = wanted or max(1, cores // local_processes)
-    torch.set_num_threads(threads)
-    return threads
+    torch.set_num_threads(wanted or max(1, cores // local_processes))
+    return torch.get_num_threads()
 
 
 def make_deterministic() -> None:

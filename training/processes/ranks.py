@@ -32,10 +32,9 @@ def lost_rank_is_fault() -> Iterator[None]:
     except RuntimeError as problem:
         if not (isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem).lower()):
             raise
-        raise TrainingFault(
-            f"another process of this run has ended, so this one ends too: {str(problem).splitlines()[0]}\n"
-            "  its own message says why; the same command goes on from the last checkpoint"
-        ) from problem
+        what = f"another process of this run has ended, so this one ends too: {str(problem).splitlines()[0]}"
+        remedy = "its own message says why; the same command goes on from the last checkpoint"
+        raise TrainingFault(f"{what}\n  {remedy}") from problem
 
 
 def ask_main(call: Callable[[], Answer]) -> Answer:

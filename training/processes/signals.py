@@ -21,20 +21,18 @@ class StopRequest:
     """True once a signal has come."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
-        self.at = 0.0
-        self.launched = "TORCHELASTIC_RUN_ID" in os.environ
+        self.received_at: float | None = None
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            if self.launched and time.monotonic() - self.at < ECHO_SECONDS:
+        if self.received_at is not None:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.received_at < ECHO_SECONDS:
                 return
             os._exit(128 + number)
-        self.received, self.at = number, time.monotonic()
+        self.received_at = time.monotonic()
         for stream in self.terminals if number == signal.SIGHUP else ():  # the terminal is gone: a write would fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         name = signal.Signals(number).name
@@ -42,7 +40,7 @@ class StopRequest:
             os.write(2, f"\n{name}: finishing this step, then a checkpoint; again to leave at once\n".encode())
 
     def __bool__(self) -> bool:
-        return self.received is not None
+        return self.received_at is not None
 
 
 def end_process(code: int) -> NoReturn:

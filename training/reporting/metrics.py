@@ -12,16 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training.run.checkpoint import write_text
 from training.settings.schema import Settings
 
 DAY = 24 * 3600  # seconds: the time left is computed from all steps of the last day, because steps may take minutes
 
 
 class Metrics(AbstractContextManager["Metrics"]):
-    """Appends one JSON object per line. A resume first cuts off the lines beyond the checkpoint's step.
-
-    With `write=False` (ranks other than the first) nothing is written anywhere.
-    """
+    """Appends JSON objects, one per line; none with `write=False`. A resume first cuts later lines off."""
 
     def __init__(self, run_dir: Path, settings: Settings, wandb_id: str, step: int, write: bool = True):
         self.path = run_dir / "metrics.jsonl" if write else Path(os.devnull)
@@ -34,8 +32,8 @@ class Metrics(AbstractContextManager["Metrics"]):
     def write(self, kind: str, step: int, **values: Any) -> None:
         nan = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]  # JSON has no NaN
         self._file.write(json.dumps({"step": step, "kind": kind} | values | dict.fromkeys(nan)) + "\n")
+        columns = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         if self._wandb is not None:
-            columns = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self._guarded("failed", lambda: self._wandb.log(columns, step=step))
 
     def __exit__(self, *problem: object) -> None:
@@ -66,12 +64,9 @@ class Metrics(AbstractContextManager["Metrics"]):
 
 def truncate(path: Path, step: int) -> None:
     """Keep the lines up to `step`; an incomplete last line goes too."""
-    if not path.is_file():
-        return
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    aside = path.with_suffix(".new")
-    aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-    aside.replace(path)
+    if path.is_file():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 class TrainingProgress(Progress):

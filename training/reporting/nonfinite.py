@@ -21,17 +21,10 @@ KEPT_FILES = 200  # so that a run that skips for hours does not fill the disk
 
 
 def keep_batch(
-    run_dir: Path,
-    objective: Objective,
-    measured: Measured,
-    step: int,
-    distances: Mapping[str, int],
+    run_dir: Path, objective: Objective, measured: Measured, step: int, distances: Mapping[str, int],
     tokenizer: Tokenizer,
-) -> str:
-    """Save this rank's sequences of a skipped step. Returns a sentence that says where they are.
-
-    `step` is the index from which batches are made, one less than the number of the step.
-    """
+) -> str:  # fmt: skip
+    """Save this rank's sequences of a skipped step, whose index (from 0) is `step`. Returns where, in a sentence."""
     rank, folder = PartialState().process_index, run_dir / "skipped"
     folder.mkdir(exist_ok=True)
     if sum(1 for _ in folder.iterdir()) >= KEPT_FILES:
@@ -54,9 +47,9 @@ def keep_batch(
 def stop_after(in_a_row: int, limit: int, step: int) -> None:
     """Raises TrainingFault once `limit` steps in a row were skipped, the last one `step`."""
     if in_a_row >= limit:
+        what = f"{in_a_row} steps in a row had a loss or gradient that is not finite (training.max_skipped_steps)"
         raise TrainingFault(
-            f"{in_a_row} steps in a row had a loss or gradient that is not finite "
-            f"(training.max_skipped_steps), the last one step {step}\n"
+            f"{what}, the last one step {step}\n"
             "  their batches are in the run folder's skipped/, the checkpoints are from before;\n"
             "  lower training.optimizer.lr, or look at the data of these steps"
         )

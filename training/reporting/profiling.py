@@ -28,20 +28,16 @@ def profiled(
         yield lambda: None
         return
     folder, first = run_dir / "profile", settings.start_step - step
-    recorded = range(first, first + settings.steps)
-
-    def action(done: int) -> ProfilerAction:
-        if done == recorded[-1]:
-            return ProfilerAction.RECORD_AND_SAVE
-        return ProfilerAction.RECORD if done in recorded else ProfilerAction.NONE
+    last = first + settings.steps - 1
+    actions = dict.fromkeys(range(first, last), ProfilerAction.RECORD) | {last: ProfilerAction.RECORD_AND_SAVE}
 
     def write(profiler: profile) -> None:
         folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        key = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80)
         (folder / "top-ops.txt").write_text(table)
         say(f"profile written to {folder}")
 
-    with profile(schedule=action, on_trace_ready=write) as profiler:
+    with profile(schedule=lambda done: actions.get(done, ProfilerAction.NONE), on_trace_ready=write) as profiler:
         yield profiler.step

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,41 +38,36 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     path = run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
+
+    def write(folder: Path) -> None:
+        (folder / "hf").mkdir()
+        write_hf(folder / "hf")
+        if isinstance(tensors, Path):
+            for shard in tensors.glob(SHARDS):
+                shard.rename(folder / shard.name)
+            shutil.rmtree(tensors)
+        else:
+            copies = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+            save_file(copies, folder / "trainer.safetensors")
+        write_json(folder / "state.json", state)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        facts = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+        write_json(folder / MANIFEST, {"step": step, "files": facts})
+
     try:
-        with replaced(path) as folder:  # an invalid one that the last resume passed over may be there
-            (folder / "hf").mkdir()
-            write_hf(folder / "hf")
-            if isinstance(tensors, Path):
-                for shard in tensors.glob(SHARDS):
-                    shard.rename(folder / shard.name)
-                shutil.rmtree(tensors)
-            else:
-                copies = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-                save_file(copies, folder / "trainer.safetensors")
-            write_json(folder / "state.json", state)
-            files = sorted(p for p in folder.rglob("*") if p.is_file())
-            facts = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
-            write_json(folder / MANIFEST, {"step": step, "files": facts})
+        replace_folder(path, write)  # an invalid one that the last resume passed over may be there
     except (OSError, SafetensorError) as problem:  # safetensors reports a full disk as an error of its own
         clear_leftovers(run_dir)
-        raise UserError(
-            f"{path}: the checkpoint of step {step} could not be written: {problem}\n{MAKE_ROOM}"
-        ) from problem
+        what = f"the checkpoint of step {step} could not be written"
+        raise UserError(f"{path}: {what}: {problem}\n{MAKE_ROOM}") from problem
 
 
-def replace_export(folder: Path, write_hf: Write) -> None:
-    """Write `folder` anew; the old one stays until the new one is complete."""
-    with replaced(folder) as aside:
-        write_hf(aside)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A new folder to write into, which then replaces the one at `path`; that one stays until everything is synced."""
+def replace_folder(path: Path, write: Write) -> None:
+    """Write a new folder, which replaces the one at `path` once everything is synced."""
     aside = path.with_name(f".writing-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    yield aside
+    write(aside)
     for file in [*aside.rglob("*"), aside]:
         _sync(file)
     shutil.rmtree(path, ignore_errors=True)
@@ -103,23 +97,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest valid checkpoint, or None if there is none at all. Reports each invalid one that it passes over.
-
-    Raises UserError if all are invalid.
-    """
-    problems = []
+    """The newest valid checkpoint; None if there is none at all. Reports invalid ones; UserError if all are invalid."""
+    problems = ""
     for path in checkpoints(run_dir):
         problem = problem_with(path)
         if problem is None:
             return path
-        problems.append(f"{path}: {problem}\n  ")
+        problems += f"{path}: {problem}\n  "
         say(f"checkpoint passed over: {path}: {problem}")
-    if not problems:
-        return None
-    raise UserError(
-        f"no valid checkpoint is left to resume from:\n  {''.join(problems)}"
-        "restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
-    )
+    if problems:
+        remedy = "restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
+        raise UserError(f"no valid checkpoint is left to resume from:\n  {problems}{remedy}")
+    return None
 
 
 def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple[dict[str, Any], dict[str, Tensor]]":

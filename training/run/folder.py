@@ -7,7 +7,7 @@ checkpoints/    step-000200/ ...                       tokenizer/  metrics.jsonl
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, takewhile
+from itertools import count, product, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -72,10 +72,8 @@ def open_run(settings: Settings, resume: str) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as problem:
-        raise UserError(
-            f"run_dir: {folder} can't be written or set aside: {problem.strerror}\n"
-            "  choose another with run_dir=PATH, or change its permissions"
-        ) from problem
+        remedy = "choose another with run_dir=PATH, or change its permissions"
+        raise UserError(f"run_dir: {folder} can't be written or set aside: {problem.strerror}\n  {remedy}") from problem
     for key in check_settings(folder, settings):
         print(f"{folder / 'settings.yaml'}: {key} is ignored, because this version has no such setting")
     clear_leftovers(folder)
@@ -83,8 +81,8 @@ def open_run(settings: Settings, resume: str) -> Path | None:
     (folder / "checkpoints").mkdir(exist_ok=True)
     if chosen is not None and chosen.parent.resolve() == (folder / "checkpoints").resolve():
         for path in takewhile(lambda p: p.name != chosen.name, checkpoints(folder)):  # or the next start resumes them
-            target = _set_aside(path, f"not-resumed-{path.name}")
-            print(f"{path} is newer than the checkpoint resumed and is now {target.name}")
+            now = _set_aside(path, f"not-resumed-{path.name}").name
+            print(f"{path} is newer than the checkpoint resumed and is now {now}")
     write_text(folder / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     return chosen
 
@@ -109,22 +107,20 @@ def decide_once(
         "wandb_id": uuid4().hex[:8],
     } | dict(origin or {})
     if checkpoint is not None:
-        now["precision"] = _state(checkpoint).get("precision", now["precision"])
+        now["precision"] = read_facts(checkpoint, "state.json").get("precision", now["precision"])
     facts: dict[str, Any] = now | read_facts(folder)
     check_same_data(folder, facts, now)
     write_json(folder / "run.json", facts)
     tokenizer.save(folder / "tokenizer")
-    print(
-        f"matmul: fp32 {machine.fp32_flops / 1e9:.0f}, bf16 {machine.bf16_flops / 1e9:.0f} GFLOP/s "
-        f"-> {facts['precision']} (training.precision={settings.training.precision})"
-    )
+    rates = f"fp32 {machine.fp32_flops / 1e9:.0f}, bf16 {machine.bf16_flops / 1e9:.0f} GFLOP/s"
+    print(f"matmul: {rates} -> {facts['precision']} (training.precision={settings.training.precision})")
     return facts | {"matmul_rate": machine.rate(facts["precision"])}
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """run.json: precision, wandb id, hashes of text and tokenizer. Empty for a new run."""
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_facts(folder: Path, name: str = "run.json") -> dict[str, Any]:
+    """The content of a JSON file in the folder of a run or a checkpoint; empty if the file is missing or empty."""
+    text = (folder / name).read_text() if (folder / name).exists() else ""
+    return json.loads(text or "{}")
 
 
 def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -132,10 +128,8 @@ def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any
     text = now.get("data_sha256", {})
     if changed := [split for split in text if saved["data_sha256"][split] != text[split]]:
         lines = (f"  {s}: sha256 {saved['data_sha256'][s][:16]}... there, {text[s][:16]}... now\n" for s in changed)
-        raise UserError(
-            f"{where}: the text under this run has changed since it began\n{''.join(lines)}"
-            "  put the old text back, or start a run under another name, or --resume never to start anew"
-        )
+        remedy = "put the old text back, or start a run under another name, or --resume never to start anew"
+        raise UserError(f"{where}: the text under this run has changed since it began\n{''.join(lines)}  {remedy}")
     if saved.get("tokenizer_sha256") not in (None, now["tokenizer_sha256"]):
         raise UserError(
             f"{where}: was trained with another tokenizer\n"
@@ -153,17 +147,15 @@ def check_same_batches(
     `distances` are the values of D that are still to come, by task.
     """
     processes = "1 process" if before == 1 else f"{before} processes"
-    for objective in objectives:
-        now = objective.ranks
-        for of_tasks in distances:
-            rows = objective.plan(of_tasks, before).rows
-            if rows != objective.plan(of_tasks).rows:
-                at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
-                raise UserError(
-                    f"{path}: was saved by {processes}; {now} would train on other batches\n"
-                    f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
-                    f"  start it with {processes}, or with a number that divides {rows}"
-                )
+    for objective, of_tasks in product(objectives, distances):
+        now, rows = objective.ranks, objective.plan(of_tasks, before).rows
+        if rows != objective.plan(of_tasks).rows:
+            at = f" at distance {max(of_tasks.values())}" if objective.name == "recall" else ""
+            raise UserError(
+                f"{path}: was saved by {processes}; {now} would train on other batches\n"
+                f"  a step has {rows} rows of {objective.name}{at}, which {now} can't share equally\n"
+                f"  start it with {processes}, or with a number that divides {rows}"
+            )
 
 
 def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = None) -> list[str]:
@@ -179,28 +171,23 @@ def check_settings(folder: Path, settings: Settings, checkpoint: Path | None = N
     differing = (k for k in sorted(there | now) if there.get(k) != now.get(k))
     if names := [k for k in differing if not k.startswith(FREE + ROUNDING)]:
         lines = (f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now\n" for k in names)
-        raise UserError(
-            f"{checkpoint or f'run folder {folder}'} holds a run with other settings:\n{''.join(lines)}"
-            "  use another name=..., or --resume never to set that folder aside and start anew"
-        )
+        where = checkpoint or f"run folder {folder}"
+        remedy = "use another name=..., or --resume never to set that folder aside and start anew"
+        raise UserError(f"{where} holds a run with other settings:\n{''.join(lines)}  {remedy}")
     return dropped
 
 
 def _read_settings(path: Path) -> tuple[Settings, list[str]]:
     """The settings saved at `path`, and the names of those that this version does not have."""
-    tree, dropped = yaml.safe_load(path.read_text()) or {}, []
+    tree = yaml.safe_load(path.read_text()) or {}
     try:
         return Settings.model_validate(tree), []
     except ValidationError as problem:
-        dropped = [".".join(map(str, e["loc"])) for e in problem.errors() if e["type"] == "extra_forbidden"]
-    try:
-        return Settings.model_validate(tree, extra="ignore"), dropped
-    except ValidationError as problem:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
-        raise UserError(
-            f"{path}: this version can't read the settings of that run: {wrong}\n"
-            "  go on with the version that wrote them, or use another name=..., or --resume never to start anew"
-        ) from problem
+        faults = [(e["type"], ".".join(map(str, e["loc"])), e["msg"]) for e in problem.errors()]
+    if wrong := "; ".join(f"{key}: {what}" for kind, key, what in faults if kind != "extra_forbidden"):
+        remedy = "go on with the version that wrote them, or use another name=..., or --resume never to start anew"
+        raise UserError(f"{path}: this version can't read the settings of that run: {wrong}\n  {remedy}")
+    return Settings.model_validate(tree, extra="ignore"), [key for _, key, _ in faults]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -210,10 +197,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
-
-
 def _explicit(path: Path, settings: Settings) -> Path:
     """The checkpoint at `path`, which may belong to another run with the same settings."""
     problem = problem_with(path) if path.is_dir() else "no such folder"
@@ -221,11 +204,10 @@ def _explicit(path: Path, settings: Settings) -> Path:
         raise _no_checkpoint(path, problem)
     run = path.resolve().parents[1]
     check_settings(run, settings, path)
-    if not (run / "settings.yaml").exists() and _state(path)["settings_sha256"] != settings_hash(settings):
-        raise UserError(
-            f"{path}: was written by a run with other settings, or by another version\n"
-            f"  give the settings of its run, or copy that run's settings.yaml to {run} to see what differs"
-        )
+    saved = read_facts(path, "state.json").get("settings_sha256")
+    if not (run / "settings.yaml").exists() and saved != settings_hash(settings):
+        remedy = f"give the settings of its run, or copy that run's settings.yaml to {run} to see what differs"
+        raise UserError(f"{path}: was written by a run with other settings, or by another version\n  {remedy}")
     return path
 
 

@@ -132,10 +132,7 @@ def _inconsistencies(sweep: Sweep) -> Iterator[Problem]:
 
 
 def runs(sweep: Sweep, path: Path, folder: Path, more: Sequence[str] = ()) -> list[Run]:
-    """Every run of the sweep in `path`. If axes set the same key, the last one wins; the overrides `more` win over all.
-
-    `folder` is that of the sweep.
-    """
+    """Every run of the sweep in `path`, inside `folder`. The last axis that sets a key wins; `more` wins over all."""
     listed, axes = [], sweep.axes()
     for points in itertools.product(*(axis.all_points() for axis in axes)):
         labels = {axis.axis: point.label for axis, point in zip(axes, points)}

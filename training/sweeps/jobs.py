@@ -5,7 +5,6 @@ Started again, a sweep skips these stages. A signal is passed to the running pro
 second signal kills them.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,19 +16,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from data.token_store import prepare_tokens
+from data.tokenizer import prepare_tokenizer
 from model.flops import count_parameters
 from model.windows import reach
 from training.planning.dry_run import vocab_size
 from training.planning.formulas import work
 from training.processes.signals import STOPPED
 from training.run.checkpoint import write_json
+from training.run.folder import read_facts
 from training.settings.build import model_config
 from training.settings.schema import Settings
 from training.sweeps.grid import Evaluations, Run, Sweep
@@ -56,21 +57,17 @@ def slots(jobs: int, devices: Sequence[str]) -> list[Slot]:
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     listed = []
     for i in range(jobs):
-        own, environment = cores[i * share : (i + 1) * share] or cores, os.environ | {"PYTHONPATH": path}
-        if own:
-            environment["OMP_NUM_THREADS"] = str(len(own))
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-        listed.append((own, environment))
+        own = cores[i * share : (i + 1) * share] or cores
+        environment = {"OMP_NUM_THREADS": str(len(own))} if own else {}
+        environment |= {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}
+        listed.append((own, os.environ | {"PYTHONPATH": path} | environment))
     return listed
 
 
 def visible_devices() -> list[str]:
     """GPUs as CUDA_VISIBLE_DEVICES names them; empty without a GPU."""
-    if not torch.cuda.is_available():
-        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    return [device.strip() for device in named.split(",")]
+    return [device.strip() for device in named.split(",")] if torch.cuda.is_available() else []
 
 
 def run_all(
@@ -81,7 +78,9 @@ def run_all(
     left, devices = [outcome for outcome in outcomes if outcome.state == WAITING], visible_devices()
     places = slots(min(jobs or max(1, len(devices)), max(1, len(left))), devices)
     console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes) - len(left)} done before; {len(places)} at a time")
-    _prepare_text([settings[outcome.run.name] for outcome in left])
+    needed = {f"{s.data.model_dump_json()} {s.recall.values}": s for s in (settings[o.run.name] for o in left)}
+    for s in needed.values():  # prepared once, because runs that start at the same time would prepare it twice
+        prepare_tokens(s, prepare_tokenizer(s))
     at_work = _Jobs(sweep.evaluate, console, outcomes)
     before = {number: signal.signal(number, at_work.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -91,15 +90,6 @@ def run_all(
         for number, handler in before.items():
             signal.signal(number, handler)
     return outcomes
-
-
-def _prepare_text(needed: list[Settings]) -> None:
-    """Prepares text and tokenizer once, because runs that start at the same time would prepare them twice."""
-    from data.token_store import prepare_tokens
-    from data.tokenizer import prepare_tokenizer
-
-    for s in {f"{s.data.model_dump_json()} {s.recall.values}": s for s in needed}.values():
-        prepare_tokens(s, prepare_tokenizer(s))
 
 
 class _Jobs:
@@ -132,8 +122,7 @@ class _Jobs:
         for stage, command in stages_left(run, self.evaluate).items():
             outcome.stage, outcome.code = stage, self._call(command, run.folder / f"{stage}.log", environment)
             if outcome.code:
-                stopped = self.stopping.is_set() or outcome.code == STOPPED
-                outcome.state = INTERRUPTED if stopped else FAILED
+                outcome.state = INTERRUPTED if self.stopping.is_set() or outcome.code == STOPPED else FAILED
                 return
             note_finished(run, stage, command)
         outcome.state = DONE
@@ -143,14 +132,10 @@ class _Jobs:
         if self.stopping.is_set():
             return STOPPED
         with log.open("ab") as sink:
-            child = subprocess.Popen(
-                [sys.executable, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C does not reach a session of its own
-            )
+            child = subprocess.Popen(  # in a session of its own, which Ctrl-C does not reach
+                [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
         self.children.add(child)
         if self.stopping.is_set():  # the signal came while the process started
             child.terminate()
@@ -167,10 +152,7 @@ class _Jobs:
             name = signal.Signals(number).name
             print(f"\n{name}: waiting for the runs at work to write a checkpoint; again to kill them", file=sys.stderr)
         for child in list(self.children):
-            if again:
-                _kill_group(child)
-            else:
-                child.terminate()  # not its group: the process may still need its helpers
+            _kill_group(child) if again else child.terminate()  # not its group, which it may still need
 
 
 def _kill_group(leader: subprocess.Popen[bytes]) -> None:
@@ -199,15 +181,11 @@ def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
     for run in listed:
         s = settings[run.name]
         config, works = model_config(s, vocab_size(s)), work(s, 1)
-        tokens, flops = {w.name: w.tokens for w in works}, sum(w.flops(config) for w in works)
-        both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
-        farthest = reach(config.specs)
+        tokens, farthest = {w.name: w.tokens for w in works}, reach(config.specs)
         sizes = f"{count_parameters(config):,}", "unbounded" if farthest is None else f"{farthest:,}"
-        table.add_row(run.name, *sizes, *both, f"{flops:.2e}")
+        both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
+        table.add_row(run.name, *sizes, *both, f"{sum(w.flops(config) for w in works):.2e}")
     return table
-
-
-# -- stages -----------------------------------------------------------------------------------------------------------
 
 
 def stages(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
@@ -220,16 +198,12 @@ def stages(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
 
 def stages_left(run: Run, evaluate: Evaluations) -> dict[str, list[str]]:
     """Stages that the same command has not finished before. After other training, every evaluation is left."""
-    every, noted = stages(run, evaluate), _noted(run)
+    every, noted = stages(run, evaluate), read_facts(run.folder, "sweep.json")
     left = {stage: command for stage, command in every.items() if noted.get(stage) != command}
     return every if "train" in left else left
 
 
 def note_finished(run: Run, stage: str, command: list[str]) -> None:
     """Adds the stage to the run's `sweep.json`; training removes the stages noted before."""
-    write_json(run.folder / "sweep.json", ({} if stage == "train" else _noted(run)) | {stage: command})
-
-
-def _noted(run: Run) -> dict[str, Any]:
-    path = run.folder / "sweep.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    noted = {} if stage == "train" else read_facts(run.folder, "sweep.json")
+    write_json(run.folder / "sweep.json", noted | {stage: command})
