@@ -20,13 +20,10 @@ from typing import Any
 
 import numpy as np
 import rich
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from rich import box
 from rich.table import Table
 
-from eval.plots.canvas import GREY, GRID, save, styled
-from eval.sweep_results import line_colors
 from model.errors import UserError, cli
 
 Run = dict[str, Any]
@@ -99,29 +96,6 @@ def summary(runs: Sequence[Run], horizon: str) -> Summary:
     return {"fit": fit(w, k, h), "scatter": scatter, "left_out": left_out}
 
 
-@styled
-def figure(runs: Sequence[Run], laws: dict[str, Summary]) -> Figure:
-    """Each horizon against depth, one colour per window: runs as dots, the fit as a line, the exact reach in grey."""
-    windows = sorted({run["window"] for run in runs})
-    depths = np.array(sorted({run["layers"] for run in runs}), dtype=np.float64)
-    drawn = Figure(figsize=(5.2 * len(HORIZONS), 4.4), layout="constrained")
-    for ax, (horizon, title) in zip(drawn.subplots(1, len(HORIZONS)), HORIZONS.items()):
-        law = laws[f"{title}, all"]["fit"]
-        for color, window in zip(line_colors(len(windows)), windows):
-            ax.plot(depths, depths * (window - 1), color=GREY, lw=1, ls=":")
-            line = law.factor * window**law.window.value * depths**law.depth.value
-            ax.plot(depths, line, color=color, lw=1.4, label=f"W = {window}")
-            group = [run for run in runs if run["window"] == window and run.get(horizon)]
-            ax.scatter([r["layers"] for r in group], [r[horizon] for r in group], s=26, color=color, zorder=3)
-        ax.loglog(base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.set(xlabel="layers k", title=f"{title}, tokens; dotted: reach k(W - 1)")
-        ax.grid(color=GRID, lw=0.8)
-        ax.legend(fontsize=8)
-    return drawn
-
-
 def read_runs(path: Path) -> list[Run]:
     """The finished runs of a sweep. Raises UserError if the file is no sweep.json."""
     try:
@@ -142,7 +116,10 @@ def main() -> None:
     out = arguments.out or arguments.sweep.parent
     out.mkdir(parents=True, exist_ok=True)
     (out / "law.json").write_text(json.dumps({"laws": laws}, indent=1, default=asdict))
-    save(figure(runs, laws), out / "law.png")
+    from eval.plots.canvas import save
+    from eval.plots.law import figure
+
+    save(figure(runs, laws, HORIZONS), out / "law.png")
     heads = ("horizon, runs", "N", "exponent of W", "exponent of k", "off by", *LAWS, "k (W - 1)")
     table = Table(*heads, box=box.SIMPLE_HEAD)
     for name, one in laws.items():
