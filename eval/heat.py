@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from data.tasks import TASKS
-from eval.command import at_least, new_parser, numbers, prepare, write_result
+from eval.command import at_least, new_parser, numbers, prepare
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
 from eval.recall.order import Order, aligned
+from eval.results import write_result
 from model.errors import cli
 
 COLUMNS = 6

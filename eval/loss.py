@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.command import at_least, new_parser, prepare, progress, write_result
+from eval.command import at_least, new_parser, prepare, progress
 from eval.haystack import Haystack, HeldOutDocument
 from eval.models import Examined
+from eval.results import write_result
 from model.errors import cli
 
 FloatArray = NDArray[np.float64]

@@ -111,7 +111,7 @@ class Examined:
     @property
     def device(self) -> Any:
         """The torch.device of the weights."""
-        return self.model.device
+        return next(self.model.parameters()).device
 
     @property
     def window(self) -> int | None:

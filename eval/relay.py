@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from data.tasks.vocabulary import recall_vocabulary
-from eval.command import at_least, new_parser, prepare, write_result
+from eval.command import at_least, new_parser, prepare
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
 from eval.recall.order import VALUES
+from eval.results import write_result
 from model import windows
 from model.errors import UserError, cli
 

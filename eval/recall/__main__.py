@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from data.tasks import TASKS
-from eval.command import at_least, names, new_parser, numbers, prepare, read_result, write_result
+from eval.command import at_least, names, new_parser, numbers, prepare, read_result
 from eval.models import nominal_reach
 from eval.recall.order import CONTROLS, NEEDLES, SIZE_NAMES, Order, default_distances, parse_distances
+from eval.results import write_result
 from model.errors import UserError, cli
 
 SIZES = {"pairs": "pairs in the haystack", "hops": "copies to follow", "span_pairs": "pairs in the span"}
