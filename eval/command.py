@@ -76,10 +76,7 @@ def prepare(args: Namespace, max_tokens: int | None = None) -> tuple[Examined, P
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of steps just finished.
-
-    It moves a bar on a terminal. Elsewhere it prints a line with the remaining time every half minute.
-    """
+    """Yield a function of the steps just finished: it moves a bar or, off a terminal, prints a line every 30 s."""
     start = last_line = time.monotonic()
     done, terminal = 0, sys.stdout.isatty()
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()

@@ -5,7 +5,8 @@ at every shorter measured distance* the lower Wilson bound is at least .90. H50 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,7 @@ FloatArray = NDArray[np.float64]
 RESAMPLES = 400  # of the bootstrap of H50
 
 
-@dataclass(frozen=True)
-class Horizon:
+class Horizon(NamedTuple):
     """A distance in tokens with a 95 % interval. `censored`: recall never fell within the measured distances."""
 
     value: float
@@ -31,9 +31,8 @@ class Horizon:
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion.
 
-    >>> low, high = wilson(391, 400)
-    >>> round(low, 3), round(high, 3)
-    (0.958, 0.988)
+    >>> [round(bound, 3) for bound in wilson(391, 400)]
+    [0.958, 0.988]
     """
     interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
@@ -46,25 +45,19 @@ def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> H
     return Horizon(low, low, high, censored=low == max(distances))
 
 
-def decreasing_fit(accuracy: FloatArray, weights: FloatArray) -> FloatArray:
-    """The non-increasing sequence nearest to `accuracy` in weighted least squares (pool adjacent violators)."""
-    return np.asarray(isotonic_regression(accuracy, weights=weights, increasing=False).x, dtype=np.float64)
-
-
 def h50(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
-    """The distance at which the decreasing fit falls through one half, linear between the ascending distances.
+    """The distance at which a non-increasing fit falls through one half, linear between the ascending distances.
 
-    The interval is a parametric bootstrap of the two distances around the fall: nothing is known between them, so it
-    never ends inside that gap.
+    The fit is the nearest one in weighted least squares. The interval is a parametric bootstrap of the two distances
+    around the fall: nothing is known between them, so it never ends inside that gap.
     """
     ascending, trials = np.asarray(distances, dtype=np.float64), np.asarray(n, dtype=np.int64)
-    rate, weights = np.asarray(correct, dtype=np.float64) / trials, trials.astype(np.float64)
-    fit = decreasing_fit(rate, weights)
+    rate, nearest = np.asarray(correct) / trials, partial(isotonic_regression, weights=trials, increasing=False)
     draws = np.random.default_rng(0).binomial(trials, rate, size=(RESAMPLES, len(rate))) / trials
-    gaps = np.array([_fall(ascending, decreasing_fit(draw, weights))[:2] for draw in draws])
+    gaps = np.array([_fall(ascending, nearest(draw).x)[:2] for draw in draws])
     low, high = np.quantile(gaps[:, 0], 0.025), np.quantile(gaps[:, 1], 0.975)
-    value = _fall(ascending, fit)[2]
-    return Horizon(value, min(float(low), value), max(float(high), value), censored=bool(fit[-1] >= 0.5))
+    last, _, value = _fall(ascending, nearest(rate).x)
+    return Horizon(value, min(float(low), value), max(float(high), value), censored=bool(last == ascending[-1]))
 
 
 def _fall(distances: FloatArray, fit: FloatArray) -> tuple[float, float, float]:

@@ -1,18 +1,14 @@
 """How far back a model recalls a planted value, by distance, with intervals and controls.
 
-    python -m eval.recall MODEL [--out DIR] [--tasks needle,keys,...] [--n 400] [--seed 0]
-                                [--keys 1,4,16] [--hops 1,2] [--span-pairs 4] [--controls distractors,untrained]
-                                [--distances 1,W,0.9R,R,R+1] [--precision auto] [--data CONFIG.yaml] [--text FILE]
-                                [--compare RUN ...]
+    python -m eval.recall MODEL [--tasks needle,keys,...] [--distances 1,W,0.9R,R,R+1] [--n 400] [--keys 1,4,16]
+                                [--controls distractors,untrained] [--compare RUN ...] [--help]
 
 The distance is the position of the query minus the position of the value, in tokens. All items have the same length,
 so that length and distance are not confounded. Each item is a **counterfactual pair**: the same tokens with value v and
 with value v'. Beyond the reach R both must give the same bits, and the result says whether they did.
 
-An answer is one token. It is right if it has the highest logit among the values of the task; `free_accuracy` asks for
-the highest of the whole vocabulary. Each number of `--keys`, `--hops` or `--span-pairs` is an entry of its own, such as
-`keys-16`. The haystack without a needle is always measured. `--controls distractors` plants older needles, which the
-asked one supersedes; `untrained` asks the model before its first training step. docs/evaluate.md explains the figures.
+An answer is one token. It is right if it has the highest logit among the values of the task. Each number of `--keys`,
+`--hops` or `--span-pairs` is an entry of its own, such as `keys-16`. docs/evaluate.md explains controls and figures.
 """
 
 import argparse
@@ -93,14 +89,14 @@ def main() -> None:
     from eval.recall.measure import measure
 
     reach = examined.window and nominal_reach(examined.specs, examined.window)
-    if args.distances is not None:
-        distances = parse_distances(args.distances, examined.window, reach)
-    else:
-        longest = min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)
+    longest = min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)
+    if args.distances is None:
         distances = tuple(default_distances(examined.specs, examined.window, longest))
+    else:
+        distances = parse_distances(args.distances, examined.window, reach)
     tasks = args.tasks or tuple(task for task in TASKS if task in examined.recall.get("tasks", {})) or NEEDLES
     check_sizes(args.sizes, tasks)
-    precision = examined.precision if args.precision == "auto" else args.precision
+    precision = examined.facts.get("precision", "fp32") if args.precision == "auto" else args.precision
     order = Order(tasks, distances, args.n, args.seed, precision, args.sizes, args.controls)
     result = measure(examined, haystack, order)
     field = read_result(out / "reach.json") if (out / "reach.json").exists() else None
