@@ -1,6 +1,6 @@
 """What the commands `python -m eval.recall`, `relay`, `heat` and `loss` share: arguments, progress and reading results.
 
-This module imports neither torch nor matplotlib, so that `--help` and a mistake are answered at once.
+It imports neither torch nor matplotlib, so that `--help` and a mistake are answered at once.
 """
 
 import json

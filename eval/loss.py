@@ -2,9 +2,8 @@
 
     python -m eval.loss MODEL [--out DIR]
 
-* **Bits per byte**: the sum of -ln p over held-out tokens / ln 2 / UTF-8 bytes of these tokens. Each token is scored
-  once, with all the context that can matter to it: stretches of text overlap by the reach R (or `--context`), and the
-  overlap is not scored again.
+* **Bits per byte**: the sum of -ln p over held-out tokens / ln 2 / UTF-8 bytes of these tokens. Stretches of text
+  overlap by the reach R (or `--context`), and the overlap is not scored again: each token is scored once, in context.
 * **By position**: stretches cut anywhere, every token scored with what precedes it in its stretch, as in training.
 * **By context**: the *same* tokens, given only the last c tokens, for c = 1, 2, 4 ... so that only the context differs.
 

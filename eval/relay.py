@@ -88,10 +88,8 @@ def measure(
 
 def finding(result: dict[str, Any]) -> str:
     """The result in two or three sentences."""
-    text = (
-        f"Read with the {result['read_by']}, the value can be found in at least half of the texts up to "
-        f"{max(result['front']):,} tokens behind it."
-    )
+    text = f"Read with the {result['read_by']}, the value can be found in at least half of the texts "
+    text += f"up to {max(result['front']):,} tokens behind it."
     speed, window = result["tokens_per_layer"], result["window"]
     if speed and window and result["reach"] is not None:
         text += f" It advances by {speed:.1f} tokens per layer; at most W − 1 = {window - 1:,} are possible."

@@ -46,10 +46,9 @@ def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> H
 
 
 def h50(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
-    """The distance at which a non-increasing fit falls through one half, linear between the ascending distances.
+    """The distance at which a non-increasing least-squares fit falls through one half, linear between the distances.
 
-    The fit is the nearest one in weighted least squares. The interval is a parametric bootstrap of the two distances
-    around the fall: nothing is known between them, so it never ends inside that gap.
+    The interval is a parametric bootstrap of the two distances around the fall; it never ends inside that gap.
     """
     ascending, trials = np.asarray(distances, dtype=np.float64), np.asarray(n, dtype=np.int64)
     rate, nearest = np.asarray(correct) / trials, partial(isotonic_regression, weights=trials, increasing=False)

@@ -1,8 +1,7 @@
 """The residual stream after each layer, and two ways to read a planted value from it: a trained head, or a probe.
 
-The relay head is trained with the run and kept in its checkpoints. The linear probe works for any model: for each
-layer and offset a ridge regression onto the values, in closed form, fitted on one half of the texts and scored on the
-other (Alain and Bengio, 2016).
+The relay head is trained with the run. The linear probe works for any model: for each layer and offset a ridge
+regression onto the values, fitted on one half of the texts and scored on the other (Alain and Bengio, 2016).
 
 Legend: N texts, T positions, D offsets, K streams (the embedding, then one after each layer), E hidden size, V values.
 """

@@ -2,9 +2,8 @@
 
     lm_eval --model hf --model_args pretrained=runs/quickstart/hf --include_path eval/harness --tasks windreach_recall
 
-The harness hands text to a model and tokenises it again. An item whose text would become other tokens would have
-another distance: it is left out and the next one is tried, so that distances are exact. Items of all distances
-alternate, so that `--limit` shortens each of them alike.
+The harness tokenises text again. An item whose text would become other tokens is left out and the next one is tried, so
+that distances are exact. Items of all distances alternate, so that `--limit` shortens each of them alike.
 """
 
 import sys

@@ -29,21 +29,20 @@ SIZES = {"pairs": "pairs in the haystack", "hops": "copies to follow", "span_pai
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("recall", __doc__)
-    parser.add_argument(
-        "--tasks", type=names(TASKS), help=f"comma-separated, of {', '.join(TASKS)}; default: those of the training"
-    )
+    add = parser.add_argument
+    add("--tasks", type=names(TASKS), help=f"comma-separated, of {', '.join(TASKS)}; default: those of the training")
     task_of = {task.option: task.name for task in TASKS.values()}
     for option, meaning in SIZES.items():
         text = f"{task_of[option]}: {meaning}, comma-separated; default: as trained"
-        parser.add_argument(f"--{SIZE_NAMES[option]}", dest=option, type=numbers, metavar="1,4,16", help=text)
-    parser.add_argument(
+        add(f"--{SIZE_NAMES[option]}", dest=option, type=numbers, metavar="1,4,16", help=text)
+    add(
         "--controls", type=names(CONTROLS), default=(), help=f"comma-separated, of {', '.join(CONTROLS)}; default: none"
     )
-    parser.add_argument("--n", type=at_least(1), default=400, help="items per distance where recall changes, else 200")
-    parser.add_argument("--distances", help="comma-separated, such as 16,W,0.9R,R; default: those of the protocol")
-    parser.add_argument("--max-distance", type=at_least(1), default=4096, help="longest default distance; default 4096")
-    parser.add_argument("--compare", nargs="*", default=[], metavar="RUN", help="measured runs to draw in grey")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as trained")
+    add("--n", type=at_least(1), default=400, help="items per distance where recall changes, else 200")
+    add("--distances", help="comma-separated, such as 16,W,0.9R,R; default: those of the protocol")
+    add("--max-distance", type=at_least(1), default=4096, help="longest default distance; default 4096")
+    add("--compare", nargs="*", default=[], metavar="RUN", help="measured runs to draw in grey")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as trained")
     args = parser.parse_args(argv)
     args.sizes = {option: getattr(args, option) for option in SIZES if getattr(args, option)}
     return args

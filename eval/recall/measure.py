@@ -86,15 +86,12 @@ def measure_task(asked: TaskItems, examined: Examined, order: Order) -> dict[str
 def run_batches(
     asked: TaskItems, examined: Examined, precision: str, distances: Sequence[int], indices: range
 ) -> Iterator[list[Outcomes]]:
-    """Yield the outcomes of each batch of items, one `Outcomes` per distance.
-
-    On a CPU our decoder runs several batches at once, each on one thread: small matrix products gain little from more.
-    """
+    """Yield the outcomes of each batch of items, one `Outcomes` per distance."""
     rows = min(128, batch_rows(examined, asked.total_length))
     batches = [indices[start : start + rows] for start in range(0, len(indices), rows)]
     read = partial(logits_at, examined, rows=rows, precision=precision)
     outcomes_of = partial(measure_batch, asked, read, distances)
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads()  # each runs a batch of its own: small matrix products gain little from more
     workers = threads if examined.ours and examined.device.type == "cpu" else 1
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         yield from pool.map(outcomes_of, batches[:1])  # alone: it compiles the layers, which threads can't do at once

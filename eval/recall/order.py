@@ -118,12 +118,11 @@ def open_items(examined: Examined, haystack: Haystack, order: Order) -> list[Tas
     n_values, n_keys = examined.recall.get("values", VALUES), examined.recall.get("keys", KEYS)
     entries, farthest, margin = [], max(order.distances), 0
     for task in (TASKS[name] for name in order.tasks):
-        options_by_name = {task.name: trained}
-        if task.option in order.sizes:
-            sizes = order.sizes[task.option]
-            options_by_name = {f"{task.name}-{n}": trained.model_copy(update={task.option: n}) for n in sizes}
+        option = task.option or ""
+        sizes = order.sizes.get(option, ())
+        options_by_name = {f"{task.name}-{n}": trained.model_copy(update={option: n}) for n in sizes}
         older = DISTRACTORS if "distractors" in order.controls and not task.alone else 0
-        for name, options in options_by_name.items():
+        for name, options in (options_by_name or {task.name: trained}).items():
             most = task.most(n_values, n_keys)
             if task.option is not None and most is not None and getattr(options, task.option) > most:
                 raise UserError(
