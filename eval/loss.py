@@ -6,8 +6,6 @@
   overlap by the reach R (or `--context`), and the overlap is not scored again: each token is scored once, in context.
 * **By position**: stretches cut anywhere, every token scored with what precedes it in its stretch, as in training.
 * **By context**: the *same* tokens, given only the last c tokens, for c = 1, 2, 4 ... so that only the context differs.
-
-Legend: B batch, T positions.
 """
 
 import itertools
