@@ -1,6 +1,6 @@
-"""What the commands `python -m eval.recall`, `relay`, `heat` and `loss` share: arguments, progress and results.
+"""What the commands `python -m eval.recall`, `relay`, `heat` and `loss` share: arguments, progress and reading results.
 
-This module imports neither torch nor matplotlib, so that `--help` and a mistake are answered at once.
+It imports neither torch nor matplotlib, so that `--help` and a mistake are answered at once.
 """
 
 import json
@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eval.haystack import Haystack, open_haystack
@@ -77,10 +76,7 @@ def prepare(args: Namespace, max_tokens: int | None = None) -> tuple[Examined, P
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of steps just finished.
-
-    It moves a bar on a terminal. Elsewhere it prints a line with the remaining time every half minute.
-    """
+    """Yield a function of the steps just finished: it moves a bar or, off a terminal, prints a line every 30 s."""
     start = last_line = time.monotonic()
     done, terminal = 0, sys.stdout.isatty()
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -107,17 +103,3 @@ def read_result(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: no such result; run the evaluation on that run first") from error
     except ValueError as error:
         raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
-
-
-def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[Any], Any]) -> None:
-    """Write NAME.json, and what `draw` makes of the module `eval.plots` as NAME.png, into `folder`; print tables."""
-    from eval import plots
-    from eval.report.runs import Run
-    from eval.report.tables import tables_of
-
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
-    plots.save(draw(plots), folder / f"{name}.png")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in tables_of(Run(folder, {name: result})).values():
-        table.print(console)
-    print(f"Written: {folder / name}.json and {name}.png")

@@ -1,7 +1,6 @@
 """Forward passes of the evaluations: logits and losses of whole sequences.
 
-The two members of a counterfactual pair have the same row in batches of one shape, so that what is equal in theory is
-equal in every bit.
+The members of a counterfactual pair have the same row in batches of one shape: what must be equal, is in every bit.
 
 Legend: B batch, T positions, V vocabulary.
 """

@@ -4,9 +4,9 @@
 model the held-out novels in its own tokens.
 """
 
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 IntArray = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class HeldOutDocument:
+class HeldOutDocument(NamedTuple):
     """One document: its tokens (n,) and the exact number of UTF-8 bytes of their text."""
 
-    name: str
     tokens: IntArray
     n_bytes: int
 
@@ -39,10 +37,7 @@ class Haystack:
             raise UserError(f"held-out text {name!r} is empty; give some with --text FILE")
 
     def filler(self, index: int, length: int, seed: int) -> IntArray:
-        """(length,) tokens of stretch number `index`, a pure function of (seed, index).
-
-        Raises UserError if no document is that long.
-        """
+        """(length,) tokens of stretch `index`, a pure function of (seed, index); UserError if all are shorter."""
         long_enough = [document.tokens for document in self.documents if len(document.tokens) >= length]
         if not long_enough:
             longest = max(len(document.tokens) for document in self.documents)
@@ -50,12 +45,11 @@ class Haystack:
                 f"held-out text {self.name!r}: its longest document has {longest:,} tokens, {length:,} are needed; "
                 "give a longer text with --text FILE, or ask for shorter distances or contexts"
             )
-        start = int(np.random.default_rng([seed, 7, index]).integers(sum(len(t) - length + 1 for t in long_enough)))
-        for tokens in long_enough:
-            if start + length <= len(tokens):
-                break
-            start -= len(tokens) - length + 1
-        return tokens[start : start + length]
+        rooms = [len(tokens) - length + 1 for tokens in long_enough]
+        start = int(np.random.default_rng([seed, 7, index]).integers(sum(rooms)))
+        document = int(np.searchsorted(np.cumsum(rooms), start, side="right"))
+        start -= sum(rooms[:document])
+        return long_enough[document][start : start + length]
 
     def rows(self, n: int, length: int, seed: int) -> "Tensor":
         """(n, length) int64 token ids of n stretches."""
@@ -67,10 +61,9 @@ class Haystack:
 def open_haystack(
     examined: Examined, text: str | None = None, config: str | None = None, max_tokens: int | None = None
 ) -> Haystack:
-    """The held-out text of `--text`, `--data`, the run, or the novels, in this order.
+    """The held-out text of `--text`, `--data`, the run, or the novels, in this order; UserError if it is missing.
 
-    `max_tokens` cuts it short: exactly for a run, and at 4 bytes a token for text that is tokenised here. The tokens of
-    a run come from its cache on disk, which is built again if it is missing. Raises UserError if there is no such text.
+    `max_tokens` cuts it short: exactly for a run, whose tokens come from its cache on disk, else at 4 bytes a token.
     """
     if not examined.settings or config or text:
         return read_haystack(examined.tokenizer, text, config, max_tokens)
@@ -78,10 +71,10 @@ def open_haystack(
 
     _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
     total = len(store.tokens) if max_tokens is None else min(max_tokens, len(store.tokens))
-    starts = [int(start) for start in store.document_starts if start < total]
+    borders = [*(int(start) for start in store.document_starts if start < total), total]
     documents = [
-        HeldOutDocument(name, np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
-        for name, start, end in zip(store.names, starts, [*starts[1:], total], strict=False)
+        HeldOutDocument(np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
+        for start, end in pairwise(borders)
     ]
     return Haystack("held-out text of the run", documents)
 
@@ -96,25 +89,22 @@ def read_haystack(
 
     if text:
         try:
-            name, texts = Path(text).name, [(Path(text).name, Path(text).read_text(encoding="utf-8"))]
+            name, texts = Path(text).name, [Path(text).read_text(encoding="utf-8")]
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"--text {text!r} can't be read: {error}; give a file of UTF-8 text") from error
     else:
         data = load_settings(config).data if config else DataSettings.model_validate({})
-        name, texts = config or "held-out novels", [(d.name, d.text) for d in documents(data, "heldout")]
+        name, texts = config or "held-out novels", [document.text for document in documents(data, "heldout")]
     return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
 
 
-def encode_documents(
-    tokenizer: Any, texts: list[tuple[str, str]], max_bytes: int | None = None
-) -> list[HeldOutDocument]:
+def encode_documents(tokenizer: Any, texts: list[str], max_bytes: int | None) -> list[HeldOutDocument]:
     """Tokenise the texts, at most `max_bytes` of them in all. A text is cut between two characters."""
-    documents = []
-    left = sum(len(text.encode()) for _, text in texts) if max_bytes is None else max_bytes
-    for name, text in texts:
+    documents, left = [], 1 << 62 if max_bytes is None else max_bytes
+    for text in texts:
         cut = text.encode()[:left].decode(errors="ignore")
         n_bytes = len(cut.encode())
         left -= n_bytes
         if cut:
-            documents.append(HeldOutDocument(name, np.asarray(tokenizer.encode(cut), dtype=np.int64), n_bytes))
+            documents.append(HeldOutDocument(np.asarray(tokenizer.encode(cut), dtype=np.int64), n_bytes))
     return documents

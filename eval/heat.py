@@ -6,7 +6,6 @@ Each column is a run of `eval.recall` at one total length. Depth 0 is the positi
 position just before it. The map is a coarse overview; for horizons use `eval.recall`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,21 +14,20 @@ from typing import Any
 import numpy as np
 
 from data.tasks import TASKS
-from eval.command import at_least, new_parser, numbers, prepare, write_result
+from eval.command import at_least, new_parser, numbers, prepare
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
 from eval.recall.order import Order, aligned
+from eval.results import write_result
 from model.errors import cli
 
 COLUMNS = 6
 MARGIN = 16  # tokens of an item besides its farthest distance, roughly: needle, query and what precedes
 
 
-def default_lengths(examined: Examined, longest: int = 4096) -> list[int]:
+def default_lengths(examined: Examined) -> list[int]:
     """COLUMNS total lengths in tokens, evenly spaced from 2 W to beyond the reach, so that its line crosses the map."""
-    window = examined.window or 64
-    if examined.max_tokens:
-        longest = min(longest, examined.max_tokens - 64)
+    window, longest = examined.window or 64, min(4096, (examined.max_tokens or 1 << 40) - 64)
     last = min(round(1.2 * nominal_reach(examined.specs, window)) + 2 * window, longest)
     return [round(length) for length in np.linspace(2 * window, max(2 * window, last), COLUMNS)]
 
@@ -54,9 +52,9 @@ def measure(
         distances = distances_of(length, depths)
         (entry,) = measure_recall(examined, haystack, replace(order, distances=tuple(distances)))["tasks"].values()
         for i, row in enumerate(entry["rows"]):
+            place = {"length": entry["total_length"], "farthest": distances[-1], "depth": 1 - i / (len(distances) - 1)}
             kept = ("distance", "n", "correct", "accuracy", "low", "high", "identical_pairs")
-            cell = {"length": entry["total_length"], "farthest": distances[-1]}
-            cells.append(cell | {"depth": 1 - i / (len(distances) - 1)} | {name: row[name] for name in kept})
+            cells.append(place | {name: row[name] for name in kept})
     return examined.header() | {
         "seed": order.seed,
         "haystack": haystack.name,
@@ -67,23 +65,18 @@ def measure(
     }
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def main() -> None:
     parser = new_parser("heat", __doc__)
     parser.add_argument("--task", choices=TASKS, default="needle", help="default %(default)s")
     parser.add_argument("--lengths", type=numbers, help="comma-separated, in tokens; default: from 2 W to beyond R")
     parser.add_argument("--depths", type=at_least(2), default=8, help="needle positions per length; default 8")
     parser.add_argument("--n", type=at_least(1), default=50, help="items per cell; default 50")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.lengths and aligned(args.lengths[0]) < MARGIN + args.depths:
         parser.error(f"--lengths: with --depths {args.depths} a length is at least {MARGIN + args.depths} tokens")
-    return args
-
-
-def main() -> None:
-    args = parse(sys.argv[1:])
     examined, out, haystack = prepare(args)
     lengths = sorted({aligned(n) for n in args.lengths or default_lengths(examined)})
-    order = Order((args.task,), (), args.n, args.seed, examined.precision)
+    order = Order((args.task,), (), args.n, args.seed, examined.facts.get("precision", "fp32"))
     result = measure(examined, haystack, order, lengths, args.depths)
     write_result("heat", result, out, lambda plots: plots.heat_figure(result))
 

@@ -2,16 +2,12 @@
 
     python -m eval.loss MODEL [--out DIR]
 
-* **Bits per byte**: the sum of -ln p over held-out tokens / ln 2 / UTF-8 bytes of these tokens. Each token is scored
-  once, with all the context that can matter to it: stretches of text overlap by the reach R (or `--context`), and the
-  overlap is not scored again.
+* **Bits per byte**: the sum of -ln p over held-out tokens / ln 2 / UTF-8 bytes of these tokens. Stretches of text
+  overlap by the reach R (or `--context`), and the overlap is not scored again: each token is scored once, in context.
 * **By position**: stretches cut anywhere, every token scored with what precedes it in its stretch, as in training.
 * **By context**: the *same* tokens, given only the last c tokens, for c = 1, 2, 4 ... so that only the context differs.
-
-Legend: B batch, T positions.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -21,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.command import at_least, new_parser, prepare, progress, write_result
+from eval.command import at_least, new_parser, prepare, progress
 from eval.haystack import Haystack, HeldOutDocument
 from eval.models import Examined
+from eval.results import write_result
 from model.errors import cli
 
-FloatArray = NDArray[np.float64]
 BATCH_TOKENS = 4096  # fits into the cache of a CPU
 TARGETS = 4  # tokens per stretch that are scored by context
 
@@ -68,10 +64,10 @@ def document_nats(
 def bits_per_byte(examined: Examined, haystack: Haystack, length: int, context: int) -> dict[str, Any]:
     """Over all documents. The first token of a document has no context: neither it nor its bytes count."""
     n_tokens = sum(len(document.tokens) - 1 for document in haystack.documents)
-    n_bytes = 0
-    for document in haystack.documents:
-        first, marker = int(document.tokens[0]), getattr(examined.tokenizer, "bos_id", None)
-        n_bytes += document.n_bytes - (0 if first == marker else len(examined.tokenizer.decode([first]).encode()))
+    n_bytes = sum(document.n_bytes for document in haystack.documents)
+    firsts = (int(document.tokens[0]) for document in haystack.documents)
+    decode, marker = examined.tokenizer.decode, examined.tokenizer.bos_id
+    n_bytes -= sum(len(decode([first]).encode()) for first in firsts if first != marker)
     with progress("bits per byte", n_tokens) as advance:
         nats = sum(document_nats(examined, d, length, context, advance) for d in haystack.documents)
     return {
@@ -118,7 +114,7 @@ def by_context(examined: Examined, haystack: Haystack, length: int, rows: int, s
     return table
 
 
-def _mean(bits: FloatArray, n: int, label: str) -> dict[str, Any]:
+def _mean(bits: NDArray[np.float64], n: int, label: str) -> dict[str, Any]:
     """Mean of `bits` (stretches,) and its standard error: stretches are independent of each other, tokens are not."""
     error = float(bits.std(ddof=1) / math.sqrt(len(bits))) if len(bits) > 1 else 0.0
     return {"label": label, "n": n, "bits_per_token": float(bits.mean()), "standard_error": error}
@@ -127,34 +123,22 @@ def _mean(bits: FloatArray, n: int, label: str) -> dict[str, Any]:
 def measure(
     examined: Examined, haystack: Haystack, context: int | None = None, rows: int = 64, seed: int = 0
 ) -> dict[str, Any]:
-    """Everything that loss.json holds.
-
-    Tokens are scored with `context` tokens before them, by default R and at most 1,024. A stretch has twice as many
-    tokens where the model can read them.
-    """
+    """Everything that loss.json holds. The default context is R, at most 1,024 and half of what the model reads."""
     longest = examined.max_tokens or 1 << 40
     context = context or min(examined.reach or 1024, 1024)
-    if context + 2 > longest:
-        context = longest // 2
+    context = longest // 2 if context + 2 > longest else context
     length = min(longest, 2 * context + 64)
-    bits = bits_per_byte(examined, haystack, length, context)
-    curves = {
-        "by_position": by_position(examined, haystack, length, rows, seed),
-        "by_context": by_context(examined, haystack, length, rows, seed),
-    }
-    return examined.header() | {"seed": seed, "haystack": haystack.name} | bits | curves
+    result = examined.header() | {"seed": seed, "haystack": haystack.name}
+    result |= bits_per_byte(examined, haystack, length, context)
+    return result | {f.__name__: f(examined, haystack, length, rows, seed) for f in (by_position, by_context)}
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def main() -> None:
     parser = new_parser("loss", __doc__)
     parser.add_argument("--context", type=at_least(1), help="tokens before each scored token; default: R, up to 1,024")
     parser.add_argument("--max-tokens", type=at_least(1), default=200_000, help="tokens to score; default %(default)s")
     parser.add_argument("--rows", type=at_least(1), default=64, help="stretches for both curves; default %(default)s")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse(sys.argv[1:])
+    args = parser.parse_args()
     examined, out, text = prepare(args, args.max_tokens)
     result = measure(examined, text, args.context, args.rows, args.seed)
     write_result("loss", result, out, lambda plots: plots.loss_figure([result]))

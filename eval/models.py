@@ -37,8 +37,7 @@ def specs_of(config: Any) -> tuple[LayerSpec, ...]:
     if hasattr(config, "specs"):
         return tuple(config.specs)
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    chunk = getattr(config, "attention_chunk_size", None)
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     if getattr(config, "attention_layers", None):  # gpt_neo
         layer_types, window = config.attention_layers, config.window_size
     elif getattr(config, "layer_types", None) and config.model_type != "mistral":  # whose code ignores layer_types
@@ -76,15 +75,13 @@ class HubTokenizer:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.unk_id: int | None = tokenizer.unk_token_id
         self.vocab_size = len(tokenizer)
+        self.get_vocab = tokenizer.get_vocab
 
     def encode(self, text: str) -> list[int]:
         return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.hf.decode(list(ids), clean_up_tokenization_spaces=False))
-
-    def get_vocab(self) -> dict[str, int]:
-        return dict(self.hf.get_vocab())
 
 
 @dataclass
@@ -98,7 +95,7 @@ class Examined:
     folder: Path | None  # holds config.json and the weights
     run_dir: Path | None
     settings: dict[str, Any] = field(default_factory=dict)  # of the run; empty for other models
-    facts: dict[str, Any] = field(default_factory=dict)  # run.json, as training wrote it
+    facts: dict[str, Any] = field(default_factory=dict)  # run.json, as training wrote it; with its precision
     sha256: str = ""
 
     @property
@@ -111,18 +108,13 @@ class Examined:
     @property
     def device(self) -> Any:
         """The torch.device of the weights."""
-        return self.model.device
+        return next(self.model.parameters()).device
 
     @property
     def window(self) -> int | None:
         """The smallest window of the stack in tokens; if no layer has one, the window that the config names."""
-        named: int | None = self.settings.get("model", {}).get("sliding_window")
-        return smallest_window(self.specs) or named or getattr(self._text_config, "sliding_window", None)
-
-    @property
-    def precision(self) -> str:
-        """`bf16` or `fp32`: the precision of training, in which the model is also evaluated; fp32 for other models."""
-        return str(self.facts.get("precision", "fp32"))
+        named: int | None = smallest_window(self.specs) or self.settings.get("model", {}).get("sliding_window")
+        return named or getattr(self.model.config.get_text_config(), "sliding_window", None)
 
     @property
     def recall(self) -> dict[str, Any]:
@@ -148,13 +140,9 @@ class Examined:
     @property
     def max_tokens(self) -> int | None:
         """The longest sequence that a learned position table allows; None for rotary models."""
-        config = self._text_config
+        config = self.model.config.get_text_config()
         learned = config.model_type in {"opt", "gpt_neo", "gpt_bigcode"}
         return getattr(config, "n_positions", None) or (config.max_position_embeddings if learned else None)
-
-    @property
-    def _text_config(self) -> Any:
-        return self.model.config.get_text_config()
 
     def out_dir(self, chosen: str | None) -> Path:
         """The folder for results, created if missing: `chosen`, else the run folder, else the current folder."""
@@ -170,12 +158,12 @@ class Examined:
         import torch
         import transformers
 
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        libraries = {module.__name__: module.__version__ for module in (torch, transformers)}
         return {
             "model": self.name,
             "checkpoint_sha256": self.sha256,
             "settings": self.settings,
-            "versions": versions | {"transformers": transformers.__version__},
+            "versions": {"python": platform.python_version()} | libraries,
             "window": self.window,
             "layers": self.layers,
             "reach": self.reach,
@@ -185,10 +173,7 @@ class Examined:
 
 
 def load_model(name: str, device: str | None = None, backend: str = "auto") -> Examined:
-    """Load the MODEL of a command line in float32 and evaluation mode.
-
-    Raises UserError for a missing path, damaged weights, and a tokenizer that does not match.
-    """
+    """Load MODEL in float32 and evaluation mode; UserError if it is missing or damaged or has a wrong tokenizer."""
     run_dir, folder = _locate(Path(name))
     import torch
 
@@ -222,11 +207,9 @@ def _locate(path: Path) -> tuple[Path | None, Path | None]:
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
             raise UserError(f"MODEL {str(path)!r}: no such folder; give a run folder, a checkpoint or a hub name")
         return None, None
-    run_above = next((parent for parent in path.resolve().parents if (parent / "settings.yaml").exists()), None)
-    if (path / "config.json").exists():
-        return run_above, path
-    if (path / "hf" / "config.json").exists():
-        return (path if (path / "settings.yaml").exists() else run_above), path / "hf"
+    run_dir = next((above for above in (path, *path.resolve().parents) if (above / "settings.yaml").exists()), None)
+    if folder := next((below for below in (path, path / "hf") if (below / "config.json").exists()), None):
+        return run_dir, folder
     from training.run.checkpoint import newest_valid
 
     if (path / "checkpoints").exists() and (checkpoint := newest_valid(path)):
@@ -238,10 +221,7 @@ def _locate(path: Path) -> tuple[Path | None, Path | None]:
 
 
 def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
-    """Our decoder if it can run the checkpoint, else the model of transformers. Code beside the weights never runs.
-
-    Without `trust_remote_code=False` transformers would ask on standard input, where a pipe may answer yes.
-    """
+    """Our decoder if it can run the checkpoint, else the model of transformers. Code beside the weights never runs."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -254,7 +234,7 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
             ours = any(folder.glob("model*.safetensors"))
     if folder and ours:
         return hub.load(folder, backend=backend)
-    try:
+    try:  # without trust_remote_code=False transformers would ask on standard input, where a pipe may answer yes
         return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
     except SafetensorError as error:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
@@ -263,10 +243,7 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
 
 
 def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None, embeddings: int, trained_with: str) -> Any:
-    """The sentencepiece tokenizer of a run, else the Hugging Face tokenizer beside the weights.
-
-    Raises UserError if it has more tokens than the model has embeddings, or another sha256 than that of the training.
-    """
+    """The sentencepiece tokenizer of a run, else the tokenizer beside the weights; UserError if it does not fit."""
     from transformers import AutoTokenizer
 
     from data.tokenizer import load_tokenizer
@@ -284,10 +261,8 @@ def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None, embedd
         try:
             tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
         except (OSError, ValueError, KeyError) as error:
-            line = str(error).splitlines()[0]
-            raise UserError(
-                f"MODEL {name!r}: no tokenizer beside the weights ({line}); copy its files there"
-            ) from error
+            why = str(error).splitlines()[0]
+            raise UserError(f"MODEL {name!r}: no tokenizer beside the weights ({why}); copy its files there") from error
     if tokenizer.vocab_size > embeddings:
         raise UserError(
             f"MODEL {name!r}: the tokenizer has {tokenizer.vocab_size:,} tokens and the checkpoint {embeddings:,} "

@@ -4,12 +4,10 @@
 
 The texts are `haystack <needle> VALUE haystack ...`, without a query. The **relay map** says for each layer, and each
 offset behind the value, in which share of the texts the value can be read from the residual stream (`eval.streams`).
-
-After l layers the stream can depend on the value up to the reach of these layers, l (W - 1) for equal windows: the
-frontier. Every text is also run with another value, and beyond the frontier both runs must give the same bits.
+After l layers the stream can depend on the value up to the reach of these layers: the frontier. Every text is also run
+with another value, and beyond the frontier both runs must give the same bits.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from data.tasks.vocabulary import recall_vocabulary
-from eval.command import at_least, new_parser, prepare, write_result
+from eval.command import at_least, new_parser, prepare
 from eval.haystack import Haystack
 from eval.models import Examined, nominal_reach
 from eval.recall.order import VALUES
+from eval.results import write_result
 from model import windows
 from model.errors import UserError, cli
 
@@ -61,14 +60,13 @@ def measure(
     last = max(1, min(nominal_reach(examined.specs, window) + window, longest))
     offsets = sorted({max(1, round(last * i / COLUMNS)) for i in range(1, COLUMNS + 1)} | {1})
     texts = streams.make_texts(haystack, vocabulary, n, lead, offsets[-1], seed)
-    head = None if how == "probe" else streams.relay_head(examined, n_values)
+    head = None if how == "probe" else streams.head_reader(examined, n_values)
     if how == "head" and head is None:
         raise UserError(
             f"--read head: {examined.name!r} has no checkpoint with a relay head for {n_values} values; "
             "use --read probe, or train with recall.relay_loss_weight"
         )
-    read = streams.linear_probe(texts.labels, n_values) if head is None else streams.head_reader(examined, head)
-    # The farthest offset at which each stream can depend on the value: 0 for the embedding; None: any.
+    read = head or streams.linear_probe(texts.labels, n_values)
     limits = [0, *(windows.reach(examined.specs[:layers]) for layers in range(1, examined.layers + 1))]
     shares, same, beyond = streams.read_map(examined, texts, offsets, limits, read)
     fronts = front(shares.tolist(), offsets)
@@ -90,30 +88,24 @@ def measure(
 
 def finding(result: dict[str, Any]) -> str:
     """The result in two or three sentences."""
-    pace_of_front, window = result["tokens_per_layer"], result["window"]
-    text = (
-        f"Read with the {result['read_by']}, the value can be found in at least half of the texts up to "
-        f"{max(result['front']):,} tokens behind it."
-    )
-    if pace_of_front and window and result["reach"] is not None:
-        text += f" It advances by {pace_of_front:.1f} tokens per layer; at most W − 1 = {window - 1:,} are possible."
+    text = f"Read with the {result['read_by']}, the value can be found in at least half of the texts "
+    text += f"up to {max(result['front']):,} tokens behind it."
+    speed, window = result["tokens_per_layer"], result["window"]
+    if speed and window and result["reach"] is not None:
+        text += f" It advances by {speed:.1f} tokens per layer; at most W − 1 = {window - 1:,} are possible."
     if result["identical_beyond_frontier"] is not None:
-        verdict = "none changes" if result["identical_beyond_frontier"] else "some CHANGE, which is a fault,"
-        n = result["pairs_beyond_frontier"]
-        text += f" Beyond the frontier nothing can arrive: of the {n:,} streams there {verdict} with the value."
+        what = "none changes" if result["identical_beyond_frontier"] else "some CHANGE, which is a fault,"
+        text += f" Beyond the frontier nothing can arrive: of the {result['pairs_beyond_frontier']:,} streams there "
+        text += f"{what} with the value."
     return text
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def main() -> None:
     parser = new_parser("relay", __doc__)
     parser.add_argument("--n", type=at_least(4), default=400, help="texts; a probe is fitted on half of them")
     parser.add_argument("--read", choices=("auto", "head", "probe"), default="auto", help="auto: head if there is one")
     parser.add_argument("--max-offset", type=at_least(1), default=4096, help="longest offset; default 4096 tokens")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse(sys.argv[1:])
+    args = parser.parse_args()
     examined, out, text = prepare(args)
     result = measure(examined, text, args.n, args.seed, args.read, args.max_offset)
     write_result("relay", result, out, lambda plots: plots.relay_figure(result))

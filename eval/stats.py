@@ -4,20 +4,22 @@ A horizon is a distance in tokens. H90 is strict on purpose: it is the largest m
 at every shorter measured distance* the lower Wilson bound is at least .90. H50 is read from a decreasing fit.
 """
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import binomtest
 
+from data.tasks.distance import last_distance_holding
+
 FloatArray = NDArray[np.float64]
+RESAMPLES = 400  # of the bootstrap of H50
 
 
-@dataclass(frozen=True)
-class Horizon:
+class Horizon(NamedTuple):
     """A distance in tokens with a 95 % interval. `censored`: recall never fell within the measured distances."""
 
     value: float
@@ -29,65 +31,44 @@ class Horizon:
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion.
 
-    >>> low, high = wilson(391, 400)
-    >>> round(low, 3), round(high, 3)
-    (0.958, 0.988)
+    >>> [round(bound, 3) for bound in wilson(391, 400)]
+    [0.958, 0.988]
     """
     interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def h90(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
-    """H90, where the lower bounds stop being at least .90. Its interval ends where the upper bounds do.
-
-    A single low value ends it, however high later values are:
-
-    >>> h90([1, 16, 32, 64], [400, 400, 300, 400], [400] * 4).value
-    16
-    """
-    bounds = [(d, *wilson(c, m)) for d, c, m in zip(distances, correct, n, strict=True)]
-
-    def last_holding(column: int) -> int:
-        holding = itertools.takewhile(lambda bound: bound[column] >= 0.9, bounds)
-        return max((distance for distance, _, _ in holding), default=0)
-
-    low, high = last_holding(1), last_holding(2)
+    """H90, where the lower bounds stop being at least .90. Its interval ends where the upper bounds do."""
+    bounds = zip(*map(wilson, correct, n), strict=True)
+    low, high = (last_distance_holding(distances, bound, 0.9) for bound in bounds)
     return Horizon(low, low, high, censored=low == max(distances))
 
 
-def decreasing_fit(accuracy: FloatArray, weights: FloatArray) -> FloatArray:
-    """The non-increasing sequence nearest to `accuracy` in weighted least squares (pool adjacent violators)."""
-    return np.asarray(isotonic_regression(accuracy, weights=weights, increasing=False).x, dtype=np.float64)
+def h50(distances: Sequence[int], correct: Sequence[int], n: Sequence[int]) -> Horizon:
+    """The distance at which a non-increasing least-squares fit falls through one half, linear between the distances.
 
-
-def h50(
-    distances: Sequence[int], correct: Sequence[int], n: Sequence[int], resamples: int = 400, seed: int = 0
-) -> Horizon:
-    """The distance at which the decreasing fit falls through one half, linear between the ascending distances.
-
-    The interval is a parametric bootstrap of the two distances around the fall: nothing is known between them, so it
-    never ends inside that gap.
+    The interval is a parametric bootstrap of the two distances around the fall; it never ends inside that gap.
     """
     ascending, trials = np.asarray(distances, dtype=np.float64), np.asarray(n, dtype=np.int64)
-    rate, weights = np.asarray(correct, dtype=np.float64) / trials, trials.astype(np.float64)
-    fit = decreasing_fit(rate, weights)
-    draws = np.random.default_rng(seed).binomial(trials, rate, size=(resamples, len(rate))) / trials
-    gaps = np.array([_fall(ascending, decreasing_fit(draw, weights))[:2] for draw in draws])
+    rate, nearest = np.asarray(correct) / trials, partial(isotonic_regression, weights=trials, increasing=False)
+    draws = np.random.default_rng(0).binomial(trials, rate, size=(RESAMPLES, len(rate))) / trials
+    gaps = np.array([_fall(ascending, nearest(draw).x)[:2] for draw in draws])
     low, high = np.quantile(gaps[:, 0], 0.025), np.quantile(gaps[:, 1], 0.975)
-    value = _fall(ascending, fit)[2]
-    return Horizon(value, min(float(low), value), max(float(high), value), censored=bool(fit[-1] >= 0.5))
+    last, _, value = _fall(ascending, nearest(rate).x)
+    return Horizon(value, min(float(low), value), max(float(high), value), censored=bool(last == ascending[-1]))
 
 
-def _fall(distances: FloatArray, fit: FloatArray, level: float = 0.5) -> tuple[float, float, float]:
-    """The last distance at which a non-increasing fit is at least `level`, the next one, and the crossing in between.
+def _fall(distances: FloatArray, fit: FloatArray) -> tuple[float, float, float]:
+    """The last distance at which a non-increasing fit is at least one half, the next one, and the crossing in between.
 
     >>> _fall(np.array([10.0, 20.0, 30.0]), np.array([1.0, 0.75, 0.25]))
     (20.0, 30.0, 25.0)
     """
-    holding = int(np.count_nonzero(fit >= level))
+    holding = int(np.count_nonzero(fit >= 0.5))
     if holding == 0:
         return 0.0, float(distances[0]), 0.0
     left, right = holding - 1, min(holding, len(fit) - 1)
-    share = (fit[left] - level) / (fit[left] - fit[right]) if left < right else 0.0
+    share = (fit[left] - 0.5) / (fit[left] - fit[right]) if left < right else 0.0
     crossing = distances[left] + share * (distances[right] - distances[left])
     return float(distances[left]), float(distances[right]), float(crossing)

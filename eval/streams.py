@@ -1,14 +1,13 @@
 """The residual stream after each layer, and two ways to read a planted value from it: a trained head, or a probe.
 
-The relay head is trained with the run and kept in its checkpoints. The linear probe works for any model: for each
-layer and offset a ridge regression onto the values, in closed form, fitted on one half of the texts and scored on the
-other (Alain and Bengio, 2016).
+The relay head is trained with the run. The linear probe works for any model: for each layer and offset a ridge
+regression onto the values, fitted on one half of the texts and scored on the other (Alain and Bengio, 2016).
 
 Legend: N texts, T positions, D offsets, K streams (the embedding, then one after each layer), E hidden size, V values.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +27,7 @@ RIDGE = 0.1  # penalty per text, for features of unit variance
 KEPT_BYTES = 1 << 30  # of streams in memory at once
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(NamedTuple):
     """Token ids (N, T) with a value and with another in its place; `labels` (N,): the number of the value."""
 
     first: Tensor
@@ -90,19 +88,14 @@ def ridge(x_kne: Tensor, y_nv: Tensor, penalty: float) -> Tensor:
     return x_t @ torch.linalg.solve(gram, y_nv.expand(len(x_kne), -1, -1))
 
 
-def head_reader(examined: Examined, weight_ve: Tensor) -> StreamReader:
-    """Reads all texts with the relay head behind the decoder's final norm, as in training."""
-    norm = examined.model.model.norm
-    return lambda stream_kne: (norm(stream_kne.to(examined.device)).cpu() @ weight_ve.T).argmax(-1)
-
-
-def relay_head(examined: Examined, n_values: int) -> Tensor | None:
-    """(V, E) weight of the relay head in the newest sound checkpoint of the run; None if there is none."""
+def head_reader(examined: Examined, n_values: int) -> StreamReader | None:
+    """Reads all texts with the relay head of the run's newest sound checkpoint, as in training; None without a head."""
     checkpoint = newest_valid(examined.run_dir) if examined.ours and examined.run_dir else None
     weight = load_file(checkpoint / "trainer.safetensors").get("relay_head") if checkpoint else None
     if weight is None or weight.shape != (n_values, examined.model.config.hidden_size):
         return None
-    return weight.float()
+    norm, weight_ev = examined.model.model.norm, weight.float().T
+    return lambda stream_kne: (norm(stream_kne.to(examined.device)).cpu() @ weight_ev).argmax(-1)
 
 
 @torch.inference_mode()
@@ -111,8 +104,8 @@ def read_map(
 ) -> tuple[Tensor, int, int]:
     """(K, D) share of values read right; the number of pairs beyond their limit with the same bits; and of all such.
 
-    `limits` (K,) are the farthest offsets at which the streams can depend on the value. Layers form groups whose
-    streams take at most `KEPT_BYTES`; each group runs the model again.
+    `limits` (K,) are the farthest offsets at which the streams can depend on the value; None: any. The model runs once
+    for each group of layers whose streams take at most `KEPT_BYTES`.
     """
     positions = [texts.value_at + offset for offset in offsets]
     layer_bytes = 2 * 4 * len(texts.first) * len(positions) * examined.model.config.get_text_config().hidden_size

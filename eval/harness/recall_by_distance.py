@@ -2,9 +2,8 @@
 
     lm_eval --model hf --model_args pretrained=runs/quickstart/hf --include_path eval/harness --tasks windreach_recall
 
-The harness hands text to a model and tokenises it again. An item whose text would become other tokens would have
-another distance: it is left out and the next one is tried, so that distances are exact. Items of all distances
-alternate, so that `--limit` shortens each of them alike.
+The harness tokenises text again. An item whose text would become other tokens is left out and the next one is tried, so
+that distances are exact. Items of all distances alternate, so that `--limit` shortens each of them alike.
 """
 
 import sys
@@ -42,11 +41,9 @@ def documents(
 ) -> dict[str, datasets.Dataset]:
     """Rows {context, choices, answer, distance}: `n` of each distance, alternating.
 
-    The arguments are those of `--metadata`, to which the harness adds those of `--model_args`. `distances` are in
-    tokens, by default the protocol's for the windows of the model; `text` names a file to use as haystack. Raises
-    UserError without a model, and if an item is longer than the model can read.
-
-    A quickstart model has 28 default distances. With n = 20 these are 560 items of 32 choices, 17,920 requests.
+    The harness passes the arguments of `--metadata` and of `--model_args`. `distances` are in tokens, by default the
+    protocol's: 28 for a quickstart model, so 560 items of 32 choices, 17,920 requests. `text` names a haystack file.
+    Raises UserError without a model, and if an item is longer than the model can read.
     """
     if not pretrained:
         raise UserError("windreach_recall needs to know the model: give --model_args pretrained=FOLDER")
@@ -68,17 +65,12 @@ def documents(
             rng = np.random.default_rng([seed, attempt, distance])
             yield item("needle", rng, haystack.filler(attempt, length, seed), vocabulary, length, distance)
 
-    rows = [
-        as_row(candidates(number, distance), vocabulary, hub_tokenizer) for number in range(n) for distance in distances
-    ]
+    rows = [as_row(candidates(i, distance), vocabulary, hub_tokenizer) for i in range(n) for distance in distances]
     return {"test": datasets.Dataset.from_list(rows)}
 
 
 def as_row(candidates: Iterator[RecallItem], vocabulary: RecallVocabulary, tokenizer: HubTokenizer) -> dict[str, Any]:
-    """The first candidate whose text, with and without the answer, is tokenised as the item's tokens.
-
-    Raises UserError if there is none.
-    """
+    """The first candidate whose text, with and without the answer, has the item's tokens; UserError if none has."""
     for question in candidates:
         context, tokens = tokenizer.decode(question.tokens), list(question.tokens)
         whole = tokenizer.decode([*tokens, question.value])

@@ -1,18 +1,14 @@
 """How far back a model recalls a planted value, by distance, with intervals and controls.
 
-    python -m eval.recall MODEL [--out DIR] [--tasks needle,keys,...] [--n 400] [--seed 0]
-                                [--keys 1,4,16] [--hops 1,2] [--span-pairs 4] [--controls distractors,untrained]
-                                [--distances 1,W,0.9R,R,R+1] [--precision auto] [--data CONFIG.yaml] [--text FILE]
-                                [--compare RUN ...]
+    python -m eval.recall MODEL [--tasks needle,keys,...] [--distances 1,W,0.9R,R,R+1] [--n 400] [--keys 1,4,16]
+                                [--controls distractors,untrained] [--compare RUN ...] [--help]
 
 The distance is the position of the query minus the position of the value, in tokens. All items have the same length,
 so that length and distance are not confounded. Each item is a **counterfactual pair**: the same tokens with value v and
 with value v'. Beyond the reach R both must give the same bits, and the result says whether they did.
 
-An answer is one token. It is right if it has the highest logit among the values of the task; `free_accuracy` asks for
-the highest of the whole vocabulary. Each number of `--keys`, `--hops` or `--span-pairs` is an entry of its own, such as
-`keys-16`. The haystack without a needle is always measured. `--controls distractors` plants older needles, which the
-asked one supersedes; `untrained` asks the model before its first training step. docs/evaluate.md explains the figures.
+An answer is one token. It is right if it has the highest logit among the values of the task. Each number of `--keys`,
+`--hops` or `--span-pairs` is an entry of its own, such as `keys-16`. docs/evaluate.md explains controls and figures.
 """
 
 import argparse
@@ -22,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from data.tasks import TASKS
-from eval.command import at_least, names, new_parser, numbers, prepare, read_result, write_result
+from eval.command import at_least, names, new_parser, numbers, prepare, read_result
 from eval.models import nominal_reach
 from eval.recall.order import CONTROLS, NEEDLES, SIZE_NAMES, Order, default_distances, parse_distances
+from eval.results import write_result
 from model.errors import UserError, cli
 
 SIZES = {"pairs": "pairs in the haystack", "hops": "copies to follow", "span_pairs": "pairs in the span"}
@@ -32,21 +29,20 @@ SIZES = {"pairs": "pairs in the haystack", "hops": "copies to follow", "span_pai
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("recall", __doc__)
-    parser.add_argument(
-        "--tasks", type=names(TASKS), help=f"comma-separated, of {', '.join(TASKS)}; default: those of the training"
-    )
+    add = parser.add_argument
+    add("--tasks", type=names(TASKS), help=f"comma-separated, of {', '.join(TASKS)}; default: those of the training")
     task_of = {task.option: task.name for task in TASKS.values()}
     for option, meaning in SIZES.items():
         text = f"{task_of[option]}: {meaning}, comma-separated; default: as trained"
-        parser.add_argument(f"--{SIZE_NAMES[option]}", dest=option, type=numbers, metavar="1,4,16", help=text)
-    parser.add_argument(
+        add(f"--{SIZE_NAMES[option]}", dest=option, type=numbers, metavar="1,4,16", help=text)
+    add(
         "--controls", type=names(CONTROLS), default=(), help=f"comma-separated, of {', '.join(CONTROLS)}; default: none"
     )
-    parser.add_argument("--n", type=at_least(1), default=400, help="items per distance where recall changes, else 200")
-    parser.add_argument("--distances", help="comma-separated, such as 16,W,0.9R,R; default: those of the protocol")
-    parser.add_argument("--max-distance", type=at_least(1), default=4096, help="longest default distance; default 4096")
-    parser.add_argument("--compare", nargs="*", default=[], metavar="RUN", help="measured runs to draw in grey")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as trained")
+    add("--n", type=at_least(1), default=400, help="items per distance where recall changes, else 200")
+    add("--distances", help="comma-separated, such as 16,W,0.9R,R; default: those of the protocol")
+    add("--max-distance", type=at_least(1), default=4096, help="longest default distance; default 4096")
+    add("--compare", nargs="*", default=[], metavar="RUN", help="measured runs to draw in grey")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as trained")
     args = parser.parse_args(argv)
     args.sizes = {option: getattr(args, option) for option in SIZES if getattr(args, option)}
     return args
@@ -92,14 +88,14 @@ def main() -> None:
     from eval.recall.measure import measure
 
     reach = examined.window and nominal_reach(examined.specs, examined.window)
-    if args.distances is not None:
-        distances = parse_distances(args.distances, examined.window, reach)
-    else:
-        longest = min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)
+    longest = min(args.max_distance, (examined.max_tokens or 1 << 40) - 64)
+    if args.distances is None:
         distances = tuple(default_distances(examined.specs, examined.window, longest))
+    else:
+        distances = parse_distances(args.distances, examined.window, reach)
     tasks = args.tasks or tuple(task for task in TASKS if task in examined.recall.get("tasks", {})) or NEEDLES
     check_sizes(args.sizes, tasks)
-    precision = examined.precision if args.precision == "auto" else args.precision
+    precision = examined.facts.get("precision", "fp32") if args.precision == "auto" else args.precision
     order = Order(tasks, distances, args.n, args.seed, precision, args.sizes, args.controls)
     result = measure(examined, haystack, order)
     field = read_result(out / "reach.json") if (out / "reach.json").exists() else None

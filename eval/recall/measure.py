@@ -1,8 +1,5 @@
 """The measurement: from an order to what recall.json holds.
 
-Both members of a counterfactual pair run in the same row of batches of one shape, so that what is equal in theory is
-equal in every bit.
-
 Legend: B items of a batch, T positions, V vocabulary.
 """
 
@@ -66,11 +63,11 @@ def measure_task(asked: TaskItems, examined: Examined, order: Order) -> dict[str
         return [summary(outcomes[d], d, examined.window) | asked.size for d in distances]
 
     rows = measured(range(min(order.n, SCREENING)), distances)
-    changing = near_transition(rows, chance, examined.window)
-    closer = [d for d in changing if reach is None or d <= reach]
+    farthest = math.inf if reach is None else reach
+    closer = [d for d in near_transition(rows, chance, examined.window) if d <= farthest]
     if closer and order.n > SCREENING:
         rows = measured(range(SCREENING, order.n), closer)
-    beyond = [row for row in rows if reach is not None and row["distance"] > reach]
+    beyond = [row for row in rows if row["distance"] > farthest]
     return {
         "task": asked.task.name,
         "chance": chance,
@@ -89,15 +86,12 @@ def measure_task(asked: TaskItems, examined: Examined, order: Order) -> dict[str
 def run_batches(
     asked: TaskItems, examined: Examined, precision: str, distances: Sequence[int], indices: range
 ) -> Iterator[list[Outcomes]]:
-    """Yield the outcomes of each batch of items, one `Outcomes` per distance.
-
-    On a CPU our decoder runs several batches at once, each on one thread: small matrix products gain little from more.
-    """
+    """Yield the outcomes of each batch of items, one `Outcomes` per distance."""
     rows = min(128, batch_rows(examined, asked.total_length))
-    read = partial(logits_at, examined, rows=rows, precision=precision)
     batches = [indices[start : start + rows] for start in range(0, len(indices), rows)]
+    read = partial(logits_at, examined, rows=rows, precision=precision)
     outcomes_of = partial(measure_batch, asked, read, distances)
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads()  # each runs a batch of its own: small matrix products gain little from more
     workers = threads if examined.ours and examined.device.type == "cpu" else 1
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         yield from pool.map(outcomes_of, batches[:1])  # alone: it compiles the layers, which threads can't do at once
@@ -121,20 +115,15 @@ def measure_batch(
         outcome = judge(asked, items, read(first, at), read(second, at), blind)
         if asked.distractors:
             items = [asked.item(i, distance, asked.distractors) for i in batch]
-            logits = read(torch.tensor([item.tokens for item in items]), items[0].query_position)
-            right = _chosen(asked, logits) == torch.tensor([item.answer for item in items])
-            outcome["accuracy_with_distractors"] = right.double().numpy()
+            chosen = _chosen(asked, read(torch.tensor([item.tokens for item in items]), items[0].query_position))
+            outcome["accuracy_with_distractors"] = (chosen.numpy() == [item.answer for item in items]).astype(float)
         outcomes.append(outcome)
     return outcomes
 
 
 def judge(asked: TaskItems, items: list[RecallItem], first: Tensor, second: Tensor, blind: Tensor) -> Outcomes:
-    """The outcomes (B,) of items, from their logits (B, V) with value v, with v', and without a needle.
-
-    An answer is right if, among the values of the task, it has the highest logit.
-    """
-    answers = torch.tensor([item.answer for item in items])
-    other_answers = torch.tensor([item.counterfactual_answer for item in items])
+    """The outcomes (B,) of items, from their logits (B, V) with value v, with v', and without a needle."""
+    answers, other_answers = torch.tensor([(item.answer, item.counterfactual_answer) for item in items]).T
     right = _chosen(asked, first) == answers
     bits, blind_bits = (-torch.log_softmax(logits, -1) / math.log(2) for logits in (first, blind))
     outcomes = {
@@ -143,14 +132,14 @@ def judge(asked: TaskItems, items: list[RecallItem], first: Tensor, second: Tens
         "identical_pairs": (first == second).all(-1),
         "free_accuracy": first.argmax(-1) == answers,
         "accuracy_without_needle": _chosen(asked, blind) == answers,
-        "nll_bits": bits.gather(1, answers[:, None])[:, 0],
-        "blind_nll_bits": blind_bits.gather(1, answers[:, None])[:, 0],
+        "nll_bits": bits[range(len(items)), answers],
+        "blind_nll_bits": blind_bits[range(len(items)), answers],
     }
     return {name: values.double().numpy() for name, values in outcomes.items()}
 
 
 def _chosen(asked: TaskItems, logits: Tensor) -> Tensor:
-    """(B,) the value with the highest logit."""
+    """(B,) the value of the task with the highest logit."""
     values = torch.tensor(asked.vocabulary.values)
     return values[logits[:, values].argmax(-1)]
 
@@ -167,7 +156,7 @@ def summary(parts: Sequence[Outcomes], distance: int, window: int | None) -> dic
 
 
 def near_transition(rows: list[dict[str, Any]], chance: float, window: int | None) -> list[int]:
-    """The distances that deserve more items: recall between floor and ceiling, about W, and about the 90 % crossing."""
+    """The distances that get more items: recall between floor and ceiling, about W, and about the 90 % crossing."""
     holds = [row["low"] >= 0.9 for row in rows]
     return [
         row["distance"]
@@ -187,14 +176,11 @@ def horizons(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any]:
     """H90 and H50 in tokens, and U90 and U50 as shares of R, with 95 % intervals."""
     distances, correct, n = ([row[key] for row in rows] for key in ("distance", "correct", "n"))
     fields: dict[str, Any] = {}
-    for name, horizon in (("90", stats.h90(distances, correct, n)), ("50", stats.h50(distances, correct, n))):
-        fields |= {
-            f"h{name}": horizon.value,
-            f"h{name}_interval": [horizon.low, horizon.high],
-            f"h{name}_censored": horizon.censored,
-            f"u{name}": horizon.value / reach if reach else None,
-            f"u{name}_interval": [horizon.low / reach, horizon.high / reach] if reach else None,
-        }
+    for name, horizon in (("90", stats.h90), ("50", stats.h50)):
+        value, low, high, censored = horizon(distances, correct, n)
+        fields |= {f"h{name}": value, f"h{name}_interval": [low, high], f"h{name}_censored": censored}
+        fields[f"u{name}"] = value / reach if reach else None
+        fields[f"u{name}_interval"] = [low / reach, high / reach] if reach else None
     return fields
 
 
@@ -203,31 +189,29 @@ def horizons(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any]:
 def check_paths(asked: TaskItems, examined: Examined, n: int = 4) -> dict[str, Any]:
     """Whether a full forward pass, the pass through the cache, and generation give the same answers, in float32.
 
-    `n` items are run at about twelve distances. They end at their query, which is what generation continues. For
-    models of other makers the full pass stands in for our cache.
+    `n` items at about twelve distances end at their query. For other models the full pass stands in for our cache.
     """
     model = examined.model
     answers: list[int] = []
-    full: list[Tensor] = []
-    ring: list[Tensor] = []
+    logits: list[tuple[Tensor, Tensor]] = []  # of the full pass, of the pass through the cache
     generated: list[Tensor] = []
     for distance in thinned(asked.distances):
         items = [asked.item(i, distance) for i in range(n)]
         end = items[0].query_position + 1
         tokens = torch.tensor([item.tokens[:end] for item in items])
         ids = tokens.to(examined.device)
-        answers += [item.answer for item in items]
-        full.append(last_logits(examined, tokens))
-        cached = full[-1]
+        answers.extend(item.answer for item in items)
+        full = cached = last_logits(examined, tokens)
         if examined.ours:
             cache = RingCache(model.config)
             for part in ids.tensor_split([end - 1 - distance], dim=1):  # up to the value, and the rest
                 cached = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        ring.append(cached.float().cpu())
+        logits.append((full, cached.float().cpu()))
         if len(generated) < 6:
             options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "pad_token_id": 0}
             generated.append(model.generate(input_ids=ids, do_sample=False, **options)[:, end].cpu())
-    full_bv, ring_bv, right, written = torch.cat(full), torch.cat(ring), torch.tensor(answers), torch.cat(generated)
+    full_bv, ring_bv = map(torch.cat, zip(*logits, strict=True))
+    right, written = torch.tensor(answers), torch.cat(generated)
     forced, ringed = full_bv.argmax(-1), ring_bv.argmax(-1)
     return {
         "n": len(right),

@@ -1,7 +1,6 @@
 """What a recall measurement asks for: tasks, distances and items.
 
 An item is a counterfactual pair: the same tokens with value v and with another value v'. All items have one length.
-
 This module does not import torch, so that a mistake on the command line is answered at once.
 """
 
@@ -52,8 +51,7 @@ def aligned(length: int) -> int:
 def default_distances(specs: Sequence[LayerSpec], window: int | None, longest: int) -> list[int]:
     """1, W/2, W-1, W, W+1, 1.5W, 2W, then about six per doubling, R-1, R, R+1, W k, W k + W, as far as `longest`.
 
-    A stack of unbounded reach gets the distances of a stack with the same window in every layer, and one without any
-    window two per doubling.
+    A stack of unbounded reach counts as one with this window in every layer. Without any window, two per doubling.
 
     >>> default_distances([LayerSpec("sliding", 4)] * 4, 4, 4096)
     [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 16, 20]
@@ -104,34 +102,36 @@ class TaskItems:
         return {SIZE_NAMES[option].replace("-", "_"): getattr(self.options, option)} if option else {}
 
     def item(self, i: int, distance: int, distractors: int = 0) -> RecallItem:
-        """Item `i`, a pure function of (seed, task, i, distance), on a haystack of (seed, task, i) alone.
-
-        The haystack is free of the tokens that needles and queries are made of.
-        """
+        """Item `i`, a pure function of (seed, task, i, distance), on a clean haystack of (seed, task, i) alone."""
         if self.task.noise:
             filler = np.random.default_rng([self.seed, 11, i]).choice(self.vocabulary.plain, self.total_length)
         else:
             filler = clean_filler(self.haystack.filler(i, self.total_length, self.seed), self.vocabulary)
         rng = np.random.default_rng([self.seed, list(TASKS).index(self.task.name), i, distance])
-        size = self.total_length, distance, self.options, distractors
-        return item(self.task.name, rng, filler, self.vocabulary, *size)
+        words, length = self.vocabulary, self.total_length
+        return item(self.task.name, rng, filler, words, length, distance, self.options, distractors)
 
 
 def open_items(examined: Examined, haystack: Haystack, order: Order) -> list[TaskItems]:
-    """The items of each entry that was ordered: a task at the size it was trained on, or at each of the sizes.
-
-    Raises UserError if the model can't read that many tokens, or a size or no distance fits a task.
-    """
+    """The items of each entry ordered, a task at its trained size or each of the sizes; UserError if one can't be."""
     trained = TaskOptions(**examined.recall.get("questions", {}))
+    n_values, n_keys = examined.recall.get("values", VALUES), examined.recall.get("keys", KEYS)
     entries, farthest, margin = [], max(order.distances), 0
     for task in (TASKS[name] for name in order.tasks):
-        options_by_name = {task.name: trained}
-        if task.option in order.sizes:
-            sizes = order.sizes[task.option]
-            options_by_name = {f"{task.name}-{n}": trained.model_copy(update={task.option: n}) for n in sizes}
+        option = task.option or ""
+        sizes = order.sizes.get(option, ())
+        options_by_name = {f"{task.name}-{n}": trained.model_copy(update={option: n}) for n in sizes}
         older = DISTRACTORS if "distractors" in order.controls and not task.alone else 0
-        for name, options in options_by_name.items():
-            vocabulary = _vocabulary(examined, task, options)
+        for name, options in (options_by_name or {task.name: trained}).items():
+            most = task.most(n_values, n_keys)
+            if task.option is not None and most is not None and getattr(options, task.option) > most:
+                raise UserError(
+                    f"--{SIZE_NAMES[task.option]} {getattr(options, task.option)}: {task.name} allows at most {most} "
+                    f"with {n_values} values and {n_keys} keys; lower it"
+                )
+            # If any task of the run uses keys, they stay out of the haystack of every task, as in training.
+            uses_keys = need_keys([task.name, *examined.recall.get("tasks", {})])
+            vocabulary = recall_vocabulary(examined.tokenizer, n_values, n_keys if uses_keys else 0)
             size = task_size(task.name, vocabulary, options)
             distances = [d for d in order.distances if d >= size.nearest]
             if not distances:
@@ -146,19 +146,3 @@ def open_items(examined: Examined, haystack: Haystack, order: Order) -> list[Tas
             f"{examined.max_tokens:,}; give distances up to {examined.max_tokens // ALIGNED * ALIGNED - margin:,}"
         )
     return [replace(entry, total_length=total_length) for entry in entries]
-
-
-def _vocabulary(examined: Examined, task: Task, options: TaskOptions) -> RecallVocabulary:
-    """The tokens of the task. Raises UserError if its questions need more of them.
-
-    If any task of the run uses keys, they stay out of the haystack of every task, as in training.
-    """
-    n_values, n_keys = examined.recall.get("values", VALUES), examined.recall.get("keys", KEYS)
-    most = task.most(n_values, n_keys)
-    if task.option is not None and most is not None and getattr(options, task.option) > most:
-        raise UserError(
-            f"--{SIZE_NAMES[task.option]} {getattr(options, task.option)}: {task.name} allows at most {most} "
-            f"with {n_values} values and {n_keys} keys; lower it"
-        )
-    uses_keys = need_keys([task.name, *examined.recall.get("tasks", {})])
-    return recall_vocabulary(examined.tokenizer, n_values, n_keys if uses_keys else 0)

@@ -42,7 +42,7 @@ def test_bytes_of_a_text_cut_short_are_those_of_its_tokens(examined, max_tokens)
 
 
 def test_a_text_is_cut_between_characters(examined):
-    (document,) = encode_documents(examined.tokenizer, [("umlauts", "äöü" * 10)], max_bytes=7)
+    (document,) = encode_documents(examined.tokenizer, ["äöü" * 10], max_bytes=7)
     assert document.n_bytes == 6
     assert examined.tokenizer.decode(document.tokens.tolist()) == "äöü"
 
@@ -50,7 +50,7 @@ def test_a_text_is_cut_between_characters(examined):
 def test_overlapping_stretches_give_the_loss_of_one_long_pass(examined):
     tokens = open_haystack(examined).documents[0].tokens[:150]
     whole = token_nats(examined, torch.from_numpy(tokens)[None]).sum()
-    document, nats = HeldOutDocument("part", tokens, 1), loss.document_nats
+    document, nats = HeldOutDocument(tokens, 1), loss.document_nats
     assert nats(examined, document, 50, 21, [].append) == pytest.approx(whole, rel=1e-5)
     assert nats(examined, document, 50, 4, [].append) != pytest.approx(whole, rel=1e-5)
 
