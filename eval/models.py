@@ -226,6 +226,7 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     from model import hub
+    from model.decoder import WindreachForCausalLM
 
     ours = folder is not None and '"windreach"' in (folder / "config.json").read_text()
     if folder and not ours:
@@ -233,7 +234,7 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
             hub.load_config(folder)
             ours = any(folder.glob("model*.safetensors"))
     if folder and ours:
-        return hub.load(folder, backend=backend)
+        return WindreachForCausalLM.from_pretrained(folder, backend=backend)
     try:  # without trust_remote_code=False transformers would ask on standard input, where a pipe may answer yes
         return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
     except SafetensorError as error:

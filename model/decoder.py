@@ -23,6 +23,7 @@ from model.attention import Attend, AttentionPlan, check_backend, plan_attention
 from model.cache import RingCache, RingLayer, Slots
 from model.config import WindreachConfig
 from model.errors import UserError
+from model.hub import read_checkpoint
 from model.packing import Packing, RowEnds, count_positions
 from model.projections import FusedProjections
 from model.rope import Rotary, rotary_tables, rotate
@@ -296,11 +297,21 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "WindreachForCausalLM":
-        """The checkpoint in `folder`: `model.hub.load`. The library's own loader can't fill joined projections."""
-        from model import hub
+    def from_pretrained(
+        cls, folder: str | Path, backend: str = "auto", dtype: torch.dtype = torch.float32
+    ) -> "WindreachForCausalLM":
+        """The checkpoint in `folder`, in evaluation mode. The library's own loader can't fill joined projections.
 
-        return hub.load(folder, dtype=dtype)
+        Raises UserError for a missing, damaged or unsuitable file.
+        """
+        config, weights = read_checkpoint(folder, backend)
+        model = cls(config)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{folder}: weights and config.json don't belong together: {error}") from error
+        model.tie_weights()
+        return model.to(dtype).eval()
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+MAKE_ROOM = "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
 
 
 class UserError(Exception):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from model.config import WindreachConfig
-from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.flops import count_parameters as count_parameters
 from model.windows import LayerSpec
@@ -35,9 +34,7 @@ def _is_plain(specs: Iterable[LayerSpec]) -> bool:
     return all(spec in (LayerSpec("full"), LayerSpec("sliding", spec.window or 1)) for spec in specs)
 
 
-def save_hf(
-    model: WindreachForCausalLM, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
-) -> None:
+def save_hf(model: PreTrainedModel, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write `config.json` and `model.safetensors`. A tied output matrix is left out, as `transformers` does.
 
     `state_dict`: the whole weights, where those of `model` are sharded over processes.
@@ -104,8 +101,8 @@ def _spec_of(layer_type: str, window: int) -> dict[str, object]:
     return {"kind": "sliding", "window": window} if layer_type == "sliding_attention" else {"kind": "full"}
 
 
-def load(path: str | Path, backend: str = "auto", dtype: torch.dtype = torch.float32) -> WindreachForCausalLM:
-    """Load a checkpoint folder, in evaluation mode. Raises UserError for a missing, damaged or unsuitable file."""
+def read_checkpoint(path: str | Path, backend: str) -> tuple[WindreachConfig, dict[str, torch.Tensor]]:
+    """The config and the weights in a checkpoint folder. Raises UserError for a missing or damaged file."""
     path = Path(path)
     config = load_config(path, backend)
     weights: dict[str, torch.Tensor] = {}
@@ -119,10 +116,4 @@ def load(path: str | Path, backend: str = "auto", dtype: torch.dtype = torch.flo
             raise UserError(f"{file} can't be read ({error}); it was cut short, take an older checkpoint") from error
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    model = WindreachForCausalLM(config)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path}: weights and config.json don't belong together: {error}") from error
-    model.tie_weights()
-    return model.to(dtype).eval()
+    return config, weights

@@ -23,7 +23,7 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
-from model.decoder import build_model
+from model.decoder import WindreachForCausalLM, build_model
 from model.projections import row_sizes
 from model.windows import reach
 from training.curriculum import Curriculum, State
@@ -120,7 +120,10 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_same_data(path, saved, self.facts)
-        load_whole(dict(self.decoder.named_parameters()), dict(hub.load(path / "hf").named_parameters()))
+        load_whole(
+            dict(self.decoder.named_parameters()),
+            dict(WindreachForCausalLM.from_pretrained(path / "hf").named_parameters()),
+        )
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])

@@ -5,7 +5,6 @@ from pathlib import Path
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from model import hub
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.growth import grow
@@ -32,7 +31,7 @@ def grow_from_run(
         if not export.is_dir():
             raise UserError("holds no hf/, the export of a finished run; train that one first")
         check_same_data(run, read_facts(run), {"tokenizer_sha256": tokenizer.sha256})
-        grow(decoder, hub.load(export))
+        grow(decoder, WindreachForCausalLM.from_pretrained(export))
         return {"grown_from_sha256": file_sha256(export / "model.safetensors")}, _relay_head(run, settings)
     except UserError as error:
         raise UserError(f"model.init.grow_from = {named!r}: {error}") from error

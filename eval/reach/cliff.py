@@ -24,9 +24,10 @@ from torch import Tensor
 
 from eval.forward import last_logits
 from eval.models import Examined
-from model import hub, windows
+from model import windows
 from model.attention import BACKENDS
 from model.cache import RingCache
+from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.windows import LayerSpec
 
@@ -162,7 +163,7 @@ def cliff_paths(examined: Examined) -> Iterator[tuple[str, LastLogits]]:
         yield "full forward", partial(last_logits, examined)
         return
     for backend in BACKENDS:
-        load = cache(partial(hub.load, str(examined.folder), backend=backend))
+        load = cache(partial(WindreachForCausalLM.from_pretrained, str(examined.folder), backend=backend))
         yield f"forward, {backend}", partial(_last_logits_of, load, examined)
     yield from ways_to_feed(examined).items()
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, MinistralConfig, MinistralForCausalLM, Mist
 
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
-from model.hub import is_mistral, load, load_config, save_hf
+from model.hub import is_mistral, load_config, save_hf
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37
@@ -28,7 +28,7 @@ def test_ours_to_transformers_and_back_computes_the_same(tmp_path: Path, tied: b
     save_hf(ours, tmp_path / "ours")
     theirs = MistralForCausalLM.from_pretrained(tmp_path / "ours").eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    back = load(tmp_path / "theirs")
+    back = WindreachForCausalLM.from_pretrained(tmp_path / "theirs")
     expected = ours(ids).logits
     torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=0)
     assert torch.equal(back(ids).logits, expected)
@@ -46,7 +46,9 @@ def test_model_of_transformers_computes_the_same_here(tmp_path: Path, tied: bool
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert tied or len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = token_ids(2, T)
-    torch.testing.assert_close(load(tmp_path)(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        WindreachForCausalLM.from_pretrained(tmp_path)(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -59,7 +61,7 @@ def test_ministral_keeps_its_full_layers(tmp_path: Path) -> None:
     )  # fmt: skip
     theirs, ids = MinistralForCausalLM(config).eval(), token_ids(2, T)
     theirs.save_pretrained(tmp_path)
-    ours = load(tmp_path)
+    ours = WindreachForCausalLM.from_pretrained(tmp_path)
     assert [s.kind for s in ours.config.specs] == ["sliding", "full"]
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
 
@@ -99,7 +101,7 @@ def test_stack_that_mistral_cannot_express_is_never_saved_as_mistral(tmp_path: P
     assert "layer_types" not in written
     with pytest.raises(ValueError, match="windreach"):
         AutoConfig.from_pretrained(tmp_path)
-    back = load(tmp_path)
+    back = WindreachForCausalLM.from_pretrained(tmp_path)
     assert back.config.specs == model.config.specs
     assert torch.equal(back(ids).logits, model(ids).logits)
 
@@ -136,7 +138,7 @@ def saved(folder: Path, model: object = None) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_is_the_one_asked_for_and_the_one_written(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = load(saved(tmp_path / "first"), dtype=dtype)
+    model = WindreachForCausalLM.from_pretrained(saved(tmp_path / "first"), dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert written_config(saved(tmp_path / "second", model))["dtype"] == str(dtype).removeprefix("torch.")
 
@@ -148,7 +150,10 @@ def test_the_librarys_way_to_load_is_ours(tmp_path: Path) -> None:
 
 
 def test_backend_is_the_one_asked_for(tmp_path: Path) -> None:
-    assert load(saved(tmp_path), backend="reference").config.attention_backend == "reference"
+    assert (
+        WindreachForCausalLM.from_pretrained(saved(tmp_path), backend="reference").config.attention_backend
+        == "reference"
+    )
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, -1])
@@ -156,28 +161,28 @@ def test_cut_short_weights_are_refused_with_a_remedy(tmp_path: Path, left: int) 
     file = saved(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(UserError, match=r"model\.safetensors can't be read .* cut short, take an older checkpoint$"):
-        load(tmp_path)
+        WindreachForCausalLM.from_pretrained(tmp_path)
 
 
 def test_cut_short_configuration_is_refused_with_a_remedy(tmp_path: Path) -> None:
     file = saved(tmp_path) / "config.json"
     file.write_text(file.read_text()[:50])
     with pytest.raises(UserError, match=r"config\.json is not JSON .* cut short, take an older one$"):
-        load(tmp_path)
+        WindreachForCausalLM.from_pretrained(tmp_path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json is missing; give the folder of a checkpoint$"):
-        load(tmp_path)
+        WindreachForCausalLM.from_pretrained(tmp_path)
     (saved(tmp_path) / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no model\*\.safetensors file; give the folder of a checkpoint$"):
-        load(tmp_path)
+        WindreachForCausalLM.from_pretrained(tmp_path)
 
 
 def test_file_in_the_format_of_mistral_beside_the_weights_is_left_alone(tmp_path: Path) -> None:
     expected = tiny_model(seed=3)
     save_file({"tok_embeddings.weight": torch.zeros(2)}, saved(tmp_path, expected) / "consolidated.safetensors")
-    got = load(tmp_path).state_dict()
+    got = WindreachForCausalLM.from_pretrained(tmp_path).state_dict()
     assert got.keys() == expected.state_dict().keys()
     assert all(torch.equal(got[name], weight) for name, weight in expected.state_dict().items())
 
@@ -189,13 +194,13 @@ def test_weights_that_lack_a_matrix_are_refused(tmp_path: Path, name: str, tied:
     weights.pop(name)
     save_file(weights, file)
     with pytest.raises(UserError, match=rf"weights and config\.json don't belong together: [\s\S]*{name}"):
-        load(tmp_path)
+        WindreachForCausalLM.from_pretrained(tmp_path)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     tiny_config(intermediate_size=64).save_pretrained(saved(tmp_path))
     with pytest.raises(UserError, match="don't belong together"):
-        load(tmp_path)
+        WindreachForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", None])
@@ -204,7 +209,7 @@ def test_other_architectures_are_refused(tmp_path: Path, kind: str | None) -> No
     with pytest.raises(
         UserError, match=rf"model_type is {kind!r}; this loader knows mistral, ministral, qwen3 and windreach$"
     ):
-        load(tmp_path)
+        WindreachForCausalLM.from_pretrained(tmp_path)
 
 
 def test_scaled_rope_of_a_checkpoint_is_refused_and_not_ignored(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from model.decoder import WindreachForCausalLM
-from model.hub import load, save_hf
+from model.hub import save_hf
 from model.projections import FUSED, Projection, fused_names, row_sizes
 from tests.model.tiny import tiny_model, token_ids
 
@@ -97,7 +97,9 @@ def test_merged_adapters_are_in_the_matrix_and_in_the_export(safe: bool, tmp_pat
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
         assert type(merged.model.layers[0].self_attn.q_proj) is Projection
         save_hf(merged, tmp_path)
-        torch.testing.assert_close(load(tmp_path)(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            WindreachForCausalLM.from_pretrained(tmp_path)(ids).logits, expected, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("put", [lambda m: m.register_forward_hook, lambda m: m.register_forward_pre_hook])

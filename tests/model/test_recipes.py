@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model.cache import RingCache
+from model.decoder import WindreachForCausalLM
 from model.errors import UserError
-from model.hub import is_mistral, is_qwen3, load, load_config, save_hf
+from model.hub import is_mistral, is_qwen3, load_config, save_hf
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37
@@ -64,7 +65,7 @@ def test_with_qk_norm_a_stack_is_a_qwen3_checkpoint_and_back(tmp_path: Path, lay
     assert type(theirs) is Qwen3ForCausalLM
     torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=0)
     theirs.save_pretrained(tmp_path / "theirs")
-    back = load(tmp_path / "theirs")
+    back = WindreachForCausalLM.from_pretrained(tmp_path / "theirs")
     assert back.config.specs == ours.config.specs
     assert torch.equal(back(ids).logits, ours(ids).logits)
 
@@ -77,7 +78,7 @@ def test_what_qwen3_cannot_say_is_saved_under_our_own_type(tmp_path: Path) -> No
         assert not is_mistral(ours.config)
         save_hf(ours, tmp_path)
         assert load_config(tmp_path).model_type == "windreach"
-        assert torch.equal(load(tmp_path)(ids).logits, ours(ids).logits)
+        assert torch.equal(WindreachForCausalLM.from_pretrained(tmp_path)(ids).logits, ours(ids).logits)
 
 
 def test_without_qk_norm_nothing_is_qwen3_and_with_it_nothing_is_mistral() -> None:

@@ -24,8 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model.decoder import DecoderLayer
-from model.errors import UserError
-from training.run.checkpoint import MAKE_ROOM
+from model.errors import MAKE_ROOM, UserError
 
 Tensors = dict[str, Tensor]
 

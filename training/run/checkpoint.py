@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from model.errors import UserError
+from model.errors import MAKE_ROOM, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 PREFIX = "step-"
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
-MAKE_ROOM = "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
 Write = Callable[[Path], None]  # writes files into an existing folder
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from eval.models import Examined
 from eval.reach import cliff
 from model import hub, windows
+from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.windows import LayerSpec
 from tests.model.tiny import VOCAB, tiny_model
@@ -43,7 +44,7 @@ def examine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Examine
         if stack not in made:
             folder: Path = tmp_path_factory.mktemp("checkpoint")
             hub.save_hf(tiny_model({**STACKS, **FULL}[stack]), folder)
-            model = hub.load(folder)
+            model = WindreachForCausalLM.from_pretrained(folder)
             tokenizer = SimpleNamespace(vocab_size=VOCAB)
             made[stack] = Examined(stack, model, tokenizer, model.config.specs, folder, None)
         return made[stack]
@@ -54,7 +55,7 @@ def examine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Examine
 def under(examined: Examined, backend: str) -> Examined:
     """The checkpoint under a backend; skipped, with the reason, where that is not to be had."""
     try:
-        return replace(examined, model=hub.load(str(examined.folder), backend=backend))
+        return replace(examined, model=WindreachForCausalLM.from_pretrained(str(examined.folder), backend=backend))
     except UserError as error:
         pytest.skip(str(error))
 

@@ -17,7 +17,7 @@ from eval.reach import __main__ as reach
 from eval.reach import cliff
 from model import hub
 from model.config import WindreachConfig
-from model.decoder import build_model
+from model.decoder import WindreachForCausalLM, build_model
 from model.errors import cli
 from model.windows import LayerSpec
 
@@ -45,7 +45,7 @@ def of_layers(examined: Examined, folder: Path, layers: list[dict[str, Any]]) ->
     fields = {**examined.model.config.to_dict(), "layers": layers, "num_hidden_layers": len(layers)}
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "transformers_version")}
     hub.save_hf(build_model(WindreachConfig(**fields)), folder)
-    model = hub.load(folder)
+    model = WindreachForCausalLM.from_pretrained(folder)
     return replace(examined, model=model, specs=model.config.specs, folder=folder, settings={})
 
 
