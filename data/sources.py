@@ -10,10 +10,9 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.folders import sha256_of
 from data.novels import BOOKS, novels
@@ -26,8 +25,7 @@ HELDOUT_EVERY = 20  # documents
 TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text of its own: tokens of one document never see those of another."""
 
     name: str
@@ -40,7 +38,11 @@ def documents(data: DataSettings, split: str) -> Iterator[Document]:
     Raises `UserError` for a missing or unreadable file, a missing column, and a split without any text.
     """
     empty = True
-    for document in {"novels": _novels, "files": _files, "hub": _hub}[data.source](data, split):
+    if data.source == "novels":
+        texts: Iterable[Document] = starmap(Document, novels(split))
+    else:
+        texts = _files(data, split) if data.source == "files" else _hub(data, split)
+    for document in texts:
         if document.text.strip():
             empty = False
             yield document
@@ -57,21 +59,14 @@ def source_fingerprint(data: DataSettings, split: str) -> str:
     Local files are hashed. A data set on the hub is known by its settings alone: when its publisher changes it, clear
     `data.cache_dir`.
     """
-    content: list[Any]
-    if data.source == "novels":
-        content = [BOOKS[split]]
-    elif data.source == "files":
+    content: list[Any] = [BOOKS[split]]
+    if data.source == "files":
         paths, every = _split_files(data, split)
         content = [data.text_column, every, [(_table_suffix(path) or path.suffix, sha256_of(path)) for path in paths]]
-    else:
-        assert data.hub is not None, "training.settings.consistency requires data.hub for this source"
+    elif data.hub:
         local = sorted(path for path in Path(data.hub.name).rglob("*") if path.is_file())
         content = [data.hub.model_dump(), [sha256_of(path) for path in local]]
     return hashlib.sha256(json.dumps([data.source, split, *content], sort_keys=True).encode()).hexdigest()
-
-
-def _novels(data: DataSettings, split: str) -> Iterator[Document]:
-    return (Document(title, text) for title, text in novels(split))
 
 
 def _files(data: DataSettings, split: str) -> Iterator[Document]:

@@ -79,9 +79,8 @@ class Induction(Task):
         number = np.take_along_axis(draws.deciding(n, pairs, len(vocab.values)), turned, axis=-1)
         key = np.take(vocab.keys, draws.distinct("key", n, pairs, len(vocab.keys)))
         span = np.stack((key, np.take(vocab.values, number)), axis=-1).reshape(*key.shape[:2], 2 * pairs)
-        index = np.arange(2 * pairs - 1) - 2 * (
-            pairs - 1 - last
-        )  # into the span; its last key is the query's last token
+        # Index into the span; its last key is the query's last token.
+        index = np.arange(2 * pairs - 1) - 2 * (pairs - 1 - last)
         query = np.where(index >= 0, np.take_along_axis(span, index.clip(min=0), axis=-1), LEAVE)
         following = np.take_along_axis(span, index.clip(min=0) + 1, axis=-1)
         answers = np.where((index >= 0) & (index % 2 == 0), following, UNSCORED)
@@ -124,8 +123,8 @@ class VariableTracking(Task):
 
         query = marked(vocab.query, np.take_along_axis(variable[:, :, 0], hops, axis=-1)[..., 0])
         value_at = (slot[..., 0] + 1) * assignment.shape[-1] - 1
-        needle = block.reshape(*slot.shape[:2], -1)
-        return Questions(needle, value_at, query, answered_last(query, value[..., 0]), number[..., 0])
+        answers = answered_last(query, value[..., 0])
+        return Questions(block.reshape(*slot.shape[:2], -1), value_at, query, answers, number[..., 0])
 
     def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
         """The chain's first assignment may open the block, or stand just before the rival's last one."""
