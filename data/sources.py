@@ -2,8 +2,6 @@
 
 Held-out text is named by `data.heldout_files` or `data.hub.heldout_split`. If `data.heldout_files` is empty, every
 twentieth document of `data.train_files` is held out: a whole document, never the end of one that training reads.
-
-`datasets` takes most of a second to import, so it is imported only where a table or a hub data set is read.
 """
 
 import glob
@@ -54,11 +52,7 @@ def documents(data: DataSettings, split: str) -> Iterator[Document]:
 
 
 def source_fingerprint(data: DataSettings, split: str) -> str:
-    """SHA-256 (hex) of the content of a split.
-
-    Local files are hashed. A data set on the hub is known by its settings alone: when its publisher changes it, clear
-    `data.cache_dir`.
-    """
+    """SHA-256 (hex) of a split. A hub data set is known by its settings: when it changes, clear `data.cache_dir`."""
     content: list[Any] = [BOOKS[split]]
     if data.source == "files":
         paths, every = _split_files(data, split)
@@ -113,11 +107,11 @@ def _table(builder: str, path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a local table, read as they are needed."""
     import datasets
 
-    options = {"keep_default_na": False} if builder == "csv" else {}  # "NA" and an empty cell are text
+    options: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train", "streaming": True}
+    if builder == "csv":
+        options["keep_default_na"] = False  # "NA" and an empty cell are text
     try:
-        rows = datasets.load_dataset(
-            builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
-        )
+        rows = datasets.load_dataset(builder, **options)
     except StopIteration:  # what `datasets` raises for an empty jsonl file
         return
     yield from rows

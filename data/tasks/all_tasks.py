@@ -115,12 +115,10 @@ class VariableTracking(Task):
         hops = draws.up_to("hops", n, links)[..., None] - 1  # sometimes 0 in training: models learn look-up first
         used = (np.arange(links) <= hops)[..., None, :, None]
         assignment = np.where(used, marked(vocab.needle, variable, assigned), LEAVE)
-
         drawn = draws.distinct("place", n, chains * links, chains * links).reshape(-1, n, chains, links)
         slot = np.sort(drawn, axis=-1).reshape(-1, n, chains * links)  # keeps the order within a chain
         block = np.empty((*slot.shape, assignment.shape[-1]), dtype=np.int64)
         np.put_along_axis(block, slot[..., None], assignment.reshape(block.shape), axis=2)
-
         query = marked(vocab.query, np.take_along_axis(variable[:, :, 0], hops, axis=-1)[..., 0])
         value_at = (slot[..., 0] + 1) * assignment.shape[-1] - 1
         answers = answered_last(query, value[..., 0])
@@ -169,9 +167,8 @@ class Instruction(Task):
         return 1 / options.rules
 
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (Needle(), NeedleNoise(), Keys(), Induction(), VariableTracking(), Instruction())
-}
+_TASKS: tuple[Task, ...] = (Needle(), NeedleNoise(), Keys(), Induction(), VariableTracking(), Instruction())
+TASKS = {task.name: task for task in _TASKS}
 
 
 def need_keys(tasks: Iterable[str]) -> bool:

@@ -56,15 +56,13 @@ class Draws:
 
 
 class ItemDraws:
-    """Draws for one row (B = 1), with the methods of `Draws`. A name that was drawn keeps its numbers.
-
-    `counterfactual` gives the same draws, except for the first question's deciding number.
-    """
+    """Draws for one row (B = 1), with the methods of `Draws`. A name that was drawn keeps its numbers."""
 
     def __init__(self, rng: np.random.Generator, drawn: dict[str, IntArray] | None = None, member: int = 0):
         self.rng, self.drawn, self.member = rng, {} if drawn is None else drawn, member
 
     def counterfactual(self) -> "ItemDraws":
+        """The same draws, except for the first question's deciding number."""
         return ItemDraws(self.rng, self.drawn, member=1)
 
     def integers(self, name: str, n: int, high: int) -> IntArray:

@@ -172,7 +172,8 @@ def _layout(
 
     A share of the rows holds a single question, as in evaluation: its query at the end, or its needle at the start.
     """
-    low, n = asked.nearest, asked.nearest.shape[1]
+    low = asked.needle.shape[-1] - 1 - asked.value_at + asked.query_tokens  # the nearest distance of each question
+    n = low.shape[1]
     choice = draws.uniform("short", n)
     high = np.where(choice < rules.short_share, min(max_distance, rules.short_distance), max_distance)
     high = np.maximum(low, high)

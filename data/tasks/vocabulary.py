@@ -6,7 +6,6 @@ task is added. `data.tasks.layout.clean_filler` removes all of these tokens from
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -28,7 +27,6 @@ class TokenizerLike(Protocol):
     """What recall tasks need of a tokenizer, ours or any other."""
 
     def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
     def get_vocab(self) -> dict[str, int]: ...
 
 
@@ -64,8 +62,8 @@ def recall_vocabulary(tokenizer: TokenizerLike, n_values: int, n_keys: int = 0) 
     has_reserved = all(name in vocab and list(tokenizer.encode(name)) == [vocab[name]] for name in RESERVED)
     names = list(RESERVED) if has_reserved else words
     if n_values + 2 > len(names):
-        offered = max(0, len(names) - 2)
-        raise UserError(f"recall.values is {n_values}, but the tokenizer offers {offered} one-token values; lower it")
+        few = f"recall.values is {n_values}, but the tokenizer offers {max(0, len(names) - 2)} one-token values"
+        raise UserError(f"{few}; lower it")
     names = names[: n_values + 2]
     free = [word for word in words if word not in names]
     if n_keys > len(free):

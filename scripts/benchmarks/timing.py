@@ -17,7 +17,7 @@ from training.planning.memory import PeakBytes
 from training.settings.schema import Settings
 
 OURS, ALONE = "ours", "–"
-WARM_CALLS, WARM_SECONDS = 5, 2.0
+WARM_CALLS, WARM_SECONDS = 5, 2.0  # the first calls of a process also pay for new pages of memory
 Work = Callable[[], Any]
 
 
@@ -83,10 +83,7 @@ def compare(
 
 
 def why_not(work: Work) -> str:
-    """Warm up; returns the reason why `work` can't run here (no kernel, memory or compiler), or "".
-
-    Short functions run several times: the first calls of a process also pay for new pages of memory.
-    """
+    """Warm up; returns the reason why `work` can't run here (no kernel, memory or compiler), or ""."""
     began = time.perf_counter()
     try:
         for _ in range(WARM_CALLS):

@@ -93,10 +93,7 @@ def training_step(model: Any, batch: Tensor, precision: str) -> Work:
 
 
 def products(model: WindreachForCausalLM, tokens: int, setup: Setup) -> Work:
-    """All matrix products of a step with weights, forward and backward, into memory that is allocated beforehand.
-
-    No step of this model can be faster: attention, norms, loss and optimizer add to it.
-    """
+    """All matrix products of a step with weights, into memory allocated beforehand. No step can be faster."""
     tied = model.config.tie_word_embeddings  # the embedding is then the last matrix too
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and (tied or "embed_tokens" not in name)]
     shapes, dtype, device = [(p.shape[0], p.shape[1]) for p in matrices], DTYPES[setup.precision], setup.device

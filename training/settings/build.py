@@ -1,8 +1,4 @@
-"""From settings to the decoder's configuration.
-
-The checks of settings use `layer_dicts` and must answer within seconds. So torch and transformers are imported only
-where a configuration is built.
-"""
+"""From settings to the decoder's configuration. torch is imported only where one is built: checks must be fast."""
 
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
@@ -15,10 +11,7 @@ if TYPE_CHECKING:
 
 
 def model_config(settings: Settings, vocab_size: int) -> "WindreachConfig":
-    """The decoder that `settings.model` describes, for a tokenizer of `vocab_size` tokens.
-
-    A larger `model.vocab_size` leaves rows unused. A smaller one was refused when the data was prepared.
-    """
+    """The decoder that `settings.model` describes, for a tokenizer of `vocab_size` tokens."""
     from model.config import WindreachConfig
 
     m = settings.model

@@ -80,10 +80,7 @@ def _read(path: Path, settings: dict[str, Any], origins: dict[Keys, str], chain:
 
 
 def parse_file(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[Keys, int]]:
-    """The sections of a YAML file and the line of each key; `chain` are the files that led to it.
-
-    Raises UserError if it can't be read or contains no sections.
-    """
+    """The sections of a YAML file and the line of each key; `chain` are the files that led to it. Raises UserError."""
     try:
         tree, lines = parse(path.read_bytes())
     except OSError as problem:
@@ -166,9 +163,7 @@ def _refused(what: str, where: Any) -> yaml.MarkedYAMLError:
 
 
 def parse(text: str | bytes) -> tuple[Any, dict[Keys, int]]:
-    """The value of a YAML text, and the line of every key and list item by its path.
-
-    Raises yaml.YAMLError, which `_reason` turns into a sentence.
+    """The value of a YAML text, and the line of every key and list item by its path. Raises yaml.YAMLError.
 
     >>> parse("lr: 3e-4\\nswitch: off\\nsteps: 1e3")
     ({'lr': 0.0003, 'switch': 'off', 'steps': 1000}, {('lr',): 1, ('switch',): 2, ('steps',): 3})
