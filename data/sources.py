@@ -85,12 +85,10 @@ def _split_files(data: DataSettings, split: str) -> tuple[list[Path], int | None
 
 def _table_suffix(path: Path) -> str | None:
     """`.jsonl` for a.JSONL and for a.jsonl.gz; None for a text file."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in TABLES if name.endswith(suffix)), None)
+    return next((suffix for suffix in TABLES if path.name.lower().removesuffix(".gz").endswith(suffix)), None)
 
 
 def _read(path: Path, column: str) -> Iterator[Document]:
-    """The documents of a file."""
     if suffix := _table_suffix(path):
         yield from _rows(_table(TABLES[suffix], path), column, path.name, "data.text_column")
         return
@@ -107,11 +105,9 @@ def _table(builder: str, path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a local table, read as they are needed."""
     import datasets
 
-    options: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train", "streaming": True}
-    if builder == "csv":
-        options["keep_default_na"] = False  # "NA" and an empty cell are text
+    more = {"keep_default_na": False} if builder == "csv" else {}  # "NA" and an empty cell are text
     try:
-        rows = datasets.load_dataset(builder, **options)
+        rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=True, **more)
     except StopIteration:  # what `datasets` raises for an empty jsonl file
         return
     yield from rows

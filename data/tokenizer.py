@@ -54,7 +54,6 @@ class Tokenizer:
         return str(self.processor.decode([int(i) for i in ids]))
 
     def get_vocab(self) -> dict[str, int]:
-        """Token to id."""
         return {self.processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def token_bytes(self) -> NDArray[np.int64]:

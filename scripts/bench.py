@@ -92,9 +92,8 @@ def table_of(rows: "list[Row]") -> Table:
     columns = ("case", "peer", "precision", "ours", "peer's", "ratio", "our bytes", "its bytes", "note")
     table = Table(*columns, title=rows[0].bench)
     for row in rows:
-        ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x"
-        if row.ratio is not None and row.limit is not None:
-            ratio += f" (aim: {row.limit:.3g})"
+        aim = f" (aim: {row.limit:.3g})" if row.limit else ""
+        ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x{aim}"
         ours, theirs = ("–" if s is None else f"{s * 1e3:,.2f} ms" for s in (row.ours_s, row.peer_s))
         sizes = ("" if n is None else f"{n / 2**20:,.2f} MiB" for n in (row.ours_bytes, row.peer_bytes))
         table.add_row(row.case, row.peer, row.dtype, ours, theirs, ratio, *sizes, row.note)
@@ -121,8 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batches", type=_counts, default="1,8", help="decode: batch sizes; default: %(default)s")
     add("--tokens", type=_count, default="131072", help="stream: tokens of the text; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
-    file = arguments.json
-    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+    if (file := arguments.json) and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
     return arguments
 

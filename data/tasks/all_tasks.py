@@ -42,7 +42,6 @@ class Keys(Task):
     alone = True
 
     def ask(self, draws: TaskDraws, n: int, vocab: RecallVocabulary, options: TaskOptions) -> Questions:
-        assert n == 1, "a row asks for one of its keys"
         pairs = options.pairs
         key = np.take(vocab.keys, draws.distinct("key", 1, pairs, len(vocab.keys)))
         number = draws.deciding(1, pairs, len(vocab.values))

@@ -19,8 +19,7 @@ class Draws:
 
     def __init__(self, seed: int, step: int, rows: range):
         numbers = np.arange(rows.start, rows.stop, dtype=np.uint64)
-        key: NDArray[np.uint64] = _mix(_mix(np.full_like(numbers, seed)) + np.uint64(step))
-        self.keys = _mix(key + numbers)
+        self.keys = _mix(_mix(_mix(np.full_like(numbers, seed)) + np.uint64(step)) + numbers)
 
     def uniform(self, name: str, n: int) -> NDArray[np.float64]:
         """(B, n) on [0, 1), in steps of 2**-53."""
@@ -36,7 +35,6 @@ class Draws:
         """(B, n, count) on [0, high), without repetition along the last axis."""
         if count == 1:
             return self.integers(name, n, high)[..., None]
-        assert count <= high, "more distinct numbers than there are"
         keyed = self.uniform(name, n * high).reshape(-1, n, high)
         return np.argsort(keyed, axis=-1, kind="stable")[..., :count]
 

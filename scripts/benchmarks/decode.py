@@ -41,7 +41,6 @@ class Generation:
         )  # fmt: skip
 
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values in the cache."""
         return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values))
 
 

@@ -45,8 +45,7 @@ def mistral_twin(ours: WindreachForCausalLM, attention: str) -> MistralForCausal
 def bench_train(setup: Setup, rows: int | None = None, seq_len: int | None = None, only: str = "") -> list[Row]:
     """Forward, backward and AdamW on one batch; weights, batch, loss and optimizer are the same for all.
 
-    `rows` is the batch size. `only` is the name of the one transformers peer to keep. The note of each row gives the
-    tokens per second and the MFU of ours.
+    `rows` is the batch size. `only` names the one transformers peer to keep. Notes give our tokens/s and MFU.
     """
     settings, config = setup.settings, plain_config(setup.settings)
     t = seq_len or settings.data.seq_len

@@ -30,7 +30,8 @@ def inconsistencies(settings: Settings) -> list[Problem]:
 
 def last_distance(settings: Settings) -> int:
     """The farthest distance that recall trains on, in tokens."""
-    return settings.recall.curriculum.max_distance or _reach(settings) or settings.data.seq_len
+    layers = [LayerSpec(**layer) for layer in layer_dicts(settings.model)]
+    return settings.recall.curriculum.max_distance or reach(layers) or settings.data.seq_len
 
 
 def recall_seq_len(settings: Settings) -> int:
@@ -44,10 +45,6 @@ def row_tokens(settings: Settings, distances: Mapping[str, int]) -> int:
     """Tokens in a row that is long enough for a question of every task at its distance, with markers of one token."""
     options = settings.recall.questions
     return max(TASKS[task].size(options).row(distance) for task, distance in distances.items())
-
-
-def _reach(settings: Settings) -> int | None:
-    return reach([LayerSpec(**layer) for layer in layer_dicts(settings.model)])
 
 
 def _layers(s: Settings) -> Iterator[Check]:
@@ -100,8 +97,9 @@ def _steps(s: Settings) -> Iterator[Check]:
 
 def _recall_lengths(s: Settings) -> list[Check]:
     """A row within one window never needs a second layer. It can neither teach nor test a reach beyond W."""
-    recall, c, farthest, last = s.recall, s.recall.curriculum, _reach(s), last_distance(s)
-    widest = max((layer["window"] * layer["dilation"] for layer in layer_dicts(s.model) if layer["window"]), default=0)
+    recall, c, last, layers = s.recall, s.recall.curriculum, last_distance(s), layer_dicts(s.model)
+    farthest = reach([LayerSpec(**layer) for layer in layers])
+    widest = max((layer["window"] * layer["dilation"] for layer in layers if layer["window"]), default=0)
     within = f"rows lie within one window of {widest} tokens, so recall beyond it can't be learned"
     longer = f"use more than {2 * widest}, or lower model.sliding_window, or set recall.enabled: false"
     name = max(recall.tasks, key=lambda task: row_tokens(s, {task: last}))

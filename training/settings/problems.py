@@ -58,13 +58,14 @@ def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings
     fields = dict(all_fields(root))
     for error in errors.errors(include_url=False):
         keys = _keys(error["loc"], tree)
+        names = [key for key in keys if isinstance(key, str)]  # without indices
         at = error["loc"] if "[key]" in error["loc"] else keys  # a wrong key of a dict and its wrong value are two
         mistake, value, facts = error["type"], error["input"], error.get("ctx", {})
         what, remedy = error["msg"], _REMEDIES.get(mistake, "correct it, or remove the line to take the default")
         if mistake == "extra_forbidden":
-            what, remedy = "unknown key", _nearest_key(keys, fields)
+            what, remedy = "unknown key", _nearest_key(keys, ".".join(names[:-1]), fields)
         elif mistake == "missing":
-            info = fields.get(_path(keys))
+            info = fields.get(".".join(names))
             value, remedy = ABSENT, "add it"
             what = f"missing: {described(info).partition('. ')[0].rstrip('.') if info else 'it has no default'}"
         else:
@@ -89,19 +90,14 @@ def _keys(loc: Keys, tree: Any) -> Keys:
     return keys
 
 
-def _nearest_key(keys: Keys, fields: dict[str, FieldInfo]) -> str:
-    """The nearest spelling in the same section, else the same name in another section."""
-    parent, name = _path(keys[:-1]), str(keys[-1])
+def _nearest_key(keys: Keys, parent: str, fields: dict[str, FieldInfo]) -> str:
+    """The nearest spelling in the section `parent`, else the same name in another section."""
+    name = str(keys[-1])
     beside = [path.rpartition(".")[2] for path in fields if path.rpartition(".")[0] == parent]
     if near := get_close_matches(name, beside, n=1):
         return f"did you mean {'.'.join(map(str, (*keys[:-1], near[0])))}?"
     elsewhere = [path for path in fields if path.rpartition(".")[2] == name and not section_of(fields[path].annotation)]
     return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(beside)}"
-
-
-def _path(keys: Keys) -> str:
-    """The dotted path without indices."""
-    return ".".join(key for key in keys if isinstance(key, str))
 
 
 def described(info: FieldInfo) -> str:
