@@ -31,9 +31,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            f"{str(folder.parent)!r} can't be written ({error.strerror}); give another folder, e.g. data.cache_dir"
-        ) from error
+        what = f"{str(folder.parent)!r} can't be written ({error.strerror})"
+        raise UserError(f"{what}; give another folder, e.g. data.cache_dir") from error
     try:
         yield aside
         if folder.exists():

@@ -2,18 +2,15 @@
 
 Held-out text is named by `data.heldout_files` or `data.hub.heldout_split`. If `data.heldout_files` is empty, every
 twentieth document of `data.train_files` is held out: a whole document, never the end of one that training reads.
-
-`datasets` takes most of a second to import, so it is imported only where a table or a hub data set is read.
 """
 
 import glob
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.folders import sha256_of
 from data.novels import BOOKS, novels
@@ -26,8 +23,7 @@ HELDOUT_EVERY = 20  # documents
 TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text of its own: tokens of one document never see those of another."""
 
     name: str
@@ -40,7 +36,11 @@ def documents(data: DataSettings, split: str) -> Iterator[Document]:
     Raises `UserError` for a missing or unreadable file, a missing column, and a split without any text.
     """
     empty = True
-    for document in {"novels": _novels, "files": _files, "hub": _hub}[data.source](data, split):
+    if data.source == "novels":
+        texts: Iterable[Document] = starmap(Document, novels(split))
+    else:
+        texts = _files(data, split) if data.source == "files" else _hub(data, split)
+    for document in texts:
         if document.text.strip():
             empty = False
             yield document
@@ -52,26 +52,15 @@ def documents(data: DataSettings, split: str) -> Iterator[Document]:
 
 
 def source_fingerprint(data: DataSettings, split: str) -> str:
-    """SHA-256 (hex) of the content of a split.
-
-    Local files are hashed. A data set on the hub is known by its settings alone: when its publisher changes it, clear
-    `data.cache_dir`.
-    """
-    content: list[Any]
-    if data.source == "novels":
-        content = [BOOKS[split]]
-    elif data.source == "files":
+    """SHA-256 (hex) of a split. A hub data set is known by its settings: when it changes, clear `data.cache_dir`."""
+    content: list[Any] = [BOOKS[split]]
+    if data.source == "files":
         paths, every = _split_files(data, split)
         content = [data.text_column, every, [(_table_suffix(path) or path.suffix, sha256_of(path)) for path in paths]]
-    else:
-        assert data.hub is not None, "training.settings.consistency requires data.hub for this source"
+    elif data.hub:
         local = sorted(path for path in Path(data.hub.name).rglob("*") if path.is_file())
         content = [data.hub.model_dump(), [sha256_of(path) for path in local]]
     return hashlib.sha256(json.dumps([data.source, split, *content], sort_keys=True).encode()).hexdigest()
-
-
-def _novels(data: DataSettings, split: str) -> Iterator[Document]:
-    return (Document(title, text) for title, text in novels(split))
 
 
 def _files(data: DataSettings, split: str) -> Iterator[Document]:
@@ -96,12 +85,10 @@ def _split_files(data: DataSettings, split: str) -> tuple[list[Path], int | None
 
 def _table_suffix(path: Path) -> str | None:
     """`.jsonl` for a.JSONL and for a.jsonl.gz; None for a text file."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in TABLES if name.endswith(suffix)), None)
+    return next((suffix for suffix in TABLES if path.name.lower().removesuffix(".gz").endswith(suffix)), None)
 
 
 def _read(path: Path, column: str) -> Iterator[Document]:
-    """The documents of a file."""
     if suffix := _table_suffix(path):
         yield from _rows(_table(TABLES[suffix], path), column, path.name, "data.text_column")
         return
@@ -118,11 +105,9 @@ def _table(builder: str, path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a local table, read as they are needed."""
     import datasets
 
-    options = {"keep_default_na": False} if builder == "csv" else {}  # "NA" and an empty cell are text
+    more = {"keep_default_na": False} if builder == "csv" else {}  # "NA" and an empty cell are text
     try:
-        rows = datasets.load_dataset(
-            builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
-        )
+        rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=True, **more)
     except StopIteration:  # what `datasets` raises for an empty jsonl file
         return
     yield from rows

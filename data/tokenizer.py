@@ -11,11 +11,12 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from data.folders import written_whole
 from data.settings import RunSettings
@@ -30,7 +31,7 @@ FILE = "tokenizer.model"
 VERSION = 1  # raise it when the same text would give another tokenizer
 TRAINING_CHARACTERS = 50_000_000  # more text gives no better tokens
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # ModelProto.SentencePiece.Type
+_Piece = ModelProto.SentencePiece  # has the types of tokens
 _BLANK = "▁"
 
 
@@ -53,7 +54,6 @@ class Tokenizer:
         return str(self.processor.decode([int(i) for i in ids]))
 
     def get_vocab(self) -> dict[str, int]:
-        """Token to id."""
         return {self.processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def token_bytes(self) -> NDArray[np.int64]:
@@ -87,7 +87,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a sentencepiece model"
         raise UserError(f"{name}: {reason}; name a sentencepiece .model file, or leave it out to train one") from error
-    trainer = _parsed(tokenizer.model).trainer_spec
+    trainer = ModelProto.FromString(tokenizer.model).trainer_spec
     if trainer.model_type != trainer.BPE or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         # Hugging Face can't repeat other models exactly; <s> and </s> mark the ends of documents.
         raise UserError(f"{name} is not a BPE model with <s> and </s>; name another, or leave it out to train one")
@@ -143,10 +143,10 @@ def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    proto = _parsed(model)
+    proto = ModelProto.FromString(model)
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     # Every split of a token into two others, best token first: sentencepiece merges by the score of the result.
     merges = [
         (token[:cut], token[cut:])
@@ -154,9 +154,8 @@ def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
         for cut in range(1, len(token))
         if token[:cut] in scores and token[cut:] in scores
     ]
-    converted = Tokenizer(
-        BPE(vocab, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
-    )
+    bpe = BPE(vocab, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+    converted = Tokenizer(bpe)
     # What sentencepiece does to text before it looks for tokens, in its order.
     converted.normalizer = normalizers.Sequence([
         *([normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []),
@@ -168,13 +167,8 @@ def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
         decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(),
         *([decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []),
     ])  # fmt: skip
-    added = [piece for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)]
-    converted.add_tokens([AddedToken(p.piece, normalized=False, special=p.type == _CONTROL) for p in added])
+    converted.add_tokens([
+        AddedToken(piece.piece, normalized=False, special=piece.type == _Piece.CONTROL)
+        for piece in proto.pieces if piece.type in (_Piece.CONTROL, _Piece.USER_DEFINED)
+    ])  # fmt: skip
     return converted
-
-
-def _parsed(model: bytes) -> Any:
-    """The protocol buffer of a sentencepiece model."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
-    return ModelProto.FromString(model)

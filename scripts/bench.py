@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -59,12 +59,12 @@ def main() -> None:
         f"{threads} threads; matmul fp32 {machine.fp32_flops / 1e9:,.0f}, "
         f"bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s -> {precision}; torch {torch.__version__}"
     )
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     for more in benchmarks(arguments, Setup(settings, device, precision, arguments.rounds), machine):
         console.print(table_of(more))
-        rows += more
+        rows += map(asdict, more)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine") -> "Iterator[list[Row]]":
@@ -89,17 +89,13 @@ def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine"
 
 
 def table_of(rows: "list[Row]") -> Table:
-    def size(count: int | None) -> str:
-        return "" if count is None else f"{count / 2**20:,.2f} MiB"
-
     columns = ("case", "peer", "precision", "ours", "peer's", "ratio", "our bytes", "its bytes", "note")
     table = Table(*columns, title=rows[0].bench)
     for row in rows:
-        ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x"
-        if row.ratio is not None and row.limit is not None:
-            ratio += f" (aim: {row.limit:.3g})"
+        aim = f" (aim: {row.limit:.3g})" if row.limit else ""
+        ratio = "–" if row.ratio is None else f"{row.ratio:.2f} x{aim}"
         ours, theirs = ("–" if s is None else f"{s * 1e3:,.2f} ms" for s in (row.ours_s, row.peer_s))
-        sizes = size(row.ours_bytes), size(row.peer_bytes)
+        sizes = ("" if n is None else f"{n / 2**20:,.2f} MiB" for n in (row.ours_bytes, row.peer_bytes))
         table.add_row(row.case, row.peer, row.dtype, ours, theirs, ratio, *sizes, row.note)
     return table
 
@@ -117,18 +113,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=_count, help="train: batch size; default: tokens_per_step / seq_len of the config")
     add("--peer", choices=list(TRAINING_PEERS), default="", help="train: time only this peer; default: all")
     add("--seq-lens", type=_counts, default=[], help="train: sequence lengths; default: seq_len of the config")
-    for option, number_or_list, default, what in (
-        ("--rounds", _count, "7", "timed runs of each function"),
-        ("--lengths", _counts, "512,1024,2048,4096", "attention: sequence lengths"),
-        ("--windows", _counts, "16,32,64,128,256,512", "attention: windows"),
-        ("--new-tokens", _count, "128", "decode: tokens to generate"),
-        ("--batches", _counts, "1,8", "decode: batch sizes"),
-        ("--tokens", _count, "131072", "stream: tokens of the text"),
-    ):
-        add(option, type=number_or_list, default=default, metavar="N", help=f"{what}; default: %(default)s")
+    add("--rounds", type=_count, default="7", help="timed runs of each function; default: %(default)s")
+    add("--lengths", type=_counts, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")
+    add("--windows", type=_counts, default="16,32,64,128,256,512", help="attention: windows; default: %(default)s")
+    add("--new-tokens", type=_count, default="128", help="decode: tokens to generate; default: %(default)s")
+    add("--batches", type=_counts, default="1,8", help="decode: batch sizes; default: %(default)s")
+    add("--tokens", type=_count, default="131072", help="stream: tokens of the text; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
-    file = arguments.json
-    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+    if (file := arguments.json) and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
     return arguments
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from model.cache import RingCache
     from model.decoder import WindreachForCausalLM
 
+    Draw = Callable[[torch.Tensor], int]  # from logits (V,) to a token id
+
 
 def draw(logits_v: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> int:
     """One token id from logits (V,). Temperature 0 is greedy. `top_p` keeps the likeliest tokens of that total mass."""
@@ -43,13 +45,10 @@ def draw(logits_v: "torch.Tensor", temperature: float, top_p: float, generator: 
     return int(ids[probabilities.multinomial(1, generator=generator)])
 
 
-def stream(
-    model: "WindreachForCausalLM", prompt: Sequence[int], draw_from: "Callable[[torch.Tensor], int]", cache: "RingCache"
-) -> Iterator[int]:
-    """Yield new token ids without end. The cache stays at the last W tokens of each layer."""
+def stream(model: "WindreachForCausalLM", ids: Sequence[int], draw_from: "Draw", cache: "RingCache") -> Iterator[int]:
+    """Yield the tokens after `ids` without end. The cache stays at the last W tokens of each layer."""
     import torch
 
-    ids = list(prompt)
     while True:
         with torch.inference_mode():
             batch = torch.tensor([ids], device=model.device)
@@ -94,7 +93,7 @@ def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 class Conversation:
     """One text that the user and the model write in turns; the cache is kept from turn to turn."""
 
-    def __init__(self, examined: Examined, draw_from: "Callable[[torch.Tensor], int]", stops: Sequence[str]) -> None:
+    def __init__(self, examined: Examined, draw_from: "Draw", stops: Sequence[str]) -> None:
         from model.cache import RingCache
 
         if not examined.ours:
@@ -138,15 +137,15 @@ class Conversation:
         """Speed and memory. The time of a turn's first token counts as reading the prompt."""
         timed = self.written - self.turns
         rate = f"{timed / self.seconds['writing']:,.1f} tokens/s" if timed > 0 else "unknown speed"
-        return (
-            f"{self.read:,} prompt tokens in {self.seconds['reading']:.2f} s, then {self.written:,} tokens at {rate}; "
-            f"cache {self.cache.bytes:,} bytes"
-        )
+        reading = f"{self.read:,} prompt tokens in {self.seconds['reading']:.2f} s"
+        return f"{reading}, then {self.written:,} tokens at {rate}; cache {self.cache.bytes:,} bytes"
 
 
-def show(texts: Iterable[str]) -> None:
-    for text in texts:
-        print(text, end="", flush=True)
+def reply(talk: Conversation, text: str, max_tokens: int | None) -> None:
+    """Print the answer to a text while it is written."""
+    talk.say(text)
+    for part in talk.answer(max_tokens):
+        print(part, end="", flush=True)
     print(flush=True)
 
 
@@ -161,8 +160,7 @@ def converse(talk: Conversation, max_tokens: int) -> None:
         try:
             text = _utf8(line.rstrip(b"\r\n"), f"line {number} of standard input")
             if text.strip():
-                talk.say(text)
-                show(talk.answer(max_tokens))
+                reply(talk, text, max_tokens)
         except UserError as error:
             if not terminal:
                 raise
@@ -251,8 +249,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if text is not None:
-            talk.say(text)
-            show(talk.answer(None if arguments.endless else max_tokens))
+            reply(talk, text, None if arguments.endless else max_tokens)
         if arguments.interactive:
             converse(talk, max_tokens)
     except KeyboardInterrupt:

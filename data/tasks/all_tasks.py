@@ -42,7 +42,6 @@ class Keys(Task):
     alone = True
 
     def ask(self, draws: TaskDraws, n: int, vocab: RecallVocabulary, options: TaskOptions) -> Questions:
-        assert n == 1, "a row asks for one of its keys"
         pairs = options.pairs
         key = np.take(vocab.keys, draws.distinct("key", 1, pairs, len(vocab.keys)))
         number = draws.deciding(1, pairs, len(vocab.values))
@@ -79,9 +78,8 @@ class Induction(Task):
         number = np.take_along_axis(draws.deciding(n, pairs, len(vocab.values)), turned, axis=-1)
         key = np.take(vocab.keys, draws.distinct("key", n, pairs, len(vocab.keys)))
         span = np.stack((key, np.take(vocab.values, number)), axis=-1).reshape(*key.shape[:2], 2 * pairs)
-        index = np.arange(2 * pairs - 1) - 2 * (
-            pairs - 1 - last
-        )  # into the span; its last key is the query's last token
+        # Index into the span; its last key is the query's last token.
+        index = np.arange(2 * pairs - 1) - 2 * (pairs - 1 - last)
         query = np.where(index >= 0, np.take_along_axis(span, index.clip(min=0), axis=-1), LEAVE)
         following = np.take_along_axis(span, index.clip(min=0) + 1, axis=-1)
         answers = np.where((index >= 0) & (index % 2 == 0), following, UNSCORED)
@@ -116,16 +114,14 @@ class VariableTracking(Task):
         hops = draws.up_to("hops", n, links)[..., None] - 1  # sometimes 0 in training: models learn look-up first
         used = (np.arange(links) <= hops)[..., None, :, None]
         assignment = np.where(used, marked(vocab.needle, variable, assigned), LEAVE)
-
         drawn = draws.distinct("place", n, chains * links, chains * links).reshape(-1, n, chains, links)
         slot = np.sort(drawn, axis=-1).reshape(-1, n, chains * links)  # keeps the order within a chain
         block = np.empty((*slot.shape, assignment.shape[-1]), dtype=np.int64)
         np.put_along_axis(block, slot[..., None], assignment.reshape(block.shape), axis=2)
-
         query = marked(vocab.query, np.take_along_axis(variable[:, :, 0], hops, axis=-1)[..., 0])
         value_at = (slot[..., 0] + 1) * assignment.shape[-1] - 1
-        needle = block.reshape(*slot.shape[:2], -1)
-        return Questions(needle, value_at, query, answered_last(query, value[..., 0]), number[..., 0])
+        answers = answered_last(query, value[..., 0])
+        return Questions(block.reshape(*slot.shape[:2], -1), value_at, query, answers, number[..., 0])
 
     def size(self, options: TaskOptions, needle: int = 1, query: int = 1) -> Size:
         """The chain's first assignment may open the block, or stand just before the rival's last one."""
@@ -170,9 +166,8 @@ class Instruction(Task):
         return 1 / options.rules
 
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (Needle(), NeedleNoise(), Keys(), Induction(), VariableTracking(), Instruction())
-}
+_TASKS: tuple[Task, ...] = (Needle(), NeedleNoise(), Keys(), Induction(), VariableTracking(), Instruction())
+TASKS = {task.name: task for task in _TASKS}
 
 
 def need_keys(tasks: Iterable[str]) -> bool:

@@ -19,8 +19,7 @@ class Draws:
 
     def __init__(self, seed: int, step: int, rows: range):
         numbers = np.arange(rows.start, rows.stop, dtype=np.uint64)
-        key: NDArray[np.uint64] = _mix(_mix(np.full_like(numbers, seed)) + np.uint64(step))
-        self.keys = _mix(key + numbers)
+        self.keys = _mix(_mix(_mix(np.full_like(numbers, seed)) + np.uint64(step)) + numbers)
 
     def uniform(self, name: str, n: int) -> NDArray[np.float64]:
         """(B, n) on [0, 1), in steps of 2**-53."""
@@ -36,7 +35,6 @@ class Draws:
         """(B, n, count) on [0, high), without repetition along the last axis."""
         if count == 1:
             return self.integers(name, n, high)[..., None]
-        assert count <= high, "more distinct numbers than there are"
         keyed = self.uniform(name, n * high).reshape(-1, n, high)
         return np.argsort(keyed, axis=-1, kind="stable")[..., :count]
 
@@ -56,15 +54,13 @@ class Draws:
 
 
 class ItemDraws:
-    """Draws for one row (B = 1), with the methods of `Draws`. A name that was drawn keeps its numbers.
-
-    `counterfactual` gives the same draws, except for the first question's deciding number.
-    """
+    """Draws for one row (B = 1), with the methods of `Draws`. A name that was drawn keeps its numbers."""
 
     def __init__(self, rng: np.random.Generator, drawn: dict[str, IntArray] | None = None, member: int = 0):
         self.rng, self.drawn, self.member = rng, {} if drawn is None else drawn, member
 
     def counterfactual(self) -> "ItemDraws":
+        """The same draws, except for the first question's deciding number."""
         return ItemDraws(self.rng, self.drawn, member=1)
 
     def integers(self, name: str, n: int, high: int) -> IntArray:

@@ -10,8 +10,7 @@ its query stands filler alone. Another query there would act as a relay station,
 without. The one exception is `keys`, whose other pairs stand wherever there is room.
 
 `data.tasks.all_tasks` draws what is asked. Training (`training_rows`) and evaluation (`item`) write it into rows here.
-Legend: B rows, T tokens in a row, N questions in a row, L tokens of a needle, M of a query, P needles elsewhere;
-K questions that fit, over all rows.
+Legend: that of `data.tasks.question`, and T tokens in a row; K questions that fit, over all rows.
 """
 
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from data.tasks.question import DEFAULT_OPTIONS, LEAVE, UNSCORED, Questions, Siz
 from data.tasks.vocabulary import RecallVocabulary
 from data.token_store import TokenStore
 from model.errors import UserError
-
-BoolArray = NDArray[np.bool_]
 
 MAX_GAP = 16  # a query and the next needle are fewer tokens apart
 DEFAULT_RULES = RowRules()
@@ -87,25 +84,18 @@ def clean_filler(filler: IntArray, vocab: RecallVocabulary) -> IntArray:
 
 def filler_room(store: TokenStore, length: int) -> int:
     """Number of positions in the store at which `length` tokens may begin. Raises `UserError` when there are none."""
-    room = len(store.tokens) - length + 1
-    if room < 1:
+    if len(store.tokens) < length:
         raise UserError(
             f"a recall row needs {length:,} tokens of text and the data has {len(store.tokens):,}; "
             "give more text (data.train_files, data.heldout_files), or lower recall.seq_len or the distances"
         )
-    return room
+    return len(store.tokens) - length + 1
 
 
 def item(
-    task: str,
-    rng: np.random.Generator,
-    filler: IntArray | TokenStore,
-    vocab: RecallVocabulary,
-    total_length: int,
-    distance: int,
-    options: TaskOptions = DEFAULT_OPTIONS,
-    distractors: int = 0,
-) -> RecallItem:
+    task: str, rng: np.random.Generator, filler: IntArray | TokenStore, vocab: RecallVocabulary, total_length: int,
+    distance: int, options: TaskOptions = DEFAULT_OPTIONS, distractors: int = 0,
+) -> RecallItem:  # fmt: skip
     """A question in `total_length` tokens, the same number for all distances.
 
     The query stands at the end. If the task's needle opens the row, the query stands `distance` tokens after its value.
@@ -121,19 +111,17 @@ def item(
             f"distance {distance} does not fit {total_length} tokens: {task} needs {needed} tokens for it, and a "
             f"distance of at least {size.nearest}; use a longer row (recall.seq_len) or another distance"
         )
-    if isinstance(filler, TokenStore):
-        if TASKS[task].noise:
-            filler = vocab.plain[rng.integers(len(vocab.plain), size=total_length)]
-        else:
-            filler = filler.tokens[int(rng.integers(filler_room(filler, total_length))) :]
+    if isinstance(filler, TokenStore) and TASKS[task].noise:
+        filler = vocab.plain[rng.integers(len(vocab.plain), size=total_length)]
+    elif isinstance(filler, TokenStore):
+        filler = filler.tokens[int(rng.integers(filler_room(filler, total_length))) :]
     haystack = clean_filler(np.asarray(filler[:total_length], dtype=np.int64), vocab)
     assert len(haystack) == total_length, "the haystack is shorter than the item"
     draws = ItemDraws(rng)
-    asked = TASKS[task].ask(draws, 1 + distractors, vocab, options)
-    other = TASKS[task].ask(draws.counterfactual(), 1 + distractors, vocab, options)
+    asked, other = (TASKS[task].ask(d, 1 + distractors, vocab, options) for d in (draws, draws.counterfactual()))
     value_at = int(asked.value_at[0, 0])
-    end = value_at + distance if TASKS[task].at_start and not distractors else total_length - 1
-    value = end - distance
+    value = value_at if TASKS[task].at_start and not distractors else total_length - 1 - distance
+    end = value + distance
     start, query = np.array([value - value_at]), np.array([end - asked.query.shape[-1] + 1])
     tokens, row = haystack[None].copy(), np.array([0])
     _write(tokens, row, start, asked.needle[:, 0])
@@ -153,14 +141,9 @@ def item(
 
 
 def training_rows(
-    draws: Draws,
-    filler: IntArray,
-    vocab: RecallVocabulary,
-    max_distance: int,
-    rules: RowRules,
-    task: str = "needle",
+    draws: Draws, filler: IntArray, vocab: RecallVocabulary, max_distance: int, rules: RowRules, task: str = "needle",
     options: TaskOptions = DEFAULT_OPTIONS,
-) -> RecallRows:
+) -> RecallRows:  # fmt: skip
     """Write one or several questions, with distances up to `max_distance`, over each row of clean filler (B, T)."""
     length = filler.shape[1]
     n = 1 if TASKS[task].alone else 2 + 4 * length // (max_distance + 4)
@@ -174,10 +157,9 @@ def training_rows(
     _write(tokens, row, query, asked.query[kept])
     if asked.elsewhere is not None:
         _scatter(draws, tokens, asked.elsewhere, start, right=query)
-    labels = asked.answers[kept]
+    labels, edges = asked.answers[kept], np.zeros_like(filler)
     _write(answers, row, query, np.where(labels == UNSCORED, LEAVE, labels))
     _write(spans, row, query, np.where(labels == UNSCORED, LEAVE, distance[:, None]))
-    edges = np.zeros_like(filler)
     edges[row, value], edges[row, end - asked.query_tokens[kept] + 1] = 1, -1
     relays, layers = _relays(draws, tokens, vocab, rules, asked.carried, edges)
     return RecallRows(tokens, answers, relays, layers, spans)
@@ -185,12 +167,12 @@ def training_rows(
 
 def _layout(
     draws: Draws, length: int, asked: Questions, max_distance: int, rules: RowRules, task: Task
-) -> tuple[IntArray, IntArray, BoolArray]:
+) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
     """(B, N) three times: distance and query end of questions one after another, and which fit; the first always does.
 
     A share of the rows holds a single question, as in evaluation: its query at the end, or its needle at the start.
     """
-    low = asked.nearest
+    low = asked.needle.shape[-1] - 1 - asked.value_at + asked.query_tokens  # the nearest distance of each question
     n = low.shape[1]
     choice = draws.uniform("short", n)
     high = np.where(choice < rules.short_share, min(max_distance, rules.short_distance), max_distance)

@@ -38,11 +38,6 @@ class Questions:
         """(B, N) tokens of each query."""
         return np.count_nonzero(self.query != LEAVE, axis=-1)
 
-    @property
-    def nearest(self) -> IntArray:
-        """(B, N) smallest possible distance: the rest of the needle after the value, and the query."""
-        return self.needle.shape[-1] - 1 - self.value_at + self.query_tokens
-
 
 @dataclass(frozen=True)
 class Size:

@@ -6,7 +6,6 @@ task is added. `data.tasks.layout.clean_filler` removes all of these tokens from
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -28,7 +27,6 @@ class TokenizerLike(Protocol):
     """What recall tasks need of a tokenizer, ours or any other."""
 
     def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
     def get_vocab(self) -> dict[str, int]: ...
 
 
@@ -43,9 +41,8 @@ class RecallVocabulary:
     keys: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        ids = [*self.needle, *self.query, *self.values, *self.keys]
-        assert len(ids) == len(set(ids)), "needle, query, values and keys share a token"
-        assert not np.isin(self.plain, ids).any(), "the ordinary tokens include a needle, query, value or key"
+        assert (np.diff(self.reserved) > 0).all(), "needle, query, values and keys share a token"
+        assert not np.isin(self.plain, self.reserved).any(), "the ordinary tokens include a reserved one"
 
     @cached_property
     def reserved(self) -> IntArray:
@@ -59,27 +56,20 @@ def recall_vocabulary(tokenizer: TokenizerLike, n_values: int, n_keys: int = 0) 
     More keys change neither the other tokens nor the first keys. Raises `UserError` when there are too few words.
     """
     vocab = tokenizer.get_vocab()
-    words = _rare_words(vocab)
+    distinct = {piece[1:]: piece for piece in sorted(filter(_WORD.match, vocab), key=vocab.__getitem__)}
+    # Highest id first: in a trained vocabulary that is the rarest word. ▁word and Ġword are the same word.
+    words = sorted(distinct.values(), key=vocab.__getitem__, reverse=True)
     has_reserved = all(name in vocab and list(tokenizer.encode(name)) == [vocab[name]] for name in RESERVED)
     names = list(RESERVED) if has_reserved else words
     if n_values + 2 > len(names):
-        offered = max(0, len(names) - 2)
-        raise UserError(f"recall.values is {n_values}, but the tokenizer offers {offered} one-token values; lower it")
+        few = f"recall.values is {n_values}, but the tokenizer offers {max(0, len(names) - 2)} one-token values"
+        raise UserError(f"{few}; lower it")
     names = names[: n_values + 2]
     free = [word for word in words if word not in names]
     if n_keys > len(free):
-        raise UserError(
-            f"recall.keys is {n_keys}, but the tokenizer offers {len(free)} one-token words; lower it, "
-            "or raise data.tokenizer.vocab_size"
-        )
+        few = f"recall.keys is {n_keys}, but the tokenizer offers {len(free)} one-token words"
+        raise UserError(f"{few}; lower it, or raise data.tokenizer.vocab_size")
     needle, query, *values = (vocab[name] for name in names)
     keys = tuple(vocab[word] for word in free[:n_keys])
     ordinary = {i for piece, i in vocab.items() if not _SPECIAL.match(piece)} - {needle, query, *values, *keys}
     return RecallVocabulary((needle,), (query,), tuple(values), np.array(sorted(ordinary), dtype=np.int64), keys)
-
-
-def _rare_words(vocab: dict[str, int]) -> list[str]:
-    """Lower-case words, highest id first: in a trained vocabulary that is the rarest."""
-    words = sorted(filter(_WORD.match, vocab), key=vocab.__getitem__)
-    distinct = {piece[1:]: piece for piece in words}  # ▁word and Ġword are the same word
-    return sorted(distinct.values(), key=vocab.__getitem__, reverse=True)

@@ -59,12 +59,9 @@ def bench_attention(setup: Setup, lengths: list[int], windows: list[int]) -> lis
 
 
 def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
-    """The shapes whose ratio to a peer has an aim; the case names the most that a window can gain.
-
-    bf16 is timed only where it is faster: times in emulated bf16 would say nothing about either side.
-    """
+    """The shapes whose ratio to a peer has an aim; the case names the most that a window can gain."""
     rows: list[Row] = []
-    precisions = ("bf16", "fp32") if machine.bf16_flops > machine.fp32_flops else ("fp32",)
+    precisions = ("bf16", "fp32") if machine.bf16_flops > machine.fp32_flops else ("fp32",)  # no emulated bf16
     for precision, (shape, peer, limit) in itertools.product(precisions, AIMS):
         works = attention_works(shape, True, precision, setup.device)
         case = f"n={shape.n} W={shape.window} B={shape.batch} H={shape.heads} D={shape.head_dim}"
@@ -75,13 +72,13 @@ def bench_aims(setup: Setup, machine: Machine) -> list[Row]:
     return rows
 
 
-def bench_lengths(setup: Setup, lengths: list[int], window: int = 256) -> list[Row]:
+def bench_lengths(setup: Setup, lengths: list[int]) -> list[Row]:
     """Seconds and peak bytes of our forward + backward on long sequences."""
     rows: list[Row] = []
     for n in lengths:
-        works = attention_works(Shape(n, window, heads=2, kv_heads=1, head_dim=64), True, setup.precision, setup.device)
-        case = f"forward+backward n={n} W={window}"
-        rows += compare("lengths", case, {OURS: works[OURS]}, 3, setup.precision, bytes_of=peak_bytes)
+        works = attention_works(Shape(n, 256, heads=2, kv_heads=1, head_dim=64), True, setup.precision, setup.device)
+        case, ours = f"forward+backward n={n} W=256", {OURS: works[OURS]}
+        rows += compare("lengths", case, ours, 3, setup.precision, bytes_of=peak_bytes)
     return rows
 
 
@@ -112,12 +109,7 @@ def attention_works(shape: Shape, backward: bool, precision: str, device: torch.
     @cache
     def compiled_flex() -> Callable[[], Tensor]:
         mask = create_block_mask(lambda b, h, i, j: visible(spec, i, j), None, None, n, n, device=device)
-        run = partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask, enable_gqa=gqa)
-        with torch.no_grad():
-            difference = (run() - forwards[OURS]()).abs().max().item()
-        if difference > 0.05:
-            raise RuntimeError(f"its output is off by {difference:.2g}")
-        return run
+        return partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask, enable_gqa=gqa)
 
     forwards: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: plan.prepare(packing, shape.batch)(q, k, v, None),

@@ -41,9 +41,7 @@ class Generation:
         )  # fmt: skip
 
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values in the cache."""
-        tensors = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
-        return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+        return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values))
 
 
 def bench_decode(setup: Setup, prompt_tokens: int, new_tokens: int, batches: list[int]) -> list[Row]:
@@ -58,12 +56,11 @@ def bench_decode(setup: Setup, prompt_tokens: int, new_tokens: int, batches: lis
         PEERS[1]: (peer, lambda: StaticCache(config=peer.config, max_cache_len=prompt_tokens + new_tokens)),
         "ours, not compiled": (uncompiled, lambda: RingCache(config)),
     }
-    rows: list[Row] = []
+    rows, limits = list[Row](), dict.fromkeys(PEERS, 3.0)
     for batch in batches:
         prompt = _ids(setup, config.vocab_size, batch, prompt_tokens)
         runs = {name: Generation(*contestant, prompt, new_tokens) for name, contestant in contestants.items()}
         case = f"{settings.name}: {batch} x {new_tokens} tokens after {prompt_tokens}, W {config.sliding_window}"
-        limits = dict.fromkeys(PEERS, 3.0)
         for row in compare("decode", case, runs, setup.rounds, "fp32", limits, Generation.cache_bytes):
             same = row.peer_s and torch.equal(runs[OURS].tokens, runs[row.peer].tokens)
             rows.append(replace(row, case=case if row.note else f"{case}, {'same' if same else 'OTHER'} tokens"))

@@ -17,7 +17,7 @@ from training.planning.memory import PeakBytes
 from training.settings.schema import Settings
 
 OURS, ALONE = "ours", "–"
-WARM_CALLS, WARM_SECONDS = 5, 2.0
+WARM_CALLS, WARM_SECONDS = 5, 2.0  # the first calls of a process also pay for new pages of memory
 Work = Callable[[], Any]
 
 
@@ -50,15 +50,10 @@ class Row:
 
 
 def compare(
-    bench: str,
-    case: str,
-    works: Mapping[str, Work],
-    rounds: int,
-    dtype: str,
-    limits: Mapping[str, float] | None = None,
-    bytes_of: Callable[[Any], int | None] = lambda work: None,
+    bench: str, case: str, works: Mapping[str, Work], rounds: int, dtype: str,
+    limits: Mapping[str, float] | None = None, bytes_of: Callable[[Any], int | None] = lambda work: None,
     unwatched: str = "",
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """Time the functions of one case in turns; returns a row for each peer, or one row if ours runs alone.
 
     `limits` holds the least ratio aimed at, by peer. `bytes_of` is called with each function that could run, except
@@ -70,13 +65,12 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name, note in notes.items() if not note}
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     gc.collect()
-    for _ in range(rounds):
-        for name, times in seconds.items():
-            synchronize()
-            began = time.perf_counter()
-            works[name]()
-            synchronize()
-            times.append(time.perf_counter() - began)
+    for name in [*seconds] * rounds:
+        synchronize()
+        began = time.perf_counter()
+        works[name]()
+        synchronize()
+        seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     sizes = {name: bytes_of(works[name]) for name in seconds if name != unwatched}
     ours, limits, threads = medians[OURS], limits or {}, torch.get_num_threads()
@@ -89,10 +83,7 @@ def compare(
 
 
 def why_not(work: Work) -> str:
-    """Warm up; returns the reason why `work` can't run here (no kernel, memory or compiler), or "".
-
-    Short functions run several times: the first calls of a process also pay for new pages of memory.
-    """
+    """Warm up; returns the reason why `work` can't run here (no kernel, memory or compiler), or ""."""
     began = time.perf_counter()
     try:
         for _ in range(WARM_CALLS):

@@ -45,8 +45,7 @@ def mistral_twin(ours: WindreachForCausalLM, attention: str) -> MistralForCausal
 def bench_train(setup: Setup, rows: int | None = None, seq_len: int | None = None, only: str = "") -> list[Row]:
     """Forward, backward and AdamW on one batch; weights, batch, loss and optimizer are the same for all.
 
-    `rows` is the batch size. `only` is the name of the one transformers peer to keep. The note of each row gives the
-    tokens per second and the MFU of ours.
+    `rows` is the batch size. `only` names the one transformers peer to keep. Notes give our tokens/s and MFU.
     """
     settings, config = setup.settings, plain_config(setup.settings)
     t = seq_len or settings.data.seq_len
@@ -93,10 +92,7 @@ def training_step(model: Any, batch: Tensor, precision: str) -> Work:
 
 
 def products(model: WindreachForCausalLM, tokens: int, setup: Setup) -> Work:
-    """All matrix products of a step with weights, forward and backward, into memory that is allocated beforehand.
-
-    No step of this model can be faster: attention, norms, loss and optimizer add to it.
-    """
+    """All matrix products of a step with weights, into memory allocated beforehand. No step can be faster."""
     tied = model.config.tie_word_embeddings  # the embedding is then the last matrix too
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and (tied or "embed_tokens" not in name)]
     shapes, dtype, device = [(p.shape[0], p.shape[1]) for p in matrices], DTYPES[setup.precision], setup.device

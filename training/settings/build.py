@@ -1,9 +1,6 @@
-"""From settings to the decoder's configuration.
+"""From settings to the decoder's configuration. torch is imported only where one is built: checks must be fast."""
 
-The checks of settings use `layer_dicts` and must answer within seconds. So torch and transformers are imported only
-where a configuration is built.
-"""
-
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from training.settings.schema import ModelSettings, Settings
@@ -14,21 +11,13 @@ if TYPE_CHECKING:
 
 
 def model_config(settings: Settings, vocab_size: int) -> "WindreachConfig":
-    """The decoder that `settings.model` describes, for a tokenizer of `vocab_size` tokens.
-
-    A larger `model.vocab_size` leaves rows unused. A smaller one was refused when the data was prepared.
-    """
+    """The decoder that `settings.model` describes, for a tokenizer of `vocab_size` tokens."""
     from model.config import WindreachConfig
 
     m = settings.model
-    same = m.model_dump(exclude={"vocab_size", "head_dim", "layers", "rope_theta", "init"})
-    return WindreachConfig(
-        vocab_size=m.vocab_size or vocab_size,
-        head_dim=m.head_size,
-        layers=layer_dicts(m),
-        rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
-        **same,
-    )
+    fields = m.model_dump(exclude={"rope_theta", "init"})
+    fields |= {"vocab_size": m.vocab_size or vocab_size, "head_dim": m.head_size, "layers": layer_dicts(m)}
+    return WindreachConfig(rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta}, **fields)
 
 
 def init_options(settings: Settings) -> "InitOptions":
@@ -40,8 +29,7 @@ def init_options(settings: Settings) -> "InitOptions":
 
 def layer_dicts(m: ModelSettings) -> list[dict[str, Any]]:
     """`LayerSpec` fields of every layer, bottom first: the pattern repeated over the depth."""
-    pattern = [
+    return [
         layer.model_dump() | {"window": None if layer.kind == "full" else layer.window or m.sliding_window}
-        for layer in m.layers
+        for layer in islice(cycle(m.layers), m.num_hidden_layers)
     ]
-    return [dict(pattern[i % len(pattern)]) for i in range(m.num_hidden_layers)]

@@ -13,8 +13,8 @@ Files are YAML 1.2 (core schema). PyYAML alone reads YAML 1.1, where `3e-4` is t
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -26,42 +26,35 @@ from training.settings.problems import Keys, Problem, explain
 from training.settings.schema import Settings
 
 
-@dataclass
-class _Draft:
-    """What was read so far: the tree, and where each of its keys was written."""
-
-    tree: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Keys, str] = field(default_factory=dict)
-
-
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read `path` with everything it extends, apply the overrides in order, check it all.
 
     Raises UserError with all wrong values at once, or if each value is right, with all contradictions between them.
     Each problem has its dotted path, value, file and line, and remedy.
     """
-    draft = _Draft()
-    _read(Path(path), draft, ())
-    problems = [problem for text in overrides if (problem := _override(text, draft))]
-    tree = _without_nulls(draft.tree)
+    tree: dict[str, Any] = {}
+    origins: dict[Keys, str] = {}
+    _read(Path(path), tree, origins, ())
+    problems = [problem for text in overrides if (problem := _override(text, tree, origins))]
+    tree = _without_nulls(tree)
     try:
         settings = Settings.model_validate(tree)
         problems += inconsistencies(settings)
     except ValidationError as errors:
         problems += explain(errors, tree)
     if problems:
-        raise UserError(report(str(path), problems, draft.origins))
+        raise UserError(report(str(path), problems, origins))
     return settings
 
 
-def report(path: str, problems: list[Problem], origins: Mapping[Keys, str] | None = None) -> str:
+def report(path: str, problems: list[Problem], origins: Mapping[Keys, str] = MappingProxyType({})) -> str:
     """One message with all problems in `path`, each with the origin of its key or of the nearest section."""
     lines = [f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the settings"]
     for problem in problems:
         keys = problem.keys
-        while keys and keys not in (origins or {}):
+        while keys and keys not in origins:
             keys = keys[:-1]
-        lines.append(str(problem if problem.origin else problem.at((origins or {}).get(keys, path))))
+        lines.append(str(problem if problem.origin else problem.at(origins.get(keys, path))))
     return "\n".join(lines)
 
 
@@ -71,8 +64,8 @@ def _without_nulls(tree: Any) -> Any:
     return [_without_nulls(v) for v in tree] if isinstance(tree, list) else tree
 
 
-def _read(path: Path, draft: _Draft, chain: tuple[Path, ...]) -> None:
-    """Merge `path` and what it extends into the draft; `chain` are the files that led here."""
+def _read(path: Path, settings: dict[str, Any], origins: dict[Keys, str], chain: tuple[Path, ...]) -> None:
+    """Merge `path` and what it extends into the settings; `chain` are the files that led here."""
     if path.resolve() in [p.resolve() for p in chain]:
         raise UserError("extends runs in a circle: " + " -> ".join(map(str, (*chain, path))) + "\n  remove one of them")
     tree, lines = parse_file(path, chain)
@@ -81,16 +74,13 @@ def _read(path: Path, draft: _Draft, chain: tuple[Path, ...]) -> None:
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
         raise UserError(f"{path}: extends = {parents!r}\n  expected a file name or a list of them")
     for name in parents:
-        _read(path.parent / name, draft, (*chain, path))
-    draft.tree = _merged(draft.tree, tree)
-    draft.origins |= {keys: f"{path}:{line}" for keys, line in lines.items()}
+        _read(path.parent / name, settings, origins, (*chain, path))
+    settings |= _merged(settings, tree)
+    origins |= {keys: f"{path}:{line}" for keys, line in lines.items()}
 
 
 def parse_file(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[Keys, int]]:
-    """The sections of a YAML file and the line of each key; `chain` are the files that led to it.
-
-    Raises UserError if it can't be read or contains no sections.
-    """
+    """The sections of a YAML file and the line of each key; `chain` are the files that led to it. Raises UserError."""
     try:
         tree, lines = parse(path.read_bytes())
     except OSError as problem:
@@ -120,8 +110,8 @@ def _merged(below: Any, above: Any) -> Any:
     return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
-def _override(text: str, draft: _Draft) -> Problem | None:
-    """Apply `a.b.0.c=value` to the draft, or return why that is impossible."""
+def _override(text: str, settings: dict[str, Any], origins: dict[Keys, str]) -> Problem | None:
+    """Apply `a.b.0.c=value` to the settings, or return why that is impossible."""
     name, equals, value_text = text.partition("=")
     names = name.strip().split(".")
     if not equals or not all(names):
@@ -134,15 +124,15 @@ def _override(text: str, draft: _Draft) -> Problem | None:
     for key in reversed(names):
         tree = {key: tree}
     path: Keys = tuple(int(key) if re.fullmatch("[0-9]{1,9}", key) else key for key in names)
-    draft.origins = {keys: origin for keys, origin in draft.origins.items() if keys[: len(path)] != path}
-    draft.origins[path] = f"override {text}"
-    before: Any = draft.tree
-    after: Any = _merged(before, tree)
-    draft.tree = after
+    for keys in [keys for keys in origins if keys[: len(path)] == path]:
+        del origins[keys]
+    before: Any = dict(settings)
+    settings |= _merged(settings, tree)
+    after: Any = settings
     for n, key in enumerate(names, 1):
         before, after = _items(before).get(key), _items(after).get(key)
-        if type(before) is not type(after):  # written here for the first time, or replaced
-            draft.origins[path[:n]] = f"override {text}"
+        if n == len(path) or type(before) is not type(after):  # written here for the first time, or replaced
+            origins[path[:n]] = f"override {text}"
     return None
 
 
@@ -173,9 +163,7 @@ def _refused(what: str, where: Any) -> yaml.MarkedYAMLError:
 
 
 def parse(text: str | bytes) -> tuple[Any, dict[Keys, int]]:
-    """The value of a YAML text, and the line of every key and list item by its path.
-
-    Raises yaml.YAMLError, which `_reason` turns into a sentence.
+    """The value of a YAML text, and the line of every key and list item by its path. Raises yaml.YAMLError.
 
     >>> parse("lr: 3e-4\\nswitch: off\\nsteps: 1e3")
     ({'lr': 0.0003, 'switch': 'off', 'steps': 1000}, {('lr',): 1, ('switch',): 2, ('steps',): 3})

@@ -15,7 +15,7 @@ Check = tuple[str, object, str, str]  # the setting, whether it is wrong, what i
 
 def inconsistencies(settings: Settings) -> list[Problem]:
     """All problems between settings. Recall is checked if the layers are right, because it depends on the reach."""
-    checks = [*_layers(settings), *_model(settings), *_data(settings), *_steps(settings)]
+    checks = [*_layers(settings), *_model_and_data(settings), *_steps(settings)]
     if settings.recall.enabled and not any(wrong for _, wrong, *_ in _layers(settings)):
         checks += [*_recall_lengths(settings), *_recall_questions(settings)]
     problems: list[Problem] = []
@@ -30,7 +30,8 @@ def inconsistencies(settings: Settings) -> list[Problem]:
 
 def last_distance(settings: Settings) -> int:
     """The farthest distance that recall trains on, in tokens."""
-    return settings.recall.curriculum.max_distance or _reach(settings) or settings.data.seq_len
+    layers = [LayerSpec(**layer) for layer in layer_dicts(settings.model)]
+    return settings.recall.curriculum.max_distance or reach(layers) or settings.data.seq_len
 
 
 def recall_seq_len(settings: Settings) -> int:
@@ -46,10 +47,6 @@ def row_tokens(settings: Settings, distances: Mapping[str, int]) -> int:
     return max(TASKS[task].size(options).row(distance) for task, distance in distances.items())
 
 
-def _reach(settings: Settings) -> int | None:
-    return reach([LayerSpec(**layer) for layer in layer_dicts(settings.model)])
-
-
 def _layers(s: Settings) -> Iterator[Check]:
     pattern, depth = len(s.model.layers), s.model.num_hidden_layers
     yield ("model.layers", pattern > depth, f"the pattern has {pattern} layers, the model {depth}",
@@ -63,23 +60,17 @@ def _layers(s: Settings) -> Iterator[Check]:
                "rope is false on this layer, so it has no effect", "remove one of them")  # fmt: skip
 
 
-def _model(s: Settings) -> list[Check]:
-    m, heads = s.model, f"model.num_attention_heads = {s.model.num_attention_heads}"
+def _model_and_data(s: Settings) -> list[Check]:
+    m, d, heads = s.model, s.data, f"model.num_attention_heads = {s.model.num_attention_heads}"
     uneven = m.head_dim is None and m.hidden_size % m.num_attention_heads
+    unused = f"data.source is {d.source}, so it has no effect"
+    hub, files = d.source == "hub", d.source == "files"
     return [
         ("model.num_key_value_heads", m.num_attention_heads % m.num_key_value_heads, f"{heads} is not a multiple of it",
          f"use {m.num_attention_heads} or a divisor of it"),
         ("model.hidden_size", uneven, f"not a multiple of {heads}", "change one of them, or give model.head_dim"),
         ("model.head_dim", not uneven and m.head_size % 2, "rotary positions need heads of even size",
          f"set model.head_dim to {m.head_size + 1}"),
-    ]  # fmt: skip
-
-
-def _data(s: Settings) -> list[Check]:
-    d, limit = s.data, s.model.max_position_embeddings
-    unused = f"data.source is {d.source}, so it has no effect"
-    hub, files = d.source == "hub", d.source == "files"
-    return [
         ("data.hub", hub and d.hub is None, "data.source is hub, but no data set is named",
          "add a section such as hub: {name: wikitext}"),
         ("data.hub", not hub and d.hub is not None, unused, "remove it, or use data.source: hub"),
@@ -87,7 +78,8 @@ def _data(s: Settings) -> list[Check]:
          "add train_files: [texts/*.txt]"),
         ("data.train_files", not files and d.train_files, unused, "remove it, or use data.source: files"),
         ("data.heldout_files", not files and d.heldout_files, unused, "remove it, or use data.source: files"),
-        ("data.seq_len", d.seq_len > limit, f"model.max_position_embeddings is {limit}", "lower one, raise the other"),
+        ("data.seq_len", d.seq_len > m.max_position_embeddings,
+         f"model.max_position_embeddings is {m.max_position_embeddings}", "lower one, raise the other"),
     ]  # fmt: skip
 
 
@@ -105,13 +97,13 @@ def _steps(s: Settings) -> Iterator[Check]:
 
 def _recall_lengths(s: Settings) -> list[Check]:
     """A row within one window never needs a second layer. It can neither teach nor test a reach beyond W."""
-    recall, c, farthest, last = s.recall, s.recall.curriculum, _reach(s), last_distance(s)
-    widest = max((layer["window"] * layer["dilation"] for layer in layer_dicts(s.model) if layer["window"]), default=0)
+    recall, c, last, layers = s.recall, s.recall.curriculum, last_distance(s), layer_dicts(s.model)
+    farthest = reach([LayerSpec(**layer) for layer in layers])
+    widest = max((layer["window"] * layer["dilation"] for layer in layers if layer["window"]), default=0)
     within = f"rows lie within one window of {widest} tokens, so recall beyond it can't be learned"
     longer = f"use more than {2 * widest}, or lower model.sliding_window, or set recall.enabled: false"
     name = max(recall.tasks, key=lambda task: row_tokens(s, {task: last}))
-    needed, length = row_tokens(s, {name: last}), recall_seq_len(s)
-    limit = s.model.max_position_embeddings
+    needed, length, limit = row_tokens(s, {name: last}), recall_seq_len(s), s.model.max_position_embeddings
     return [
         ("data.seq_len", s.data.seq_len <= widest, within, longer),
         ("recall.seq_len", recall.seq_len and recall.seq_len <= widest, within, longer),

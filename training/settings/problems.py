@@ -41,18 +41,14 @@ _WORDS = {  # plain words for pydantic's
     "valid integer": "whole number",
     "valid dictionary( or instance of .*)?": "section",
 }
-_DIGITS = "write it in digits, without quotes, commas and _"
-_SECTION = "write it as key: value on lines of its own"
 _REMEDIES = {  # by pydantic's name of the mistake
-    "int_type": _DIGITS,
-    "float_type": _DIGITS,
+    **dict.fromkeys(("int_type", "float_type"), "write it in digits, without quotes, commas and _"),
+    **dict.fromkeys(("model_type", "dict_type"), "write it as key: value on lines of its own"),
     "string_type": "put it in quotes if it looks like a number",
     "string_pattern_mismatch": "use letters, digits and . _ -",
     "bool_type": "only true and false are read as switches: write one of them",
     "list_type": "write it as [a, b]; a number in a path selects an item that is in the list",
     "tuple_type": "write it as [0.5, 1.0]",
-    "model_type": _SECTION,
-    "dict_type": _SECTION,
 }
 
 
@@ -62,23 +58,24 @@ def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings
     fields = dict(all_fields(root))
     for error in errors.errors(include_url=False):
         keys = _keys(error["loc"], tree)
+        names = [key for key in keys if isinstance(key, str)]  # without indices
         at = error["loc"] if "[key]" in error["loc"] else keys  # a wrong key of a dict and its wrong value are two
         mistake, value, facts = error["type"], error["input"], error.get("ctx", {})
+        what, remedy = error["msg"], _REMEDIES.get(mistake, "correct it, or remove the line to take the default")
         if mistake == "extra_forbidden":
-            problems[at] = Problem(keys, value, "unknown key", _nearest_key(keys, fields))
+            what, remedy = "unknown key", _nearest_key(keys, ".".join(names[:-1]), fields)
         elif mistake == "missing":
-            info = fields.get(_path(keys))
-            what = described(info).partition(". ")[0].rstrip(".") if info else "it has no default"
-            problems[at] = Problem(keys, ABSENT, f"missing: {what}", "add it")
+            info = fields.get(".".join(names))
+            value, remedy = ABSENT, "add it"
+            what = f"missing: {described(info).partition('. ')[0].rstrip('.') if info else 'it has no default'}"
         else:
-            what = error["msg"]
             for theirs, ours in _WORDS.items():
                 what = re.sub(theirs, ours, what)
             if at in problems:  # the value may have one of several types
                 what = f"{problems[at].what} or {what.removeprefix('expected ')}"
-            near = get_close_matches(str(value), re.findall(r"'([^']*)'", facts.get("expected", "")), n=1)
-            remedy = _REMEDIES.get(mistake, "correct it, or remove the line to take the default")
-            problems[at] = Problem(keys, value, what, f"did you mean {near[0]}?" if near else remedy)
+            if near := get_close_matches(str(value), re.findall(r"'([^']*)'", facts.get("expected", "")), n=1):
+                remedy = f"did you mean {near[0]}?"
+        problems[at] = Problem(keys, value, what, remedy)
     return list(problems.values())
 
 
@@ -93,19 +90,14 @@ def _keys(loc: Keys, tree: Any) -> Keys:
     return keys
 
 
-def _nearest_key(keys: Keys, fields: dict[str, FieldInfo]) -> str:
-    """The nearest spelling in the same section, else the same name in another section."""
-    parent, name = _path(keys[:-1]), str(keys[-1])
+def _nearest_key(keys: Keys, parent: str, fields: dict[str, FieldInfo]) -> str:
+    """The nearest spelling in the section `parent`, else the same name in another section."""
+    name = str(keys[-1])
     beside = [path.rpartition(".")[2] for path in fields if path.rpartition(".")[0] == parent]
     if near := get_close_matches(name, beside, n=1):
         return f"did you mean {'.'.join(map(str, (*keys[:-1], near[0])))}?"
     elsewhere = [path for path in fields if path.rpartition(".")[2] == name and not section_of(fields[path].annotation)]
     return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(beside)}"
-
-
-def _path(keys: Keys) -> str:
-    """The dotted path without indices."""
-    return ".".join(key for key in keys if isinstance(key, str))
 
 
 def described(info: FieldInfo) -> str:

@@ -88,7 +88,6 @@ class ModelSettings(Strict):
 
     @property
     def head_size(self) -> int:
-        """Numbers in each head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
