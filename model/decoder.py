@@ -55,13 +55,11 @@ class Attention(FusedProjections):
     def forward(self, x_bte: Tensor, rotary: Rotary | None, attend: Attend, cache: RingLayer | None) -> Tensor:
         b, t, _ = x_bte.shape
         heads = self.project(x_bte).view(b, t, -1, self.head_dim).transpose(1, 2)
-        qk, v = heads.tensor_split((-self.groups,), 1)
+        q, k, v = heads.split((heads.shape[1] - 2 * self.groups, self.groups, self.groups), 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.tensor_split((-self.groups,), 1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            qk = rotate(qk, rotary)
-        q, k = qk.tensor_split((-self.groups,), 1)
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
         out = attend(q, k, v, self.sink_logits)

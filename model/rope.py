@@ -15,7 +15,7 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines
 
 
 def rotary_tables(packing: Packing, head_dim: int, theta: float) -> Rotary:
-    """Cosines and sines of the tokens' positions, each (B or 1, 1, T, D) in float32. Kept for whole rows."""
+    """Cosines and sines of the tokens' positions, each (B or 1, 1, T, D / 2) in float32. Kept for whole rows."""
     if packing.whole:
         return _of_whole_rows(packing.positions.shape[1], head_dim, theta, packing.positions.device)
     return _tables(packing.positions, head_dim, theta)
@@ -30,11 +30,10 @@ def _of_whole_rows(tokens: int, head_dim: int, theta: float, device: torch.devic
 def _tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim)
     angles = (positions[..., None].float() * frequencies)[:, None]
-    angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x_bhtd: Tensor, rotary: Rotary) -> Tensor:
     """Queries or keys (B, H, T, D) rotated by the angles of their positions."""
-    a, b = x_bhtd.chunk(2, dim=-1)
-    return (x_bhtd * rotary[0] + torch.cat((-b, a), dim=-1) * rotary[1]).to(x_bhtd.dtype)
+    (a, b), (cos, sin) = x_bhtd.chunk(2, dim=-1), rotary
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_bhtd.dtype)
