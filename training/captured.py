@@ -45,6 +45,7 @@ class Captured:
     def __init__(self, function: Callable[[Any], Tensor], device: torch.device) -> None:
         self.function, self.device = function, device
         self.calls: dict[Any, int] = {}
+        self.warm_calls = WARM_CALLS
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -62,7 +63,7 @@ class Captured:
         if shape not in self.graphs:
             self.calls[shape] = self.calls.get(shape, 0) + 1
             moved = [x.to(self.device, non_blocking=True) for x in tensors]
-            if self.calls[shape] <= WARM_CALLS:
+            if self.calls[shape] <= self.warm_calls:
                 return self.function(_with_tensors(leaves, moved, structure))
             self.graphs[shape] = self._capture(leaves, moved, structure)
         graph, static, result = self.graphs[shape]

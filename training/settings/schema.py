@@ -200,7 +200,7 @@ class TrainingSettings(Strict):
     """Precision of matrix products. auto: bf16 where it is measured to be at least 1.5 times as fast."""
     compile: bool | Literal["reduce-overhead", "max-autotune"] = True
     """Whether torch.compile compiles the layers. Turn it off for runs of seconds. On one GPU each step of a small model
-    also becomes one CUDA graph. reduce-overhead: so for any model. max-autotune: so, with the fastest of many kernels."""
+    also becomes one CUDA graph. reduce-overhead: for any model. max-autotune: also with the fastest of many kernels."""
     deterministic: bool = False
     """Whether a resumed run has the same bits on a GPU too: slower, and not with every attention backend."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
