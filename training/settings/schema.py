@@ -82,8 +82,8 @@ class ModelSettings(Strict):
     """Whether queries and keys of each head pass through RMSNorm, as in Qwen3. Exports then use Qwen3's format."""
     tie_word_embeddings: bool = False
     """Whether the output matrix is the embedding itself. Saves parameters in small models."""
-    attention_backend: Literal["auto", "reference", "blocked", "flex", "flash", "xformers"] = "auto"
-    """Which implementation computes attention. auto: `flex` on CUDA where triton is installed, else `blocked`."""
+    attention_backend: Literal["auto", "reference", "blocked", "cudnn", "flash", "flex", "xformers"] = "auto"
+    """Which implementation computes attention. auto: the fastest that can compute a layer, see docs/configs.md."""
     init: InitSettings = InitSettings()
 
     @property
