@@ -26,7 +26,7 @@ def worth_capturing(compile_setting: bool | str, ranks: PartialState, seconds_pe
     alone = ranks.device.type == "cuda" and ranks.num_processes == 1
     asked = compile_setting in ("reduce-overhead", "max-autotune")
     if asked and not alone:
-        where = f"{ranks.num_processes} processes on {ranks.device.type}"
+        where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
         raise UserError(
             f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
             "set it to true"

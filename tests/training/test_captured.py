@@ -36,7 +36,7 @@ def test_thin_stacks_on_one_gpu_become_graphs(
 
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cuda", 2)])
 def test_a_graph_that_is_asked_for_and_cannot_be_made_is_refused(device: str, processes: int) -> None:
-    message = f"training.compile is 'reduce-overhead', .* {processes} processes on {device}; set it to true"
+    message = f"training.compile is 'reduce-overhead', .* {processes} process(es)? on {device}; set it to true"
     with pytest.raises(UserError, match=message):
         worth_capturing("reduce-overhead", ranks(device, processes), 1e-5)
 
