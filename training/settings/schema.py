@@ -198,8 +198,11 @@ class TrainingSettings(Strict):
     """Weight of log(Z)^2 of each token, which keeps logits from drifting. 1e-4 is usual for long runs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products. auto: bf16 where it is measured to be at least 1.5 times as fast."""
-    compile: bool = True
-    """Whether torch.compile compiles the layers. Turn it off for runs of seconds."""
+    compile: bool | Literal["reduce-overhead", "max-autotune"] = True
+    """Whether torch.compile compiles the layers. Turn it off for runs of seconds. On one GPU a step of a thin stack
+    also becomes a CUDA graph; reduce-overhead makes one for any stack, max-autotune also tries several kernels."""
+    deterministic: bool = False
+    """Whether a resumed run has the same bits on a GPU too: slower, and not with every attention backend."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of each process. Default: cores / processes."""
     max_skipped_steps: PositiveInt = 10
