@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from model.errors import UserError
 from training.planning.memory import PeakBytes
 from training.settings.schema import Settings
 
@@ -29,6 +30,13 @@ class Setup:
     device: torch.device
     precision: str
     rounds: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def peak_bytes(self, work: Work) -> int:
+        return peak_bytes(work, self.device.type)
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,27 @@ def why_not(work: Work) -> str:
             work()
             if time.perf_counter() - began > WARM_SECONDS:
                 break
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
+    except (UserError, RuntimeError, ValueError, TypeError, ImportError, MemoryError) as error:
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     return ""
 
 
-def peak_bytes(work: Work) -> int:
-    """The most bytes of new tensors that are alive at once during a call of `work`."""
+def peak_bytes(work: Work, device_type: str = "cpu") -> int:
+    """The most bytes of new tensors that are alive at once during a call of `work`.
+
+    A GPU's allocator counts them, and the scratch memory of kernels too.
+    """
+    if device_type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with PeakBytes() as watched:
         work()
     return watched.peak
+
+
+def compile_each_shape() -> None:
+    """Let `torch.compile` make code for each shape, as training does. Beyond 8 versions it would stop compiling."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 128
