@@ -43,19 +43,11 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     settings = load_settings(arguments.config, arguments.overrides)
     import torch
-    from transformers.utils import logging
 
-    from scripts.benchmarks.timing import Setup, compile_each_shape
-    from scripts.generate import check_device
-    from training.processes.allocator import keep_freed_memory
-    from training.processes.precision import measure, set_up_threads
+    from scripts.benchmarks.timing import Setup, set_up
+    from training.processes.precision import measure
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    check_device(device.type)
-    logging.disable_progress_bar()
-    keep_freed_memory()  # as train.py does
-    compile_each_shape()
-    console, threads = Console(width=160), set_up_threads(arguments.threads, 1)
+    device, console, threads = set_up(arguments.device, arguments.threads), Console(width=160), torch.get_num_threads()
     machine = measure(device)
     precision = machine.choose(arguments.precision or settings.training.precision)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} threads"
@@ -125,9 +117,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batches", type=_counts, default="1,8", help="decode: batch sizes; default: %(default)s")
     add("--tokens", type=_count, default="131072", help="stream: tokens of the text; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
-    if (file := arguments.json) and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
+    check_writable(arguments.json)
     return arguments
+
+
+def check_writable(file: Path | None) -> None:
+    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
 
 
 def _count(text: str) -> int:

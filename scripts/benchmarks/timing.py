@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from model.errors import UserError
+from scripts.generate import check_device
 from training.planning.memory import PeakBytes
+from training.processes import allocator, precision
 from training.settings.schema import Settings
 
 OURS, ALONE = "ours", "–"
@@ -99,8 +102,17 @@ def why_not(work: Work) -> str:
             if time.perf_counter() - began > WARM_SECONDS:
                 break
     except (UserError, RuntimeError, ValueError, TypeError, ImportError, MemoryError) as error:
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return reason(error)
     return ""
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message.
+
+    >>> reason(RuntimeError("no kernel"))
+    'RuntimeError: no kernel'
+    """
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def peak_bytes(work: Work, device_type: str = "cpu") -> int:
@@ -118,7 +130,16 @@ def peak_bytes(work: Work, device_type: str = "cpu") -> int:
     return watched.peak
 
 
-def compile_each_shape() -> None:
-    """Let `torch.compile` make code for each shape, as training does. Beyond 8 versions it would stop compiling."""
+def set_up(device: str | None, threads: int | None = None) -> torch.device:
+    """Prepare this process as `train.py` does, and return the device: by default a GPU if there is one.
+
+    `torch.compile` makes code for each shape. By default it would stop compiling after 8 of them.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(chosen.type)
+    allocator.keep_freed_memory()
+    precision.set_up_threads(threads, local_processes=1)
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 128
+    logging.disable_progress_bar()
+    return chosen
