@@ -3,7 +3,7 @@
 Legend: B batch, T query positions, S key positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,13 +21,19 @@ class Packing:
     """Each token's position in its document, and its document's id.
 
     positions: (B or 1, T), counted from the start of the document.
-    documents: (B or 1, T) ids, -1 for padding; None where every row is one document without padding.
+    documents: (B or 1, T) ids that never decrease along a row, but for padding, which has -1. None where every row is
+        one document without padding.
     whole: every row is one document that starts at position 0, so that what follows depends on T alone.
+    padded: there may be padding.
+    spans: at most so many documents and stretches of padding are in all rows together. None if that is not known, or
+        if padding may lie inside a document. Where it is known, nobody has to wait for a GPU to count them.
     """
 
     positions: Tensor
     documents: Tensor | None = None
     whole: bool = False
+    padded: bool = True
+    spans: int | None = None
 
     @staticmethod
     @lru_cache(maxsize=8)
@@ -41,6 +47,38 @@ class Packing:
         """Of position ids (B or 1, T): a new document starts where a position is not the previous one plus 1."""
         starts = position_ids.diff(dim=1) != 1
         return Packing(position_ids, F.pad(starts.cumsum(1), (1, 0)) if bool(starts.any()) else None)
+
+    @staticmethod
+    def of_documents(documents_bt: Tensor) -> "Packing":
+        """Of document ids (B, T), -1 for padding, on the CPU. All facts are known.
+
+        >>> Packing.of_documents(torch.tensor([[7, 7, 9, 9, -1]])).positions.tolist()
+        [[0, 1, 0, 1, 2]]
+        >>> Packing.of_documents(torch.tensor([[7, 7, 9, 9, -1]])).spans
+        3
+        """
+        packing, _ = count_positions(documents_bt, RowEnds.of_empty_rows(documents_bt))
+        assert packing.documents is not None
+        real, starts = packing.documents >= 0, F.pad(packing.documents.diff(dim=1) != 0, (1, 0), value=True)
+        padded, spans = not bool(real.all()), int(starts.sum())
+        if not padded and spans == len(starts):
+            return Packing.of_whole_rows(starts.shape[1], starts.device)
+        gaps = bool((starts & real & (packing.positions > 0)).any())  # a document that goes on after padding
+        return replace(packing, padded=padded, spans=None if gaps else spans)
+
+    def to(self, device: torch.device) -> "Packing":
+        """On a device. The host does not wait for the copy if the memory is pinned."""
+        if self.whole:
+            return Packing.of_whole_rows(self.positions.shape[1], device)
+        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
+        return replace(self, positions=self.positions.to(device, non_blocking=True), documents=documents)
+
+    def pin_memory(self) -> "Packing":
+        """In pinned memory."""
+        if self.whole:
+            return self
+        documents = None if self.documents is None else self.documents.pin_memory()
+        return replace(self, positions=self.positions.pin_memory(), documents=documents)
 
     def split(self, size: int) -> "list[Packing]":
         """The same tokens, `size` at a time."""
