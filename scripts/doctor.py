@@ -30,7 +30,9 @@ from scripts.checks import Section
 if TYPE_CHECKING:
     import torch
 
-Check = tuple[str, Callable[[], Section], str]  # title, check, and the remedy if it raises
+Checks = dict[str, Callable[["torch.device"], Section]]
+REPORT = "report this with the versions above"
+REMEDIES = {"Compiler": "install a C++ compiler (g++), for a GPU triton and gcc; or set training.compile to false"}
 
 
 def main() -> int:
@@ -38,7 +40,7 @@ def main() -> int:
     from scripts.benchmarks.timing import set_up
 
     console, sections = Console(), list[Section]()
-    for section in run(checks(set_up(arguments.device))):
+    for section in run(checks(), set_up(arguments.device)):
         console.print(table_of(section))
         sections.append(section)
     problems = [problem for section in sections for problem in section.problems]
@@ -52,36 +54,26 @@ def main() -> int:
     return int(any(section.wrong for section in sections))
 
 
-def checks(device: "torch.device") -> list[Check]:
+def checks() -> Checks:
     from scripts.checks import forms, machine, speed
-    from training.processes.precision import DTYPES, measure
 
-    def precision() -> str:
-        return measure(device).choose("auto")
-
-    report = "report this with the versions above"
-    compilers = "triton and a C compiler (gcc)" if device.type == "cuda" else "a C++ compiler (g++)"
-    return [
-        ("Versions", lambda: machine.versions(device), report),
-        ("Devices", machine.devices, report),
-        ("Matrix products", lambda: machine.matmul(device), report),
-        ("Compiler", lambda: machine.compiler(device), f"install {compilers}, or set training.compile to false"),
-        ("Choice of attention", lambda: forms.choices(device, DTYPES[precision()]), report),
-        ("Attention", lambda: forms.forms(device, DTYPES[precision()]), report),
-        ("Speed", lambda: speed.speed(device, precision()), "mend the problems above and run again"),
-    ]
+    return {
+        "Versions": machine.versions, "Devices": machine.devices, "Matrix products": machine.matmul,
+        "Compiler": machine.compiler, "Backends": forms.backends, "Choice of attention": forms.choices,
+        "Attention": forms.forms, "Training": speed.training, "Decoding": speed.decoding,
+    }  # fmt: skip
 
 
-def run(checks: Sequence[Check]) -> Iterator[Section]:
+def run(checks: Checks, device: "torch.device") -> Iterator[Section]:
     """The section of each check. One that raises becomes a problem, so that the others still run."""
     from scripts.benchmarks.timing import reason
 
-    for title, check, remedy in checks:
+    for title, check in checks.items():
         try:
-            section = check()
+            section = check(device)
         except Exception as error:
             section = Section(title)
-            section.problem(f"{title} could not be checked: {reason(error)}", remedy)
+            section.problem(f"{title} could not be checked: {reason(error)}", REMEDIES.get(title, REPORT))
         yield section
 
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.attention import BACKENDS, check_backend, plan_attention
+from model.attention import BACKENDS, Device, plan_attention
 from model.attention.reference import attend_dense
-from model.errors import UserError
 from model.packing import Packing, may_see
 from model.windows import LayerSpec
 from scripts.benchmarks.timing import reason
 from scripts.checks import Section
+from training.processes.precision import DTYPES, measure
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # a window that is off by one token gives about 0.1
 CHOICES = {  # layer and head size
@@ -38,28 +38,36 @@ BATCH, HEADS, KV_HEADS, HEAD_SIZE, TOKENS = 2, 4, 2, 64, 700
 DOCUMENTS = (250, 1, 329, 120)  # tokens of each document of a packed sequence
 
 
-def choices(device: torch.device, dtype: torch.dtype) -> Section:
+def training_dtype(device: torch.device) -> torch.dtype:
+    return DTYPES[measure(device).choose("auto")]
+
+
+def choices(device: torch.device) -> Section:
     """What `auto` takes in training."""
     section = Section("What model.attention_backend: auto chooses")
     for name, (spec, head_size) in CHOICES.items():
-        plan = plan_attention(spec, head_size, "auto", device.type, dtype, True)
+        plan = plan_attention(spec, head_size, "auto", device.type, training_dtype(device), True)
         section.rows.append({"layer": name, "head size": head_size, "backend": plan.backend, "reason": plan.reason})
     return section
 
 
-def forms(device: torch.device, dtype: torch.dtype) -> Section:
-    """The error of each form, forward and backward. One that can't compute a layer, or not backward, has none."""
+def backends(device: torch.device) -> Section:
+    """Which forms of attention can train here, and why the others can't."""
+    facts = LayerSpec("sliding", 128), HEAD_SIZE, Device.here(device.type), training_dtype(device), True
+    able = {name: backend.unable(*facts) or "yes" for name, backend in BACKENDS.items()}
+    return Section("Attention backends", [{"backend": name, "can train here": here} for name, here in able.items()])
+
+
+def forms(device: torch.device) -> Section:
+    """The error of each form, forward and backward. One that can't compute a layer has none."""
+    here, dtype = Device.here(device.type), training_dtype(device)
     limit = LIMITS[dtype]
+    names = [n for n, b in BACKENDS.items() if n != "reference" and not b.unable(LayerSpec("full"), HEAD_SIZE, here)]
     section = Section(f"Relative error of attention, forward and backward; the limit is {limit}")
     for case, (spec, packed) in CASES.items():
-        row: dict[str, str | None] = {"layer": case}
+        row: dict[str, str | None] = {"layer": case} | dict.fromkeys(names)
         section.rows.append(row)
-        for name in [name for name in BACKENDS if name != "reference"]:
-            try:
-                check_backend(name, [spec], HEAD_SIZE)
-            except UserError:
-                row[name] = None
-                continue
+        for name in [n for n in names if not BACKENDS[n].unable(spec, HEAD_SIZE, here, dtype)]:
             try:
                 errors = relative_errors(name, spec, packed, device, dtype)
             except Exception as error:  # whatever a kernel raises; the other forms are still to be checked
@@ -89,17 +97,16 @@ def relative_errors(
     exact = [x.clone().float().requires_grad_() for x in inputs]
     expected = attend_dense(exact[0], exact[1], exact[2], may_see(spec, packing, packing), *exact[3:])
 
-    def run(gradients: bool) -> tuple[Tensor, list[Tensor]]:
-        plan = plan_attention(spec, HEAD_SIZE, backend, device.type, dtype, gradients)
-        leaves = [x.clone().requires_grad_(gradients) for x in inputs]
-        return plan.prepare(packing, BATCH)(leaves[0], leaves[1], leaves[2], leaves[3] if spec.sink else None), leaves
-
-    try:
-        actual, leaves = run(gradients=True)
-    except UserError:  # such as flex on a CPU, which runs forward only
-        return [_error([run(gradients=False)[0]], [expected])]
-    gradients = torch.autograd.grad(actual, leaves, upstream.to(actual.dtype))
-    return [_error([actual], [expected]), _error(gradients, torch.autograd.grad(expected, exact, upstream.float()))]
+    facts = spec, HEAD_SIZE, Device.here(device.type), dtype
+    trains = not BACKENDS[backend].unable(*facts, gradients=True)  # flex on a CPU runs forward only
+    leaves = [x.clone().requires_grad_(trains) for x in inputs]
+    plan = plan_attention(spec, HEAD_SIZE, backend, device.type, dtype, trains)
+    actual = plan.prepare(packing, BATCH)(leaves[0], leaves[1], leaves[2], leaves[3] if spec.sink else None)
+    errors = [_error([actual], [expected])]
+    if trains:
+        gradients = torch.autograd.grad(actual, leaves, upstream.to(actual.dtype))
+        errors.append(_error(gradients, torch.autograd.grad(expected, exact, upstream.float())))
+    return errors
 
 
 def _error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def devices() -> Section:
+def devices(device: torch.device) -> Section:
     """The CPU and each GPU; and whether torch can use the GPU that a driver was installed for."""
     section, memory, file = Section("Devices"), psutil.virtual_memory(), Path("/proc/cpuinfo")
     cpu = file.read_text() if file.exists() else ""

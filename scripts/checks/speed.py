@@ -6,6 +6,7 @@ from scripts.benchmarks.decode import bench_decode
 from scripts.benchmarks.timing import Row, Setup
 from scripts.benchmarks.train import bench_train
 from scripts.checks import Section
+from training.processes.precision import measure
 from training.settings.schema import Settings
 
 SIZES = {  # seconds of work for the device: hidden size, layers, W, tokens of a sequence
@@ -15,29 +16,36 @@ SIZES = {  # seconds of work for the device: hidden size, layers, W, tokens of a
 PROMPT, NEW = 48, 64  # tokens
 
 
-def speed(device: torch.device, precision: str) -> Section:
-    """Tokens/s of ours and of the peer. It is a problem to be slower."""
+def training(device: torch.device) -> Section:
+    setup = _setup(device)
+    row = bench_train(setup, only="transformers sdpa")[0]
+    return _compared("Training", row, setup.settings.training.tokens_per_step)
+
+
+def decoding(device: torch.device) -> Section:
+    return _compared("Decoding", bench_decode(_setup(device), PROMPT, NEW, [1])[0], NEW)
+
+
+def _setup(device: torch.device) -> Setup:
     hidden, layers, window, seq_len = SIZES[device.type]
     model = {
         "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "sliding_window": window,
         "num_attention_heads": hidden // 64, "num_key_value_heads": 2, "vocab_size": 4096,
     }  # fmt: skip
-    training = {"max_steps": 1000, "tokens_per_step": 2 * seq_len}
-    settings = Settings.model_validate(
-        {"name": "doctor", "model": model, "data": {"seq_len": seq_len}, "training": training}
-    )
-    setup = Setup(settings, device, precision, rounds=3)
-    section = Section(f"Tokens per second: {layers} layers, hidden size {hidden}, W {window}")
-    _add(section, "training", bench_train(setup, only="transformers sdpa")[0], 2 * seq_len)
-    _add(section, "decoding", bench_decode(setup, PROMPT, NEW, [1])[0], NEW)
-    return section
+    steps = {"max_steps": 1000, "tokens_per_step": 2 * seq_len}
+    tree = {"name": "doctor", "model": model, "data": {"seq_len": seq_len}, "training": steps}
+    return Setup(Settings.model_validate(tree), device, measure(device).choose("auto"), rounds=3)
 
 
-def _add(section: Section, what: str, row: Row, tokens: int) -> None:
-    theirs = tokens / row.peer_s if row.peer_s else None
-    columns = {"ours": tokens / row.ours_s, "beside": row.peer, "its": theirs, "ratio": row.ratio}
-    section.rows.append({"what": f"{what}, {row.dtype}"} | columns)
+def _compared(title: str, row: Row, tokens: int) -> Section:
+    """Tokens/s of ours and of the peer. It is a problem to be slower."""
+    theirs = None if row.peer_s is None else tokens / row.peer_s
+    columns = {"precision": row.dtype, "ours": tokens / row.ours_s, row.peer: theirs, "ratio": row.ratio}
+    section = Section(f"{title}, tokens/s ({row.case.removeprefix('doctor: ')})", [columns])
     if row.ratio is None or row.ratio < 1:
-        how = "could not be compared with" if row.ratio is None else "is slower than"
+        how = (
+            f"could not be compared with {row.peer}: {row.note}" if row.ratio is None else f"is slower than {row.peer}"
+        )
         remedy = f"end other programs and run again; python scripts/bench.py {row.bench} measures more"
-        section.problem(f"{what} {how} {row.peer} {row.note}".strip(), remedy)
+        section.problem(f"{title} {how}", remedy)
+    return section

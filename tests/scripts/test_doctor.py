@@ -20,7 +20,7 @@ from training.processes import allocator, precision
 from training.processes.precision import Machine
 
 CPU = torch.device("cpu")
-TITLES = ["Versions", "Devices", "Matrix products", "Compiler", "What model.attention_backend: auto chooses"]
+TITLES = ["Versions", "Devices", "Matrix products", "Compiler", "Attention backends"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(precision, "set_up_threads", lambda wanted, local_processes: 1)
     known = Machine(1e11, 1e11)
-    monkeypatch.setattr(precision, "measure", lambda device: known)
-    monkeypatch.setattr(machine, "measure", lambda device: known)
+    for module in (machine, forms, speed):
+        monkeypatch.setattr(module, "measure", lambda device: known)
     monkeypatch.setattr(machine, "compiler", lambda device: Section("Compiler"))
     monkeypatch.setattr(speed, "bench_train", lambda setup, only: [measured(0.1, 0.2)])
     monkeypatch.setattr(speed, "bench_decode", lambda *arguments: [measured(0.1, 0.2)])
@@ -52,14 +52,12 @@ def test_this_machine_is_examined_and_the_tables_are_written(
     assert run(monkeypatch, "--json", str(tmp_path / "doctor.json")) == 0
     sections = json.loads((tmp_path / "doctor.json").read_text())
     assert [s["title"] for s in sections][:5] == TITLES
-    attention = sections[5]
+    attention = sections[6]
     assert attention["title"] == "Relative error of attention, forward and backward; the limit is 0.0001"
     assert [row["layer"] for row in attention["rows"]] == list(forms.CASES)
     assert all(len(row["blocked"].split()) == 2 and len(row["flex"].split()) == 1 for row in attention["rows"])
     assert not attention["problems"]
-    assert sections[6]["rows"][0] == {
-        "what": "training, fp32", "ours": 10_240.0, "beside": "transformers sdpa", "its": 5120.0, "ratio": 2.0
-    }  # fmt: skip
+    assert sections[7]["rows"] == [{"precision": "fp32", "ours": 10_240.0, "transformers sdpa": 5120.0, "ratio": 2.0}]
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "bf16 is not clearly faster than fp32 on this machine" in printed
@@ -87,7 +85,7 @@ def test_attention_that_raises_or_gives_nan_is_wrong_too(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(forms, "CASES", {"W 128": forms.CASES["W 128"]})
     monkeypatch.setattr(forms, "relative_errors", broken)
-    section = forms.forms(CPU, torch.float32)
+    section = forms.forms(CPU)
     assert section.wrong
     assert section.rows == [{"layer": "W 128", "blocked": "fails", "flex": "fails"}]
     assert section.problems[0]["what"] == "blocked is wrong for W 128: RuntimeError: no kernel image"
@@ -96,18 +94,20 @@ def test_attention_that_raises_or_gives_nan_is_wrong_too(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_window_that_is_off_by_one_is_far_above_the_limit(dtype: torch.dtype) -> None:
-    q = torch.randn(1, 2, 700, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k, v = torch.randn(3, 1, 2, 700, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     packing = Packing.of_whole_rows(700, CPU)
-    right, wrong = (Dense.of(LayerSpec("sliding", w), packing, packing)(q, q, q) for w in (128, 129))
+    right, wrong = (Dense.of(LayerSpec("sliding", w), packing, packing)(q, k, v) for w in (128, 129))
     assert forms._error([wrong], [right.float()]) > 3 * forms.LIMITS[dtype]
 
 
 def test_a_check_that_raises_becomes_a_problem_and_the_others_still_run() -> None:
-    def raises() -> Section:
+    def raises(device: torch.device) -> Section:
         raise ValueError("no such device\nat all")
 
-    first, second = doctor.run([("Speed", raises, "mend it"), ("Devices", machine.devices, "report it")])
-    assert first.problems == [{"what": "Speed could not be checked: ValueError: no such device", "remedy": "mend it"}]
+    first, second = doctor.run({"Compiler": raises, "Devices": machine.devices}, CPU)
+    (problem,) = first.problems
+    assert problem["what"] == "Compiler could not be checked: ValueError: no such device"
+    assert problem["remedy"].startswith("install a C++ compiler")
     assert (first.wrong, second.title) == (False, "Devices")
 
 
@@ -121,7 +121,7 @@ def test_what_is_missing_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
     assert [p["remedy"] for p in problems[2:]] == ["pip install triton", "pip install -r requirements-gpu.txt"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    (driver,) = machine.devices().problems
+    (driver,) = machine.devices(CPU).problems
     assert driver["what"].startswith("there is an NVIDIA driver, but torch, the build for ")
 
 
@@ -137,14 +137,13 @@ def test_little_memory_and_slow_products_are_problems(monkeypatch: pytest.Monkey
 
 
 def test_being_slower_than_the_peer_is_a_problem() -> None:
-    section = Section("Tokens per second")
-    speed._add(section, "training", measured(0.2, 0.1), 100)
-    speed._add(section, "training", measured(0.2, None, "MemoryError: too much"), 100)
-    assert [p["what"] for p in section.problems] == [
-        "training is slower than transformers sdpa",
-        "training could not be compared with transformers sdpa MemoryError: too much",
+    slow = speed._compared("Training", measured(0.2, 0.1), 100)
+    alone = speed._compared("Training", measured(0.2, None, "MemoryError: too much"), 100)
+    assert [p["what"] for p in slow.problems + alone.problems] == [
+        "Training is slower than transformers sdpa",
+        "Training could not be compared with transformers sdpa: MemoryError: too much",
     ]
-    assert section.rows[1]["its"] is None
+    assert alone.rows == [{"precision": "fp32", "ours": 500.0, "transformers sdpa": None, "ratio": None}]
 
 
 def test_a_file_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
@@ -155,6 +154,6 @@ def test_a_file_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_form_that_can_run_on_this_gpu_is_right(dtype: torch.dtype) -> None:
-    section = forms.forms(torch.device("cuda"), dtype)
-    assert not section.problems
+def test_every_form_that_can_run_on_this_gpu_is_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "training_dtype", lambda device: dtype)
+    assert not forms.forms(torch.device("cuda")).problems
