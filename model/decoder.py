@@ -7,7 +7,8 @@ Legend: B batch, T positions, H heads, G kv heads, D head size, E hidden size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,8 +123,11 @@ class WindreachModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
         positions_to_keep: int = 0,
+        packing: Packing | None = None,
     ) -> BaseModelOutputWithPast:
         """`documents` (B, T): ids of packed documents, -1 for padding. Else `attention_mask` (B, S), 0 for padding.
+
+        `packing` says the same, and what the host knows of it, so that nobody waits for a GPU.
 
         `positions_to_keep`: return hidden states of the last positions only, 0 for all. With a cache, those of a long
         prompt's other positions never exist all at once.
@@ -131,7 +135,7 @@ class WindreachModel(nn.Module):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         cache = self._checked_cache(tokens, past_key_values)
         assert tokens is not None
-        packing = _pack(tokens, documents, attention_mask, position_ids, cache)
+        packing = packing or _pack(tokens, documents, attention_mask, position_ids, cache)
         watched = output_hidden_states or torch.is_grad_enabled() or self.config.attention_backend == "reference"
         if cache is None:
             x = self._embed(tokens)
@@ -343,10 +347,22 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def compile_layers(self) -> None:
-        """Compile layer by layer: layers of one kind share one compilation."""
+    def compile_layers(self, mode: str | None = None) -> None:
+        """Compile layer by layer: layers of one kind share one compilation. `mode` is that of torch.compile."""
         for layer in self.model.layers:
-            layer.compile()
+            layer.compile(mode=mode)
+
+    @contextmanager
+    def uncompiled_layers(self) -> Iterator[None]:
+        """Inside, layers run uncompiled, but FlexAttention stays compiled: it would make all scores."""
+        compiled = [layer._compiled_call_impl for layer in self.model.layers]
+        for layer in self.model.layers:
+            layer._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for layer, call in zip(self.model.layers, compiled, strict=True):
+                layer._compiled_call_impl = call
 
     def compile_decoding(self) -> None:
         """Compile the step of single tokens. Each batch size is compiled once; the first token of each waits for it."""

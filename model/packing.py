@@ -3,15 +3,41 @@
 Legend: B batch, T query positions, S key positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.windows import LayerSpec, visible
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+def kept_per_shape(make: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Keeps the last eight results. A CUDA graph under capture gets one of its own, because it outlives what is kept.
+
+    Made outside of inference mode: what an evaluation prepares, training may use.
+    """
+
+    @torch.inference_mode(False)
+    def fresh(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        return make(*args, **kwargs)
+
+    kept = lru_cache(maxsize=8)(fresh)
+
+    @wraps(make)
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return fresh(*args, **kwargs) if captured else kept(*args, **kwargs)  # type: ignore[arg-type]
+
+    call.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+    return call
+
 
 NO_DOCUMENT = -2  # document id of a cache slot that is empty; padding has -1
 
@@ -36,11 +62,10 @@ class Packing:
     spans: int | None = None
 
     @staticmethod
-    @lru_cache(maxsize=8)
+    @kept_per_shape
     def of_whole_rows(tokens: int, device: torch.device) -> "Packing":
-        """Rows of T tokens that are one document each. Built once for each length."""
-        with torch.inference_mode(False):
-            return Packing(torch.arange(tokens, device=device)[None], whole=True)
+        """Rows of T tokens that are one document each."""
+        return Packing(torch.arange(tokens, device=device)[None], whole=True)
 
     @staticmethod
     def of_position_ids(position_ids: Tensor) -> "Packing":

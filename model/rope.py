@@ -4,12 +4,10 @@ Legend: B batch, T positions, H heads, D head size.
 Source: Su et al., "RoFormer", arXiv 2104.09864.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from model.packing import Packing
+from model.packing import Packing, kept_per_shape
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines
 
@@ -21,10 +19,9 @@ def rotary_tables(packing: Packing, head_dim: int, theta: float) -> Rotary:
     return _tables(packing.positions, head_dim, theta)
 
 
-@lru_cache(maxsize=8)
+@kept_per_shape
 def _of_whole_rows(tokens: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
-    with torch.inference_mode(False):  # what an evaluation makes, training may use
-        return _tables(Packing.of_whole_rows(tokens, device).positions, head_dim, theta)
+    return _tables(Packing.of_whole_rows(tokens, device).positions, head_dim, theta)
 
 
 def _tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:

@@ -5,6 +5,9 @@ The z-loss (Chowdhery and others, PaLM, 2022) adds weight x log(Z)^2 per token, 
 It keeps the logits from drifting. It changes the gradient only: the loss returned is plain cross-entropy.
 """
 
+import importlib.util
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 from model.attention import product_dtype
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; with the softmax and its gradient about three times that
+GPU_FACTOR = 4  # as many more on a GPU, where fused kernels keep logits and gradient in bfloat16
 
 
 class Score(NamedTuple):
@@ -26,14 +30,21 @@ class Score(NamedTuple):
 def cross_entropy(
     hidden_ne: Tensor, weight_ve: Tensor, labels_n: Tensor, z_weight: float = 0.0, rows: int | None = None
 ) -> Score:
-    """The score of `labels_n` under `hidden_ne @ weight_ve.T`, `rows` at a time (default: `LOGITS_AT_ONCE` logits)."""
-    rows = rows or max(1, LOGITS_AT_ONCE // len(weight_ve))
+    """The score of `labels_n` under `hidden_ne @ weight_ve.T`. Negative labels are not scored.
+
+    `rows` positions are computed at a time; default: as many as make `LOGITS_AT_ONCE` logits.
+    """
+    logits = LOGITS_AT_ONCE * (GPU_FACTOR if hidden_ne.is_cuda else 1)
+    rows = rows or max(1, logits // len(weight_ve))
     if len(hidden_ne) > rows:
-        return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
+        if torch.is_grad_enabled():
+            return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
+        parts = [cross_entropy(h, weight_ve, n) for h, n in zip(hidden_ne.split(rows), labels_n.split(rows))]
+        return Score(torch.stack([part.loss for part in parts]).sum(), torch.cat([part.right for part in parts]))
     logits_nv = F.linear(hidden_ne, weight_ve)
     loss = F.cross_entropy(logits_nv.float(), labels_n, reduction="sum")
     if z_weight:
-        z = z_weight * logits_nv.float().logsumexp(-1).square().sum()
+        z = z_weight * (logits_nv.float().logsumexp(-1).square() * (labels_n >= 0)).sum()
         loss = loss + (z - z.detach())
     return Score(loss, logits_nv.detach().argmax(-1) == labels_n)
 
@@ -49,27 +60,43 @@ class _Chunks(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, rows: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        right = torch.empty_like(labels, dtype=torch.bool)
+        losses, rights, differentiate = [], [], _differentiate_on(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             for i in range(0, len(hidden), rows):
-                h, wanted = hidden[i : i + rows].to(dtype), labels[i : i + rows, None]
-                logits = (h @ w.mT).float()
-                right[i : i + rows] = (logits.argmax(-1, keepdim=True) == wanted)[:, 0]
-                normaliser = logits.logsumexp(-1, keepdim=True)
-                loss += (normaliser - logits.gather(1, wanted)).sum()
-                d_logits = logits.sub_(normaliser).exp_()  # in place, because logits are large
-                if z_weight:
-                    d_logits.mul_(1 + 2 * z_weight * normaliser)
-                d_logits = d_logits.scatter_(1, wanted, d_logits.gather(1, wanted) - 1).to(dtype)
+                h = hidden[i : i + rows].to(dtype)
+                d_logits, loss, right = differentiate(h @ w.mT, labels[i : i + rows, None], z_weight)
                 d_hidden[i : i + rows] = d_logits @ w
                 d_weight += d_logits.mT @ h
+                losses.append(loss)
+                rights.append(right)
+        right = torch.cat(rights)
         ctx.gradients = d_hidden, d_weight
         ctx.mark_non_differentiable(right)
-        return loss, right
+        return torch.stack(losses).sum(), right
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.gradients
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
+
+
+@cache
+def _differentiate_on(device_type: str) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
+    """On a GPU with Triton its dozen passes over the logits become two or three kernels."""
+    fuse = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    return torch.compile(_differentiate, dynamic=False) if fuse else _differentiate
+
+
+def _differentiate(logits_nv: Tensor, labels_n1: Tensor, z_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the logits in their dtype, the summed loss, and which labels were the most likely (N,)."""
+    dtype, logits = logits_nv.dtype, logits_nv.float()
+    scored, wanted = labels_n1 >= 0, labels_n1.clamp_min(0)
+    right = (logits.argmax(-1, keepdim=True) == labels_n1)[:, 0]
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    loss = ((normaliser - logits.gather(1, wanted)) * scored).sum()
+    d_logits = logits.sub_(normaliser).exp_()  # in place, because logits are large
+    if z_weight:
+        d_logits.mul_(1 + 2 * z_weight * normaliser)
+    d_logits = d_logits.scatter_(1, wanted, d_logits.gather(1, wanted) - 1).mul_(scored)
+    return d_logits.to(dtype), loss, right

@@ -3,7 +3,8 @@
     1 data   2 model   3 run folder   4 objectives   5 optimizer   6 resume   7 loop   8 evaluate   9 save   10 export
 
 `train.py` reads the settings and calls `train`. Each step differentiates every objective (text, recall) at the same
-weights, then applies the sum of their updates. Every process runs this code; the main one decides and writes files.
+weights, then applies the sum of their updates (`training.step`). Every process runs this code; the main one decides and
+writes files. Between two lines of the log a process never waits for its GPU.
 """
 
 import base64
@@ -11,12 +12,16 @@ import gc
 import math
 import os
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from data.tasks import need_keys
 from data.tasks.vocabulary import recall_vocabulary
@@ -24,15 +29,17 @@ from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.decoder import WindreachForCausalLM, build_model
+from model.flops import flops_per_token
 from model.projections import row_sizes
 from model.windows import reach
+from training.captured import Captured, worth_capturing
 from training.curriculum import Curriculum, State
-from training.objective import Measured, Objective, Scorer, differentiate, objectives, step_flops
+from training.objective import Scorer, Work, objectives, step_flops
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
 from training.processes.parallel import Tensors, load_whole, spread, stored_in_shards, whole, whole_weights
-from training.processes.precision import DTYPES, make_deterministic, set_up_threads
-from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, sum_over_ranks
+from training.processes.precision import DTYPES, lack_of_memory_is_fault, make_deterministic, set_up_threads
+from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, shorten_timeout
 from training.processes.signals import STOPPED, StopRequest
 from training.reporting.metrics import Metrics, TrainingProgress
 from training.reporting.nonfinite import keep_batch, stop_after
@@ -43,6 +50,7 @@ from training.schedule import interpolate, rate_factor
 from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
 from training.start import grow_from_run
+from training.step import DELAY, Inputs, Outcome, Update
 
 
 def train(settings: Settings, resume: str) -> int:
@@ -50,7 +58,7 @@ def train(settings: Settings, resume: str) -> int:
 
     Raises UserError for wrong input and TrainingFault where training can't go on.
     """
-    with lost_rank_is_fault():
+    with lost_rank_is_fault(), lack_of_memory_is_fault(settings):
         trainer = Trainer(settings, resume)
         if not trainer.run():
             return STOPPED
@@ -67,7 +75,7 @@ class Trainer:
         self.ranks = join_ranks()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
         set_up_threads(settings.training.num_threads, local_processes=local)
-        make_deterministic()
+        make_deterministic(settings.training.deterministic)
 
         # 1. Data: the main process fills the cache, then every process reads it.
         ask_main(lambda: self._cached_data() and None)
@@ -93,25 +101,38 @@ class Trainer:
         keys = recall.keys if need_keys(recall.tasks) else 0
         vocabulary = recall_vocabulary(self.tokenizer, recall.values, keys) if recall.enabled else None
         self.objectives = objectives(settings, train_store, vocabulary, self.curriculum, self.ranks.num_processes)
-        self.probe = Probe(settings, heldout_store, vocabulary, self.curriculum)
+        micro_rows = self.objectives[0].plan(self.state.distances).micro_rows
+        self.probe = Probe(settings, heldout_store, vocabulary, self.curriculum, micro_rows)
 
         # 5. Optimizer, over the model as the processes share it.
         self.relay_values = recall.values if recall.enabled and recall.relay_loss_weight else 0
         self.scorer = Scorer(self.decoder, self.relay_values, settings.training.z_loss_weight)
         if settings.training.activation_checkpointing:
             self.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        if settings.training.compile:
-            self.decoder.compile_layers()
+        if compiled := settings.training.compile:
+            self.decoder.compile_layers("max-autotune-no-cudagraphs" if compiled == "max-autotune" else None)
         self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
         names, parameters = [objective.name for objective in self.objectives], self.scorer.named_parameters()
         optimizer, muon_dtype = settings.training.optimizer, DTYPES[self.facts["precision"]]
         self.optimizer = SummedOptimizer(parameters, names, optimizer, muon_dtype, row_sizes(self.scorer))
 
+        self.update: Callable[[Inputs], Tensor]
+        self.update = Update(self.objectives, self.accelerator, self.wrapped, self.optimizer)
+        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer()):
+            self.update = Captured(self.update, device)
+
         # 6. Resume.
+        self.outcomes: deque[Outcome] = deque()  # of the last steps, oldest first: they don't count yet
         if checkpoint is not None:
             self._resume(checkpoint)
         elif auxiliary:
             load_whole(self.scorer.auxiliary(), auxiliary)
+
+    def _seconds_per_layer(self) -> float:
+        """What the matrix products of one layer take for a micro-batch of text, at the rate of this machine."""
+        plan = self.objectives[0].plan(self.state.distances)
+        flops = plan.micro_rows * plan.seq_len * flops_per_token(self.config, plan.seq_len, training=True)
+        return flops / self.config.num_hidden_layers / self.facts["matmul_rate"]
 
     def _cached_data(self) -> tuple[Tokenizer, TokenStore, TokenStore]:
         tokenizer = prepare_tokenizer(self.settings)
@@ -127,6 +148,7 @@ class Trainer:
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])
+        self.outcomes.extend(map(Outcome.load, saved.get("outcomes", [])))
         reached, last = self.state.distances, self.curriculum.last_distance
         to_come = [dict.fromkeys(reached, distance) for distance in range(min(reached.values()), last + 1)]
         check_same_batches(path, self.objectives, len(saved["random"]), to_come)
@@ -151,7 +173,7 @@ class Trainer:
             gc.disable()  # a full collection during a step costs more than the loop's few cycles
             self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0  # since the last logged step
             while self.state.step < settings.max_steps:
-                if sum_over_ranks({"stop": float(bool(self.stop))})["stop"]:
+                if self._stopping():
                     self._save()
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
                     return False
@@ -159,58 +181,87 @@ class Trainer:
                 after_step()
         return True
 
+    def _stopping(self) -> bool:
+        """Whether a rank has had a signal. All ranks say so before the same step."""
+        if self.ranks.num_processes == 1:
+            return bool(self.stop)
+        on_cpu = self.ranks.device.type == "cpu"
+        known = [o for o in self.outcomes if on_cpu or o.step <= self.state.step - DELAY]
+        return any(outcome.asked_to_stop for outcome in known)
+
     def _step(self) -> None:
-        """One update: differentiate every objective at the same weights, then apply the sum of their updates."""
+        """Launch one update, count the outcome of an earlier one, and do what is due at this step."""
         step, settings = self.state.step, self.settings.training
+        self._count_outcomes(step - DELAY)
         weights = {o.name: interpolate(o.points, step, settings.max_steps) for o in self.objectives}
         rate = settings.optimizer.lr * rate_factor(settings.schedule, step, settings.max_steps)
-        measured = {o.name: self._differentiate(o, step) for o in self.objectives if weights[o.name] > 0}
-        self.state.step += 1
-        if all(m.finite for m in measured.values()):
-            self.optimizer.step(rate, weights)
-            self.state.skipped_in_a_row = 0
-            if "recall" in measured:
-                right, asked = measured["recall"].right, measured["recall"].count
-                for task, state in self.state.curriculum.items():
-                    self.state.curriculum[task] = self.curriculum.advance(state, right[task], asked[task])
-        else:
-            self._skip(measured)
+        inputs = self._inputs(step, rate, {name: weight for name, weight in weights.items() if weight > 0})
+        active = [o for o in self.objectives if o.name in inputs.works]
+        outcome = Outcome.of(step, self.state.distances, active, self.update(inputs))
+        self.outcomes.append(outcome)
+        self.state.step = step = step + 1
+        if step == 1:
+            shorten_timeout()
 
-        step, last = self.state.step, self.state.step == settings.max_steps
+        last = step == settings.max_steps
         if step % settings.log_every_steps == 0 or last or self.progress.first_step + 1 == step:
-            self._log(measured, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
+            self._log(outcome, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
+        if last:
+            self._count_outcomes(step)
         if step % settings.validate_every_steps == 0 or last:
             self._evaluate()
         if step % settings.save_every_steps == 0 or last:
             self._save()
         self.progress.update(self.progress.task, completed=step)
 
-    def _differentiate(self, objective: Objective, step: int) -> Measured:
-        """Compute one objective's gradients, clip them, and set them aside until the update."""
-        distances = self.state.distances
-        measured = differentiate(objective, self.accelerator, self.wrapped, step, distances)
-        measured.grad_norm = float(self.optimizer.take(objective.name, objective.max_grad_norm))
-        plan, relayed = objective.plan(distances), measured.count.get("relay", 0)
-        scored = sum(measured.count[term] for term in measured.loss) - relayed
-        self.state.tokens += plan.tokens
-        self.tokens += plan.tokens
-        self.flops += step_flops(self.config, plan, scored, relayed, self.relay_values)
-        return measured
+    def _inputs(self, step: int, rate: float, weights: dict[str, float]) -> Inputs:
+        """What the step needs, on its way to the device. `weights`: of the objectives that take part."""
+        works, ranks = {}, self.ranks.num_processes
+        for objective in (o for o in self.objectives if o.name in weights):
+            plan = objective.plan(self.state.distances)
+            batches = objective.micro_batches(step, self.state.distances, self.ranks.process_index)
+            works[objective.name] = work = Work.of(objective, batches)
+            counts = dict(zip(objective.term_weights, work.counts.tolist(), strict=False))
+            relayed = ranks * counts.pop("relay", 0.0)
+            self.state.tokens += plan.tokens
+            self.tokens += plan.tokens
+            self.flops += step_flops(self.config, plan, ranks * sum(counts.values()), relayed, self.relay_values)
+        shares = {name: torch.tensor(weight) for name, weight in weights.items()}
+        inputs = Inputs(works, torch.tensor(rate), shares, torch.tensor(float(bool(self.stop)), dtype=torch.float64))
+        if isinstance(self.update, Captured):
+            return tree_map_only(Tensor, Tensor.pin_memory, inputs.padded())
+        if self.ranks.device.type == "cpu":
+            return inputs
+        return tree_map_only(Tensor, lambda x: x.pin_memory().to(self.ranks.device, non_blocking=True), inputs)
 
-    def _skip(self, measured: dict[str, Measured]) -> None:
-        """Drop the update, so that a loss or gradient that is not finite never reaches the weights."""
-        self.optimizer.drop()
+    def _count_outcomes(self, last: int) -> None:
+        """Let the outcomes of the steps up to index `last` count: for the curriculum, or as skipped."""
+        while self.outcomes and self.outcomes[0].step <= last:
+            outcome = self.outcomes.popleft()
+            if not outcome.finite:
+                self._count_skipped(outcome)
+                continue
+            self.state.skipped_in_a_row = 0
+            if recall := outcome.measured.get("recall"):
+                for task, state in self.state.curriculum.items():
+                    self.state.curriculum[task] = self.curriculum.advance(state, recall.right[task], recall.count[task])
+
+    def _count_skipped(self, outcome: Outcome) -> None:
+        """Count a step whose loss or gradient was not finite, so that its update was left out. Keep its batches."""
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
-        step, distances, in_a_row = self.state.step, self.state.distances, self.state.skipped_in_a_row
+        step, in_a_row = outcome.step + 1, self.state.skipped_in_a_row
         for o in self.objectives:
-            if o.name in measured and not measured[o.name].finite:
-                saved = keep_batch(self.dir, o, measured[o.name], step - 1, distances, self.tokenizer)
+            if o.name in outcome.measured and not outcome.measured[o.name].finite:
+                saved = keep_batch(
+                    self.dir, o, outcome.measured[o.name], outcome.step, outcome.distances, self.tokenizer
+                )  # fmt: skip
                 self.progress.say(f"step {step} skipped: loss or gradient of {o.name} is not finite; {saved}")
                 self.metrics.write("skipped", step, objective=o.name, in_a_row=in_a_row)
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 
-    def _log(self, measured: dict[str, Measured], schedule: dict[str, float]) -> None:
+    def _log(self, outcome: Outcome, schedule: dict[str, float]) -> None:
+        measured = outcome.measured  # waits for the step, so that the time is its own
         seconds, state = time.perf_counter() - self.began, self.state
         rate = self.tokens / seconds
         mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
@@ -230,7 +281,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Measure held-out text and recall; every rank measures its share. The clock stands still meanwhile."""
         paused = time.perf_counter()
-        with whole(self.accelerator, self.wrapped):
+        with whole(self.wrapped), self.accelerator.autocast():
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         columns = recall.columns()
         self.state.validation_bits_per_byte, self.state.horizon = bits, columns["horizon"]
@@ -249,7 +300,8 @@ class Trainer:
         paused = time.perf_counter()
         random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
         facts = {name: self.facts[name] for name in FACTS_SAVED}
-        state = {"progress": asdict(self.state), "random": gather_object([random])} | facts
+        outcomes = [outcome.saved() for outcome in self.outcomes]
+        state = {"progress": asdict(self.state), "outcomes": outcomes, "random": gather_object([random])} | facts
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)

@@ -8,7 +8,6 @@ Matrix by matrix, the twenty or so calls for each of the quickstart's 224 matric
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,35 +24,34 @@ EPS = 1e-7
 
 
 class BatchedMuon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised in `dtype`; every parameter is a matrix. Decay is decoupled, as in AdamW.
+    """Nesterov momentum, orthogonalised in `dtype`; every parameter is a matrix. It does not decay weights.
 
-    row_sizes: for a parameter that holds several projections, the rows of each.
+    row_sizes: for a parameter that holds several projections, the rows of each. `group["lr"]` is a 0-d tensor. If
+    `found_inf` is 1, neither weights nor momenta change.
     """
 
-    def __init__(
-        self, params: Iterable[dict[str, Any]], lr: float, dtype: torch.dtype, row_sizes: dict[Tensor, tuple[int, ...]]
-    ):
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": MOMENTUM})
+    def __init__(self, params: Iterable[Tensor], dtype: torch.dtype, row_sizes: dict[Tensor, tuple[int, ...]]):
+        super().__init__(params, {"lr": 0.0})
         self.dtype, self.row_sizes = dtype, row_sizes
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            sharded = [p for p in group["params"] if p.grad is not None]
-            if not sharded:
-                continue
-            params, grads = [local(p) for p in sharded], [local(p.grad) for p in sharded]
-            momenta = [local(self._momentum(p)) for p in sharded]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # width and rows of each projection
-            for i, p in enumerate(sharded):
-                alike[p.shape[1], *self.row_sizes.get(p, (p.shape[0],))].append(i)
-            for (_, *rows), members in alike.items():
-                stacked = torch.stack([updates[i] for i in members]).to(self.dtype)
-                step = _orthogonal(stacked, sharded[members[0]], rows)
-                torch._foreach_add_([params[i] for i in members], list(step.unbind()), alpha=-group["lr"])
+        (group,) = self.param_groups
+        alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)  # width and rows of each projection
+        for p in group["params"]:
+            if p.grad is not None:
+                alike[p.shape[1], *self.row_sizes.get(p, (p.shape[0],))].append(p)
+        applied = 1.0 - self.found_inf
+        for (_, *rows), params in alike.items():
+            grads = torch.stack([local(p.grad) for p in params if p.grad is not None])
+            grads.masked_fill_(self.found_inf > 0, 0.0)  # a gradient that is not finite times 0 is not 0
+            momenta = [local(self._momentum(p)) for p in params]
+            torch._foreach_mul_(momenta, 1.0 - (1.0 - MOMENTUM) * applied)
+            torch._foreach_add_(momenta, list((grads * (1.0 - MOMENTUM)).unbind()))
+            updates = grads.lerp_(torch.stack(momenta), MOMENTUM).to(self.dtype)
+            step = _orthogonal(updates, params[0], rows) * (-group["lr"] * applied)
+            torch._foreach_add_([local(p) for p in params], list(step.unbind()))
 
     def _momentum(self, p: Tensor) -> Tensor:
         state: dict[str, Tensor] = self.state[p]

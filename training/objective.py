@@ -8,13 +8,14 @@ eight times, eight sequences at once, and two ranks give the same step.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import register_pytree_node
 
 from data.batches import recall_batch, text_batch
 from data.tasks.layout import RowRules
@@ -24,10 +25,11 @@ from data.token_store import TokenStore
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
+from model.packing import Packing
 from training.cross_entropy import Score, cross_entropy
 from training.curriculum import Curriculum
 from training.processes.parallel import exchange_gradients
-from training.processes.ranks import sum_over_ranks
+from training.processes.ranks import sum_tensor_over_ranks
 from training.settings.consistency import recall_seq_len, row_tokens
 from training.settings.schema import Settings
 
@@ -46,12 +48,36 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass needs. `input_ids` and `documents` are (B, T); None: each sequence is one document."""
+    """What one forward pass needs: token ids (B, T), their documents, and what is scored."""
 
     input_ids: Tensor
-    documents: Tensor | None
+    packing: Packing
     targets: dict[str, Target]
     answer_tasks: Tensor  # (N,) number of the task of each answer
+
+    def padded(self) -> "MicroBatch":
+        """With as many targets as an eighth, two eighths … of its tokens, so that few shapes occur."""
+        step, spans = -(-self.input_ids.numel() // 8), self.packing.spans
+        packing = self.packing if spans is None else replace(self.packing, spans=1 << (spans - 1).bit_length())
+        missing = {term: -len(labels) % step for term, (_, labels) in self.targets.items()}
+        targets = {
+            term: Target(F.pad(index, (0, missing[term])), F.pad(labels, (0, missing[term]), value=UNSCORED))
+            for term, (index, labels) in self.targets.items()
+        }
+        return MicroBatch(self.input_ids, packing, targets, F.pad(self.answer_tasks, (0, missing.get("answer", 0))))
+
+
+# So that `tree_map` moves their tensors to a device.
+register_pytree_node(
+    Packing,
+    lambda p: ([p.positions, p.documents], (p.whole, p.padded, p.spans)),
+    lambda tensors, facts: Packing(*tensors, *facts),
+)
+register_pytree_node(
+    MicroBatch,
+    lambda m: ([m.input_ids, m.packing, m.targets, m.answer_tasks], None),
+    lambda parts, _: MicroBatch(*parts),
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +153,8 @@ class TextObjective(Objective):
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
-        return MicroBatch(batch.input_ids, batch.documents, {"text": _target(batch.labels)}, batch.tasks[:0])
+        packing = Packing.of_documents(batch.documents)
+        return MicroBatch(batch.input_ids, packing, {"text": _target(batch.labels)}, batch.tasks[:0])
 
 
 class RecallObjective(Objective):
@@ -169,7 +196,8 @@ class RecallObjective(Objective):
             index, values = targets["relay"]
             layers = batch.relay_layers.flatten()[index]
             targets["relay"] = Target(layers * batch.input_ids.numel() + index, values)
-        return MicroBatch(batch.input_ids, None, targets, batch.tasks[targets["answer"].index // plan.seq_len])
+        packing = Packing.of_whole_rows(plan.seq_len, batch.input_ids.device)
+        return MicroBatch(batch.input_ids, packing, targets, batch.tasks[targets["answer"].index // plan.seq_len])
 
 
 def objectives(
@@ -200,9 +228,9 @@ class Scorer(nn.Module):
         if self.relay_head is not None:
             nn.init.zeros_(self.relay_head.weight)
 
-    def forward(self, input_ids: Tensor, documents: Tensor | None, targets: dict[str, Target]) -> dict[str, Score]:
+    def forward(self, input_ids: Tensor, packing: Packing, targets: dict[str, Target]) -> dict[str, Score]:
         """The score of each term. Logits exist only at scored positions."""
-        out = self.decoder.model(input_ids, documents=documents, output_hidden_states="relay" in targets)
+        out = self.decoder.model(input_ids, packing=packing, output_hidden_states="relay" in targets)
         scores = {}
         for term, (index, labels) in targets.items():
             if term == "relay" and self.relay_head is not None:
@@ -246,40 +274,67 @@ class Measured:
         return columns
 
 
-def differentiate(
-    objective: Objective, accelerator: Accelerator, scorer: nn.Module, step: int, distances: Mapping[str, int]
-) -> Measured:
-    """Add the objective's gradients of this step to the parameters. The device is not waited for until the end."""
-    micro_batches = objective.micro_batches(step, distances, accelerator.process_index)
-    terms, device = list(objective.term_weights), accelerator.device
-    counts = sum_over_ranks({t: float(sum(len(m.targets[t].labels) for m in micro_batches)) for t in terms})
+@dataclass(frozen=True)
+class Work:
+    """One objective's share of a step on this rank. weights, counts: (terms,) and (terms and tasks,), in float64."""
+
+    micro_batches: list[MicroBatch]
+    weights: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def of(objective: Objective, micro_batches: list[MicroBatch]) -> "Work":
+        """`counts` are the positions that each term scores, and the answers of each recall task."""
+        terms = objective.term_weights
+        counts = [sum(len(m.targets[term].labels) for m in micro_batches) for term in terms]
+        tasks = torch.cat([m.answer_tasks for m in micro_batches])
+        counts += [int((tasks == number).sum()) for number in range(len(objective.tasks))]
+        weights = torch.tensor(list(terms.values()), dtype=torch.float64)
+        return Work(micro_batches, weights, torch.tensor(counts, dtype=torch.float64))
+
+
+register_pytree_node(
+    Work, lambda w: ([w.micro_batches, w.weights, w.counts], None), lambda parts, _: Work(*parts)
+)  # fmt: skip
+
+
+def differentiate(objective: Objective, accelerator: Accelerator, scorer: nn.Module, work: Work) -> Tensor:
+    """Add the objective's gradients to the parameters; returns the figures that `measured_names` names, but the last.
+
+    They are sums over all ranks, in float64 on the device. Nothing here waits for the device.
+    """
+    terms, counts = list(objective.term_weights), sum_tensor_over_ranks(work.counts)
     scores: list[dict[str, Score]] = []
-    for micro_batch in micro_batches:
-        exchange_gradients(scorer, on=micro_batch is micro_batches[-1])
-        inputs = (micro_batch.input_ids, micro_batch.documents, micro_batch.targets)
-        if device.type != "cpu":
-            inputs = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), inputs)
-        score = scorer(*inputs)
-        accelerator.backward(weighted_loss(score, objective.term_weights, counts, accelerator.num_processes))
-        scores.append({term: Score(s.loss.detach(), s.right) for term, s in score.items()})
+    for micro_batch in work.micro_batches:
+        exchange_gradients(scorer, on=micro_batch is work.micro_batches[-1])
+        score = scorer(micro_batch.input_ids, micro_batch.packing, micro_batch.targets)
+        in_order = {term: score[term] for term in terms}
+        accelerator.backward(weighted_loss(in_order, work.weights, counts[: len(terms)], accelerator.num_processes))
+        scores.append({term: Score(s.loss.detach(), s.right) for term, s in in_order.items()})
 
-    mine = {("loss", t): float(sum(s[t].loss.double() for s in scores)) for t in terms}  # sums of this rank
-    mine |= {("right", t): float(sum(s[t].right.sum() for s in scores)) for t in terms}
-    for number, task in enumerate(objective.tasks):
-        of_task = torch.cat([m.answer_tasks for m in micro_batches]) == number
-        mine["right", task] = float(torch.cat([s["answer"].right for s in scores]).cpu()[of_task].sum())
-        mine["count", task] = float(of_task.sum())
-    measured = Measured({}, {}, counts)
-    for (what, name), total in sum_over_ranks(mine).items():
-        getattr(measured, what)[name] = total
-    return measured
+    sums = [torch.stack([s[t].loss.double() for s in scores]).sum() for t in terms]
+    sums += [torch.stack([s[t].right.sum() for s in scores]).sum().double() for t in terms]
+    for number in range(len(objective.tasks)):
+        pairs = zip(work.micro_batches, scores, strict=True)
+        right = [(s["answer"].right & (m.answer_tasks == number)).sum() for m, s in pairs]
+        sums.append(torch.stack(right).sum().double())
+    return torch.cat((sum_tensor_over_ranks(torch.stack(sums)), counts))
 
 
-def weighted_loss(
-    scores: dict[str, Score], weights: Mapping[str, float], counts: Mapping[str, float], ranks: int
-) -> Tensor:
-    """The loss to differentiate. It is multiplied by `ranks` because data parallelism averages gradients over ranks."""
-    return torch.stack([ranks * weights[t] / max(counts[t], 1.0) * s.loss for t, s in scores.items()]).sum()
+def measured_names(objective: Objective) -> list[tuple[str, str]]:
+    """What the figures of a step are, in their order: those of `differentiate`, counts, and the gradient norm."""
+    terms, tasks = list(objective.term_weights), list(objective.tasks)
+    names = [("loss", t) for t in terms] + [(what, t) for what in ("right", "count") for t in (*terms, *tasks)]
+    return [*names, ("grad_norm", "")]
+
+
+def weighted_loss(scores: dict[str, Score], weights: Tensor, counts: Tensor, ranks: int) -> Tensor:
+    """The loss to differentiate, from the `weights` and `counts` of the terms, both (terms,).
+
+    It is multiplied by `ranks` because data parallelism averages gradients over ranks.
+    """
+    factors = (ranks * weights / counts.clamp_min(1.0)).float()
+    return (factors * torch.stack([score.loss for score in scores.values()])).sum()
 
 
 def step_flops(config: WindreachConfig, plan: Plan, scored: float, relayed: float = 0, relay_values: int = 0) -> float:
@@ -296,11 +351,12 @@ def _score_relay(logits: Tensor, labels: Tensor) -> Score:
     """As `cross_entropy`. Before the first value (label: number of values) all values should be equally likely."""
     logits, n = logits.float(), logits.shape[-1]
     normaliser = logits.logsumexp(-1)
-    known = labels < n
-    picked = logits.gather(-1, labels.clamp(max=n - 1)[:, None])[:, 0]
+    known, scored = labels < n, labels >= 0
+    picked = logits.gather(-1, labels.clamp(0, n - 1)[:, None])[:, 0]
     loss = torch.where(known, normaliser - picked, normaliser - logits.mean(-1) - math.log(n))
     peak, best = logits.detach().max(-1)
-    return Score(loss.sum(), torch.where(known, best == labels, peak - normaliser < math.log(0.5)))
+    right = torch.where(known, best == labels, peak - normaliser < math.log(0.5))
+    return Score((loss * scored).sum(), right & scored)
 
 
 def _target(labels_bt: Tensor) -> Target:

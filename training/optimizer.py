@@ -4,13 +4,15 @@ Recall gradients are 10 to 90 times larger than those of text. If the gradients 
 the clipping and the second moment, and text would hardly be learned. With separate moments both updates have the same
 scale:  parameter -= rate * sum_i weight_i * update_i,  where update_i is the direction for objective i.
 
+Rates are tensors, and whether an update is skipped is decided on the device. So the host never waits for a step, and a
+CUDA graph can replay it.
+
 Muon (Jordan and others, 2024) orthogonalises the updates of the layers' matrices. They are scaled to the size of
 AdamW's (Liu and others, 2025), so that one learning rate serves both. Embedding, head and norms keep AdamW.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ class SummedOptimizer:
     ):
         named = [(n, p) for n, p in parameters if p.requires_grad]
         self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
-        self.weight_decay = s.weight_decay
+        self.weight_decay, self.decayed = s.weight_decay, [p for n, p in named if decayed(n, p)]
         self.optimizers = {name: _optimizers(named, s, muon_dtype, row_sizes or {}) for name in objectives}
         self._gradients: dict[str, list[Tensor | None]] = {}
 
@@ -67,24 +69,28 @@ class SummedOptimizer:
             p.grad = None
         return norm
 
-    def drop(self) -> None:
-        """Forget the gradients of this step."""
-        self._gradients.clear()
+    @torch.no_grad()
+    def step(self, rate: Tensor, weights: Mapping[str, Tensor], finite: Tensor) -> None:
+        """Apply the gradients taken so far, and decay the weights once, whatever the number of objectives.
 
-    def step(self, rate: float, weights: Mapping[str, float]) -> None:
-        """Apply the gradients taken so far. Each decays by its share of the weights: all of it once."""
-        total = sum(weights[name] for name in self._gradients) or 1.0
+        `rate` and `weights` are 0-d. If `finite`, a 0-d bool, is false, neither weights nor moments change. All three
+        may be on the device: nothing is read back.
+        """
+        skipped = 1.0 - finite.to(rate.dtype)
+        if self.weight_decay:
+            torch._foreach_mul_([local(p) for p in self.decayed], 1.0 - rate * self.weight_decay * (1.0 - skipped))
         for name, gradients in self._gradients.items():
             for p, g in zip(self.parameters, gradients, strict=True):
                 p.grad = g
             for optimizer in self.optimizers[name]:
+                # As torch's gradient scaler does: 1 leaves weights and moments alone.
+                optimizer.found_inf = skipped  # type: ignore[attr-defined]
                 for group in optimizer.param_groups:
                     group["lr"] = rate * weights[name]
-                    group["weight_decay"] = self.weight_decay / total if group["decays"] else 0.0
                 optimizer.step()
         for p in self.parameters:
             p.grad = None
-        self.drop()
+        self._gradients.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All moments, named `objective/moment/parameter`."""
@@ -118,16 +124,16 @@ def _optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the layers' matrices and AdamW over the rest."""
     muon = [p for n, p in named if s.kind == "muon" and orthogonalised(n, p)]
-    rest = [(n, p) for n, p in named if s.kind != "muon" or not orthogonalised(n, p)]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in rest if decayed(n, p)], "decays": True},
-        {"params": [p for n, p in rest if not decayed(n, p)], "decays": False},
-    ]
-    groups = [g for g in groups if g["params"]]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
-    ]
+    rest = [p for n, p in named if s.kind != "muon" or not orthogonalised(n, p)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:
+        on_gpu = rest[0].device.type == "cuda"
+        optimizers.append(
+            torch.optim.AdamW(
+                rest, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True, capturable=on_gpu
+            )
+        )
     if muon:
         sizes: dict[Tensor, tuple[int, ...]] = {p: row_sizes[n] for n, p in named if n in row_sizes}
-        optimizers.append(BatchedMuon([{"params": muon, "decays": True}], s.lr, muon_dtype, sizes))
+        optimizers.append(BatchedMuon(muon, muon_dtype, sizes))
     return optimizers

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 
 from data.batches import text_batch
@@ -20,21 +19,24 @@ from data.tasks.question import UNSCORED
 from data.tasks.vocabulary import RecallVocabulary
 from data.token_store import TokenStore
 from model.decoder import WindreachForCausalLM
+from model.packing import Packing
+from training.cross_entropy import cross_entropy
 from training.curriculum import Curriculum
 from training.objective import recall_rules
 from training.processes.ranks import sum_over_ranks
 from training.settings.schema import Settings
 
-ROWS = 16  # sequences of a forward pass
+ROWS = 16  # sequences of a forward pass, or those of a micro-batch if they are fewer
 
 
 class Probe:
     """Measures the same held-out text and the same questions all through a run."""
 
     def __init__(
-        self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum
-    ):
-        self.settings, self.store = settings, store
+        self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum,
+        micro_rows: int = ROWS,
+    ):  # fmt: skip
+        self.settings, self.store, self.rows = settings, store, min(ROWS, micro_rows)
         self.rank, self.ranks = PartialState().process_index, PartialState().num_processes
         self.items: dict[str, dict[int, list[RecallItem]]] = {}  # by task and distance
         if vocabulary is None:
@@ -54,15 +56,18 @@ class Probe:
         """Bits per byte over the first `training.validation_tokens` tokens, in sequences of `data.seq_len`."""
         seq_len, device = self.settings.data.seq_len, decoder.device
         rows = max(1, min(self.settings.training.validation_tokens, len(self.store.tokens) - 1) // seq_len)
-        nats, n_bytes = 0.0, 0
+        nats, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0
         with _evaluating(decoder):
-            for first in range(self.rank * ROWS, rows, self.ranks * ROWS):
-                batch = text_batch(self.store, 0, 0, range(first, min(first + ROWS, rows)), seq_len, rows_per_step=rows)
-                logits = decoder(batch.input_ids.to(device), batch.documents.to(device)).logits
+            for first in range(self.rank * self.rows, rows, self.ranks * self.rows):
+                numbers = range(first, min(first + self.rows, rows))
+                batch = text_batch(self.store, 0, 0, numbers, seq_len, rows_per_step=rows)
+                packing = Packing.of_documents(batch.documents).to(device)
+                hidden = decoder.model(batch.input_ids.to(device), packing=packing)
                 labels = batch.labels.flatten()
-                nats += F.cross_entropy(logits.flatten(0, 1).float(), labels.to(device), reduction="sum").item()
+                flat = hidden.last_hidden_state.flatten(0, 1)
+                nats += cross_entropy(flat, decoder.lm_head.weight, labels.to(device)).loss
                 n_bytes += int(self.store.token_bytes[labels[labels != UNSCORED].numpy()].sum())
-        total = sum_over_ranks({"nats": nats, "bytes": float(n_bytes)})
+        total = sum_over_ranks({"nats": nats.item(), "bytes": float(n_bytes)})
         return total["nats"] / math.log(2) / max(1.0, total["bytes"])
 
     def recall(self, decoder: WindreachForCausalLM) -> "Recalled":
@@ -72,7 +77,8 @@ class Probe:
             for task, by_distance in self.items.items():
                 for distance, items in by_distance.items():
                     mine = items[self.rank :: self.ranks]
-                    right[task, distance] = sum(_right(decoder, mine[i : i + ROWS]) for i in range(0, len(mine), ROWS))
+                    parts = [mine[i : i + self.rows] for i in range(0, len(mine), self.rows)]
+                    right[task, distance] = sum(_right(decoder, part) for part in parts)
         total = sum_over_ranks(right)
         return Recalled({t: {d: total[t, d] / len(asked[d]) for d in asked} for t, asked in self.items.items()})
 
@@ -118,7 +124,7 @@ def _evaluating(decoder: WindreachForCausalLM) -> Iterator[None]:
     """Eval mode without gradients and compilation inside; training mode again after."""
     decoder.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), decoder.uncompiled_layers():
             yield
     finally:
         decoder.train()

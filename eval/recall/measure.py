@@ -6,6 +6,7 @@ Legend: B items of a batch, T positions, V vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -185,12 +186,17 @@ def horizons(rows: list[dict[str, Any]], reach: int | None) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-@torch.compiler.set_stance("force_eager")
 def check_paths(asked: TaskItems, examined: Examined, n: int = 4) -> dict[str, Any]:
     """Whether a full forward pass, the pass through the cache, and generation give the same answers, in float32.
 
     `n` items at about twelve distances end at their query. For other models the full pass stands in for our cache.
+    Layers run uncompiled: each of these shapes occurs once.
     """
+    with examined.model.uncompiled_layers() if examined.ours else nullcontext():
+        return _check_paths(asked, examined, n)
+
+
+def _check_paths(asked: TaskItems, examined: Examined, n: int) -> dict[str, Any]:
     model = examined.model
     answers: list[int] = []
     logits: list[tuple[Tensor, Tensor]] = []  # of the full pass, of the pass through the cache

@@ -23,9 +23,9 @@ from model.windows import LayerSpec, visible
 SIDE = 128  # tokens of a block: what the kernels are made for
 
 # Compiled by itself, so that layers which are not compiled never make all scores. Each shape is a compilation: `Flex`
-# keeps them few. Beyond the limit PyTorch would go on without compiling; a full graph makes that an error.
-torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+# keeps them few. Beyond the limit PyTorch goes on without compiling; `fullgraph` makes that an error.
 _compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+MOST_COMPILATIONS = 256
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Flex:
 
 def _run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     """Compiled on CUDA. On a CPU the compiled kernel of torch 2.13 returned wrong numbers for short rows."""
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, **options)
     if q.device.type != "cpu":
-        return _compiled(q, k, v, **options)
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+            return _compiled(q, k, v, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile", category=UserWarning)
         return flex_attention(q, k, v, **options)
@@ -70,10 +73,10 @@ def _run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 
 def _mask(spec: LayerSpec, packing: Packing) -> Any:
     """What FlexAttention asks for each query and key of a block that is not seen in full."""
-    positions, ids = packing.positions, packing.documents
+    positions, ids, whole = packing.positions, packing.documents, packing.whole
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if packing.whole:
+        if whole:
             return visible(spec, q, k)
         seen = visible(spec, _at(positions, b, q), _at(positions, b, k))
         if ids is not None:

@@ -6,7 +6,7 @@ by `plan_attention` and `AttentionPlan.prepare`, and nowhere else.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -17,7 +17,7 @@ from model.attention.composed import ByDocument, Dilated, PaddedQueries, fold_pa
 from model.attention.reference import Attend, Causal, Dense, MaskedChunk
 from model.attention.tiles import CausalAfter, Tiles
 from model.errors import UserError
-from model.packing import Packing, document_spans
+from model.packing import Packing, document_spans, kept_per_shape
 from model.windows import LayerSpec
 
 MIN_TILE_WINDOW = 128  # tokens; below, tiles are never faster than blocks
@@ -190,7 +190,6 @@ class AttentionPlan:
         return ByDocument(tuple(documents)) if documents else Dense.of(self.spec, packing, packing)
 
 
-@lru_cache(maxsize=8)
+@kept_per_shape
 def _prepare_whole_rows(plan: AttentionPlan, tokens: int, device: torch.device, batch_size: int) -> Attend:
-    with torch.inference_mode(False):  # what an evaluation prepares, training may use
-        return plan._prepare(Packing.of_whole_rows(tokens, device), batch_size)
+    return plan._prepare(Packing.of_whole_rows(tokens, device), batch_size)

@@ -8,7 +8,7 @@ because accelerate's own call has no CPU processes, and in bf16 it rounds the re
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,14 @@ def exchange_gradients(module: nn.Module, on: bool) -> None:
 
 
 @contextmanager
-def whole(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
-    """Inside, every process holds all weights in the precision of training, so each may compute something else."""
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all weights, so each may compute something else."""
     units = [m for m in module.modules() if isinstance(m, FSDPModule)]
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     try:
-        with accelerator.autocast() if units else nullcontext():
-            yield
+        yield
     finally:
         reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
         for unit in units:

@@ -3,13 +3,38 @@
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from training.processes.signals import TrainingFault
+from training.settings.schema import Settings
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_GAIN = 1.5  # autocast also costs casts, so a smaller gain of the bare matmul does not pay
+
+
+@contextmanager
+def lack_of_memory_is_fault(settings: Settings) -> Iterator[None]:
+    """Raises TrainingFault, with what to change, where a GPU has no memory left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        training = settings.training
+        tokens, checkpointing = (
+            training.micro_batch_tokens or training.tokens_per_step,
+            training.activation_checkpointing,
+        )
+        raise TrainingFault(
+            f"the GPU has no memory left: {str(problem).split('. ')[0]}\n"
+            f"  lower training.micro_batch_tokens (now {tokens:,} tokens a process at a time),\n"
+            f"  or set training.activation_checkpointing: true (now {str(checkpointing).lower()}),\n"
+            "  or share the model out over several GPUs with configs/accelerate/fsdp2.yaml;\n"
+            "  each may change within a run: the same command then goes on from the last checkpoint"
+        ) from problem
 
 
 @dataclass(frozen=True)
@@ -63,12 +88,16 @@ def set_up_threads(wanted: int | None, local_processes: int) -> int:
     return torch.get_num_threads()
 
 
-def make_deterministic() -> None:
+def make_deterministic(on_gpu: bool) -> None:
     """Deterministic kernels, and compiled code that depends on the shape alone: a bit-equal resume needs both.
 
     With automatic dynamic shapes the code compiled for a shape depends on the shapes before it, so a resumed run would
-    compile other kernels than the run it continues.
+    compile other kernels than the run it continues. On a GPU deterministic kernels are slower, and some do not exist:
+    `on_gpu` asks for them, and then an operation without one raises RuntimeError.
     """
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.use_deterministic_algorithms(on_gpu or not torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel a tensor
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 64

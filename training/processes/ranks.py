@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
+from torch import Tensor
 
 from model.errors import UserError
 from training.processes.signals import TrainingFault
@@ -16,12 +18,23 @@ Answer = TypeVar("Answer")
 Name = TypeVar("Name")
 
 
+PREPARING, TRAINING = timedelta(days=1), timedelta(minutes=30)  # the longest that one process waits for another
+
+
 def join_ranks() -> PartialState:
     """This process among those launched; on the CPU without a GPU, or where the launch file says `use_cpu: true`.
 
     Without `cpu=True` accelerate forms no process group on a CPU, and every process believes it is rank 0.
+    The others wait until the main process has tokenised the text, which may take hours.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return PartialState(cpu=on_cpu, timeout=PREPARING)
+
+
+def shorten_timeout() -> None:
+    """From now on a process that waits for `TRAINING` is taken for lost. PyTorch has no public call for it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(TRAINING, torch.distributed.group.WORLD)
 
 
 @contextmanager
@@ -53,8 +66,10 @@ def ask_main(call: Callable[[], Answer]) -> Answer:
 
 def sum_over_ranks(values: dict[Name, float]) -> dict[Name, float]:
     """Each value summed over all processes, which must call this with the same names in the same order."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return values
-    summed = reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=state.device), "sum")
-    return dict(zip(values, summed.tolist(), strict=True))
+    summed = torch.tensor(list(values.values()), dtype=torch.float64, device=PartialState().device)
+    return dict(zip(values, sum_tensor_over_ranks(summed).tolist(), strict=True))
+
+
+def sum_tensor_over_ranks(values: Tensor) -> Tensor:
+    """The same for a tensor on this process's device. The host does not wait for a GPU."""
+    return values if PartialState().num_processes == 1 else reduce(values, "sum")

@@ -8,12 +8,13 @@ Steps count from 1 here: step 13 is the one that would have been the thirteenth 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from training.objective import Measured, Objective
+from training.objective import Measured, MicroBatch, Objective
 from training.processes.signals import TrainingFault
 from training.run.checkpoint import write_text
 
@@ -37,11 +38,16 @@ def keep_batch(
         "rows": [rows.start for rows in objective.plan(distances).micro_ranges(rank, objective.ranks)],
         "measured": {k: repr(v) for k, v in measured.columns(objective.name).items()},  # repr: JSON has no NaN
         "text": [tokenizer.decode(ids) for batch in batches for ids in batch.input_ids.tolist()],
-        "micro_batches": [vars(batch) for batch in batches],  # of the targets, the positions and their labels
+        "micro_batches": [_contents(batch) for batch in batches],
     }
     path = folder / f"step-{step + 1:06d}-{objective.name}-rank-{rank}.json"
     write_text(path, json.dumps(facts, default=Tensor.tolist))
     return f"its batch is in {path}"
+
+
+def _contents(batch: MicroBatch) -> dict[str, Any]:
+    """`targets` are the scored positions and their labels. Without `documents` each sequence is one document."""
+    return {"input_ids": batch.input_ids, "documents": batch.packing.documents, "targets": batch.targets}
 
 
 def stop_after(in_a_row: int, limit: int, step: int) -> None:

@@ -197,6 +197,30 @@ def test_what_training_knows_is_not_read_from_the_device() -> None:
             on_h100(replace(kind, sink=sinks), Packing.of_whole_rows(200, torch.device("meta")), backend)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.parametrize("backend", ["blocked", "flash", "cudnn", "flex"])
+def test_a_compiled_layer_is_one_graph_for_all_batches(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(cudnn, "_register", lambda: None)
+    for name in ("flash", "cudnn"):
+        monkeypatch.setitem(plan._VARLEN_KERNELS, name, lambda: lambda q, k, v, segments, window: q)
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def layer(x: Tensor, attend: Attend, sinks: Tensor | None) -> Tensor:
+        return attend(x * 2, x, x, sinks)
+
+    compiled = torch.compile(
+        layer, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=False
+    )
+    x, sinks = torch.randn(2, HEADS, 200, 16), torch.zeros(HEADS) if backend in ("blocked", "flex") else None
+    for lengths in ([30, 70], [50], [200, 1]):
+        rows = [packed(lengths, padding, 200) for padding in (0, 20)]
+        packing = Packing.of_documents(torch.stack([documents for _, documents in rows]))
+        for spec in (LayerSpec("sliding", 9), LayerSpec("dilated", 4, dilation=3)):
+            compiled(x, on_h100(replace(spec, sink=sinks is not None), packing, backend), sinks)
+    assert len(graphs) == 2
+
+
 GAP = Packing(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, -1, 0]]))
 
 

@@ -9,6 +9,7 @@ from model.attention import Device
 from model.config import WindreachConfig
 from model.decoder import build_model
 from model.flops import count_parameters
+from tests.training.updates import update
 from training.objective import Plan, Scorer
 from training.optimizer import SummedOptimizer
 from training.planning.formulas import Setup, Work, micro_batch_bytes, optimizer_bytes
@@ -93,7 +94,7 @@ def test_optimizer_state_is_that_of_a_real_step(kind: str, sink: bool) -> None:
         for p in scorer.parameters():
             p.grad = torch.ones_like(p)
         optimizer.take(objective, 1.0)
-    optimizer.step(1e-3, {"text": 1.0, "recall": 1.0})
+    update(optimizer, 1e-3, {"text": 1.0, "recall": 1.0})
     real = sum(t.nbytes for name, t in optimizer.state_tensors().items() if "/step/" not in name)
     assert optimizer_bytes(shape, settings, objectives=2, relay_head=64 * 16) == real
 
