@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from data.tokenizer import load_tokenizer
-from model.attention import check_backend, plan_attention
+from model.attention import Device, check_backend, plan_attention
 from model.config import WindreachConfig
 from model.flops import cache_bytes, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
@@ -75,7 +75,7 @@ def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.de
     set_up_threads(settings.training.num_threads, local_processes=1)
     t, machine = settings.training, measure(device)
     precision = machine.choose(t.precision)
-    setup = Setup(precision, checkpointing=t.activation_checkpointing, on_cpu=device.type == "cpu")
+    setup = Setup(precision, checkpointing=t.activation_checkpointing, device=Device.here(device.type))
     needed = memory(settings, config, setup)
     listed = ", ".join(f"{name.replace('_', ' ')} {size(n)}" for name, n in needed.items() if name != "exchange")
     yield "memory", f"{size(sum(needed.values()))} for one process that holds everything ({listed})"

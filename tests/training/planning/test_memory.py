@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from model.attention import Device
 from model.config import WindreachConfig
 from model.decoder import build_model
 from model.flops import count_parameters
@@ -77,7 +78,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_peak_of_a_step_is_that_of_the_formula(case: str, precision: str, checkpointing: bool) -> None:
     shape, work = CASES[case]
-    setup = Setup(precision, checkpointing=checkpointing, on_cpu=True)
+    setup = Setup(precision, checkpointing=checkpointing, device=Device("cpu"))
     planned = sum(micro_batch_bytes(shape, setup, work, work.last.rows))
     assert planned == pytest.approx(measured_peak(shape, setup, work), rel=TOLERANCE)
 
