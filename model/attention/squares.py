@@ -34,9 +34,9 @@ class Squares:
             total = weights.sum(-1, keepdim=True)
             lse_.copy_(total.log().add_(peak))
             own, before = self._split(weights.div_(total), v.dtype)
-            _multiply(out_, own, v_, 0)
+            multiply(out_, own, v_, 0)
             if self.back:
-                _multiply(out_, before, v_back, 1)
+                multiply(out_, before, v_back, 1)
 
     def write_gradients(self, saved: Sequence[Tensor], out: Tensor, grads: Sequence[Tensor], beta: int) -> None:
         """Overwrite the squares' part of the gradients of q, k and v. Those of k and v keep `beta` times their value.
@@ -48,16 +48,16 @@ class Squares:
             (*saved, *grads), (saved[2], saved[3], grads[1], grads[2])
         ):
             grad, q, k, v, delta, lse, grad_q, grad_k, grad_v = own
-            weights = self._scores(q, k, k_back, -torch.inf, lse.dtype).mul_(scale).sub_(lse).exp_()
-            grad_scores = self._scores(grad, v, v_back, 0.0, lse.dtype).sub_(delta).mul_(weights).mul_(scale)
+            scores = self._scores(q, k, k_back, -torch.inf, lse.dtype)
+            weights, grad_scores = weigh(scores, self._scores(grad, v, v_back, 0.0, lse.dtype), lse, delta, scale)
             (w_own, w_before), (g_own, g_before) = (self._split(x, q.dtype) for x in (weights, grad_scores))
-            _multiply(grad_q, g_own, k, 0)
-            _multiply(grad_k, g_own.mT, q, beta)
-            _multiply(grad_v, w_own.mT, grad, beta)
+            multiply(grad_q, g_own, k, 0)
+            multiply(grad_k, g_own.mT, q, beta)
+            multiply(grad_v, w_own.mT, grad, beta)
             if self.back:
-                _multiply(grad_q, g_before, k_back, 1)
-                _multiply(grad_k_back, g_before.mT, q, 1)
-                _multiply(grad_v_back, w_before.mT, grad, 1)
+                multiply(grad_q, g_before, k_back, 1)
+                multiply(grad_k_back, g_before.mT, q, 1)
+                multiply(grad_v_back, w_before.mT, grad, 1)
 
     def _cuts(self, own: Sequence[Tensor], back: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """A few blocks at a time: views (N, C, D) of `own` (X, T, D), and of `back` W tokens earlier."""
@@ -85,7 +85,13 @@ class Squares:
         return torch.ones(self.side, self.side, dtype=torch.bool, device=x.device).tril()
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+def weigh(scores: Tensor, grad_weights: Tensor, lse: Tensor, delta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The weights of a softmax with log-sum-exp `lse`, and the gradient of its scores. Overwrites both arguments."""
+    weights = scores.mul_(scale).sub_(lse).exp_()
+    return weights, grad_weights.sub_(delta).mul_(weights).mul_(scale)
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     """out = beta * out + a @ b with beta 0 or 1, computed in place where the dtypes are the same."""
     if out.dtype == a.dtype:
         out.baddbmm_(a, b, beta=beta)

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.attention.squares import Squares
+from model.attention.squares import BLOCKS_AT_ONCE, Squares, multiply, weigh
 
-LEAF = 128  # side of the smallest squares in float32, twice that in bf16; smaller ones cost more than they save
+LEAF = 128  # side of the smallest squares; smaller ones cost more than they save
+KERNEL_ROWS = 768  # queries; with fewer the kernel's backward pass makes small products, which gain little from bf16
 
 
 @cache
@@ -73,11 +74,27 @@ class Tile:
         self, saved: Sequence[Tensor], out: Tensor, grads: Sequence[Tensor], beta: int, beta_q: int = 0
     ) -> None:
         """See `Squares.write_gradients`. The gradient of q keeps `beta_q` times its value."""
+        if beta_q and saved[1].dtype.itemsize == 2 and self.rows < KERNEL_ROWS and not self.causal:
+            return self._add_products(saved, grads)
         grad, q, k, v, _, lse = saved
         grad, out, lse = (self._queries(x) for x in (grad, out, lse))
         shares = _kernel("_backward")(grad, *self._qkv((q, k, v)), out, lse[..., 0], 0.0, self.causal)
         for to, share, keep in zip(self._qkv(grads), shares, (beta_q, beta, beta), strict=True):
             to.add_(share) if keep else to.copy_(share)
+
+    def _add_products(self, saved: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Add the tile's part of the gradients as batched products, a few blocks at a time."""
+        grad, q, k, v, delta, lse = saved
+        dtype, at_once = lse.dtype, max(2, BLOCKS_AT_ONCE * LEAF**2 // (self.rows * self.columns))  # 1 is far slower
+        operands = *self._qkv((q, k, v)), *map(self._queries, (grad, delta, lse)), *self._qkv(grads)
+        for row in zip(*operands, strict=True):
+            for q, k, v, grad, delta, lse, *grads in zip(*(x.split(at_once) for x in row), strict=True):
+                scores, grad_weights = (q @ k.mT).to(dtype), (grad @ v.mT).to(dtype)
+                both = weigh(scores, grad_weights, lse, delta, q.shape[-1] ** -0.5)
+                weights, grad_scores = (x.to(q.dtype) for x in both)
+                multiply(grads[0], grad_scores, k, 1)
+                multiply(grads[1], grad_scores.mT, q, 1)
+                multiply(grads[2], weights.mT, grad, 1)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return _kernel("")(*self._qkv((q, k, v)), 0.0, self.causal)
@@ -163,8 +180,7 @@ class Tiles:
         (b, h, t, d), g = q.shape, k.shape[1]
         grouped = q.reshape(b * g, h // g, t, d)
         k, v = (x.reshape(b * g, t, d) for x in (k, v))
-        leaf = 2 * LEAF if q.dtype.itemsize == 2 else LEAF
-        parts = cover(t, min(self.window, t), self.overlap, self.global_tokens, leaf)
+        parts = cover(t, min(self.window, t), self.overlap, self.global_tokens, LEAF)
         return _Tiles.apply(grouped, k, v, sinks, parts).view(b, h, t, d)
 
 
@@ -209,8 +225,8 @@ class _Tiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink_h = ctx.saved_tensors
+        delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
         grads = [torch.empty_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        delta = (grad * out).sum(-1, keepdim=True, dtype=lse.dtype)
         for head in range(q.shape[1]):
             saved = grad[:, head], q[:, head], k, v, delta[:, head], lse[:, head]
             of_head = grads[0][:, head], *grads[1:]
