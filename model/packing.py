@@ -35,6 +35,7 @@ def kept_per_shape(make: Callable[Args, Result]) -> Callable[Args, Result]:
         captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         return fresh(*args, **kwargs) if captured else kept(*args, **kwargs)  # type: ignore[arg-type]
 
+    call.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
     return call
 
 

@@ -3,14 +3,15 @@
     python scripts/bench.py train                                  a training step of configs/quickstart.yaml
     python scripts/bench.py train --config configs/small.yaml --rows 1 --seq-lens 1024,8192,16384
     python scripts/bench.py attention                              several lengths and windows
+    python scripts/bench.py aims                                   attention: only the shapes that have an aim
     python scripts/bench.py decode                                 token-by-token generation
     python scripts/bench.py prefill                                a prompt read into the cache, W = 256
     python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
     python scripts/bench.py all --json bench.json
 
 The ratio is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run here says why. Bytes are
-the most that was alive at once in addition to the inputs (attention, prefill), the keys and values in the cache
-(decode), or the resident memory of the process (stream). `--device cuda` has not been run yet.
+the most that was alive at once in addition to the inputs (attention, prefill, and on a GPU train), the keys and values
+in the cache (decode), or the memory of the process (stream).
 """
 
 import argparse
@@ -42,21 +43,16 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     settings = load_settings(arguments.config, arguments.overrides)
     import torch
-    from transformers.utils import logging
 
-    from scripts.benchmarks.timing import Setup
-    from scripts.generate import check_device
-    from training.processes.allocator import keep_freed_memory
-    from training.processes.precision import measure, set_up_threads
+    from scripts.benchmarks.timing import Setup, set_up
+    from training.processes.precision import measure
 
-    check_device(arguments.device)
-    logging.disable_progress_bar()
-    keep_freed_memory()  # as train.py does
-    console, device, threads = Console(width=160), torch.device(arguments.device), set_up_threads(arguments.threads, 1)
+    device, console, threads = set_up(arguments.device, arguments.threads), Console(width=160), torch.get_num_threads()
     machine = measure(device)
     precision = machine.choose(arguments.precision or settings.training.precision)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} threads"
     console.print(
-        f"{threads} threads; matmul fp32 {machine.fp32_flops / 1e9:,.0f}, "
+        f"{where}; matmul fp32 {machine.fp32_flops / 1e9:,.0f}, "
         f"bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s -> {precision}; torch {torch.__version__}"
     )
     rows: list[dict[str, Any]] = []
@@ -76,8 +72,9 @@ def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine"
     if "train" in chosen:
         for seq_len in arguments.seq_lens or [None]:
             yield train.bench_train(setup, arguments.rows, seq_len, arguments.peer)
-    if "attention" in chosen:  # the peers with dense scores leave gigabytes of free memory behind, so they come last
+    if "aims" in chosen or "attention" in chosen:
         yield attention.bench_aims(setup, machine)
+    if "attention" in chosen:  # the peers with dense scores leave gigabytes of free memory behind, so they come last
         yield attention.bench_lengths(setup, LONG)
         yield attention.bench_attention(setup, arguments.lengths, arguments.windows)
     if "decode" in chosen:
@@ -103,10 +100,10 @@ def table_of(rows: "list[Row]") -> Table:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=["attention", "train", "decode", "prefill", "stream", "all"])
+    add("bench", choices=["attention", "aims", "train", "decode", "prefill", "stream", "all"])
     add("overrides", nargs="*", metavar="key=value", help="settings, as for train.py: model.hidden_size=128")
     add("--config", default="configs/quickstart.yaml", help="model to time, except in attention; default: %(default)s")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--json", metavar="FILE", type=Path, help="write the rows to FILE")
     add("--threads", type=_count, help="default: all cores of this process")
     add("--precision", choices=["fp32", "bf16"], help="default: training.precision of the config")
@@ -120,9 +117,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batches", type=_counts, default="1,8", help="decode: batch sizes; default: %(default)s")
     add("--tokens", type=_count, default="131072", help="stream: tokens of the text; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
-    if (file := arguments.json) and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
+    check_writable(arguments.json)
     return arguments
+
+
+def check_writable(file: Path | None) -> None:
+    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
 
 
 def _count(text: str) -> int:

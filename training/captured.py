@@ -26,7 +26,7 @@ def worth_capturing(compile_setting: bool | str, ranks: PartialState, seconds_pe
     alone = ranks.device.type == "cuda" and ranks.num_processes == 1
     asked = compile_setting in ("reduce-overhead", "max-autotune")
     if asked and not alone:
-        where = f"{ranks.num_processes} processes on {ranks.device.type}"
+        where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
         raise UserError(
             f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
             "set it to true"
@@ -45,6 +45,7 @@ class Captured:
     def __init__(self, function: Callable[[Any], Tensor], device: torch.device) -> None:
         self.function, self.device = function, device
         self.calls: dict[Any, int] = {}
+        self.warm_calls = WARM_CALLS
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -62,7 +63,7 @@ class Captured:
         if shape not in self.graphs:
             self.calls[shape] = self.calls.get(shape, 0) + 1
             moved = [x.to(self.device, non_blocking=True) for x in tensors]
-            if self.calls[shape] <= WARM_CALLS:
+            if self.calls[shape] <= self.warm_calls:
                 return self.function(_with_tensors(leaves, moved, structure))
             self.graphs[shape] = self._capture(leaves, moved, structure)
         graph, static, result = self.graphs[shape]

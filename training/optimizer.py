@@ -70,13 +70,13 @@ class SummedOptimizer:
         return norm
 
     @torch.no_grad()
-    def step(self, rate: Tensor, weights: Mapping[str, Tensor], finite: Tensor | None = None) -> None:
+    def step(self, rate: Tensor, weights: Mapping[str, Tensor], finite: Tensor) -> None:
         """Apply the gradients taken so far, and decay the weights once, whatever the number of objectives.
 
         `rate` and `weights` are 0-d. If `finite`, a 0-d bool, is false, neither weights nor moments change. All three
         may be on the device: nothing is read back.
         """
-        skipped = torch.zeros_like(rate) if finite is None else 1.0 - finite.to(rate.dtype)
+        skipped = 1.0 - finite.to(rate.dtype)
         if self.weight_decay:
             torch._foreach_mul_([local(p) for p in self.decayed], 1.0 - rate * self.weight_decay * (1.0 - skipped))
         for name, gradients in self._gradients.items():

@@ -121,10 +121,11 @@ class Outcome:
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"step": self.step, "distances": self.distances, "names": self.names, "values": self.values}
+        names = list(self.names.items())  # a file sorts the keys of a dictionary
+        return {"step": self.step, "distances": self.distances, "names": names, "values": self.values}
 
     @staticmethod
     def load(saved: Mapping[str, Any]) -> "Outcome":
-        names = {objective: [(what, name) for what, name in each] for objective, each in saved["names"].items()}
-        figures = torch.tensor(saved["values"], dtype=torch.float64)
+        names = {objective: [(what, name) for what, name in each] for objective, each in saved["names"]}
+        figures = torch.tensor([0.0, *saved["values"][1:]], dtype=torch.float64)  # the stop it led to is over
         return Outcome(saved["step"], saved["distances"], names, figures)

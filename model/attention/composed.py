@@ -35,7 +35,9 @@ def fold_packing(packing: Packing, dilation: int, batch_size: int) -> Packing:
     if packing.documents is None:
         return Packing.of_whole_rows(-(-packing.positions.shape[1] // dilation), packing.positions.device)
     positions, documents = (x.expand(batch_size, -1) for x in (packing.positions, packing.documents))
-    return Packing(_fold(positions, 1, dilation) // dilation, _fold(documents, 1, dilation, -1))
+    padded = packing.padded or positions.shape[1] % dilation > 0
+    spans = packing.spans and (packing.spans + batch_size) * dilation  # each row may end with padding
+    return Packing(_fold(positions, 1, dilation) // dilation, _fold(documents, 1, dilation, -1), False, padded, spans)
 
 
 def _fold(x: Tensor, dim: int, dilation: int, padding: int = 0) -> Tensor:

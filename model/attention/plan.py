@@ -4,14 +4,14 @@ A model is refused when it is built if the backend it names can't compute one of
 by `plan_attention` and `AttentionPlan.prepare`, and nowhere else.
 """
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from model.attention import varlen
+from model.attention import cudnn, varlen
+from model.attention.backends import BACKENDS, Device, fastest
 from model.attention.blocks import Blocks
 from model.attention.composed import ByDocument, Dilated, PaddedQueries, fold_packing
 from model.attention.reference import Attend, Causal, Dense, MaskedChunk
@@ -21,98 +21,36 @@ from model.packing import Packing, document_spans, kept_per_shape
 from model.windows import LayerSpec
 
 MIN_TILE_WINDOW = 128  # tokens; below, tiles are never faster than blocks
+_VARLEN_KERNELS: dict[str, Callable[[], varlen.Kernel]] = {
+    "cudnn": cudnn.packed_kernel,
+    "flash": varlen.flash_kernel,
+    "xformers": varlen.xformers_kernel,
+}
 
 
-def _needs_gpu(capability: int, package: str | None = None) -> str | None:
-    if package and importlib.util.find_spec(package) is None:
-        return f"needs the package {package}, which is not installed"
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU, and this machine has none"
-    if torch.cuda.get_device_capability()[0] < capability:
-        return f"needs an NVIDIA GPU of compute capability {capability}.0 or more"
-    return None
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What a backend can compute. missing: the reason why this machine can't run it, or None."""
-
-    about: str
-    sinks: bool = True
-    global_tokens: bool = True
-    head_size_multiple: int = 1
-    min_head_size: int = 1
-    missing: Callable[[], str | None] = lambda: None
-
-    def unable(self, spec: LayerSpec, head_size: int) -> str | None:
-        """The reason why it can't compute a layer, or None."""
-        if spec.sink and not self.sinks:
-            return "has no learned sinks"
-        if spec.global_tokens and not self.global_tokens:
-            return "has no global tokens"
-        if head_size % self.head_size_multiple:
-            return f"needs a head size that is a multiple of {self.head_size_multiple}, not {head_size}"
-        if head_size < self.min_head_size:
-            return f"needs a head size of at least {self.min_head_size}, not {head_size}"
-        return None
-
-
-BACKENDS = {
-    "reference": Backend("dense mask, softmax in float32: the oracle"),
-    "blocked": Backend("pure PyTorch, O(n W) time and memory, any device"),
-    "flex": Backend("FlexAttention: compiled on CUDA, forward only on a CPU", min_head_size=16),
-    "flash": Backend(
-        "the flash attention of PyTorch, in fp16 and bf16", sinks=False, global_tokens=False, head_size_multiple=8,
-        missing=lambda: _needs_gpu(8),
-    ),
-    "xformers": Backend(
-        "the memory-efficient attention of xFormers", sinks=False, global_tokens=False, head_size_multiple=8,
-        missing=lambda: _needs_gpu(6, "xformers"),
-    ),
-}  # fmt: skip
-_VARLEN_KERNELS = {"flash": varlen.flash, "xformers": varlen.xformers}
-
-
-def check_backend(name: str, specs: Sequence[LayerSpec], head_size: int) -> None:
-    """Raises UserError, with the layer and the reason, where backend `name` can't compute these layers here."""
-    if name == "auto":
-        return
-    if name not in BACKENDS:
-        raise UserError(f"model.attention_backend is {name!r}; choose one of auto, {', '.join(BACKENDS)}")
-    able = [n for n, b in BACKENDS.items() if not b.missing() and not any(b.unable(s, head_size) for s in specs)]
-    remedy = f"choose one of auto, {', '.join(able)}"
-    for i, spec in enumerate(specs):
-        if reason := BACKENDS[name].unable(spec, head_size):
-            layer = "" if "head size" in reason else f", but model.layers[{i}] asks for them"
-            raise UserError(f"model.attention_backend is {name!r}, which {reason}{layer}; {remedy}")
-    if reason := BACKENDS[name].missing():
-        raise UserError(f"model.attention_backend is {name!r}, which {reason}; {remedy}")
-
-
-@cache
 def plan_attention(
-    spec: LayerSpec, head_size: int, backend: str, device_type: str, dtype: torch.dtype, gradients: bool
+    spec: LayerSpec, head_size: int, backend: str, device: Device | str, dtype: torch.dtype, gradients: bool
 ) -> "AttentionPlan":
     """The plan for layers of one kind.
 
-    `backend` is `auto` or one of `BACKENDS`. `dtype` is that of the matrix products, `gradients` whether a backward
-    pass will follow.
+    `backend` is `auto` or one of `BACKENDS`. `device` is what attention can count on, or the type of one of this
+    machine. `dtype` is that of the matrix products, `gradients` whether a backward pass will follow.
     """
-    reason = f"model.attention_backend is {backend}"
-    if backend == "auto":
-        backend, reason = _auto(spec, head_size, device_type)
-    return AttentionPlan(spec, backend, reason, device_type, _tile_window(head_size, dtype, gradients))
+    device = Device.here(device) if isinstance(device, str) else device
+    deterministic = torch.get_deterministic_debug_mode() == 2
+    return _plan(spec, head_size, backend, device, dtype, gradients, deterministic)
 
 
-def _auto(spec: LayerSpec, head_size: int, device_type: str) -> tuple[str, str]:
-    """FlexAttention where it is compiled and can compute the layer, else our own; and the reason."""
-    if device_type != "cuda":
-        return "blocked", f"auto on {device_type}"
-    if importlib.util.find_spec("triton") is None:
-        return "blocked", "auto on cuda: flex needs the package triton"
-    if reason := BACKENDS["flex"].unable(spec, head_size):
-        return "blocked", f"auto on cuda: flex {reason}"
-    return "flex", "auto on cuda"
+@cache
+def _plan(
+    spec: LayerSpec, head_size: int, backend: str, device: Device, dtype: torch.dtype, gradients: bool,
+    deterministic: bool,
+) -> "AttentionPlan":  # fmt: skip
+    facts = spec, head_size, device, dtype, gradients, deterministic
+    chosen, reason = fastest(*facts) if backend == "auto" else (backend, f"model.attention_backend is {backend}")
+    unable = BACKENDS[chosen].unable(*facts)
+    tile_window = _tile_window(head_size, dtype, gradients)
+    return AttentionPlan(spec, chosen, reason, device.type, tile_window, backend == "auto", unable, deterministic)
 
 
 def _tile_window(head_size: int, dtype: torch.dtype, gradients: bool) -> int:
@@ -132,6 +70,8 @@ def _tile_window(head_size: int, dtype: torch.dtype, gradients: bool) -> int:
 class AttentionPlan:
     """How layers of one kind are computed: by which `backend`, for which `reason`, in tiles if W >= `tile_window`.
 
+    auto: the choice is ours, so it may differ for a batch. unable: why the backend can't compute whole rows, or None.
+    deterministic: the backward pass gives the same bits every time, also on a GPU.
     `prepare` and `prepare_cached` build what all layers of the kind share for a batch. They return the function that a
     layer calls.
     """
@@ -141,6 +81,9 @@ class AttentionPlan:
     reason: str
     device_type: str
     tile_window: int = MIN_TILE_WINDOW
+    auto: bool = False
+    unable: str | None = None
+    deterministic: bool = False
 
     def prepare(self, packing: Packing, batch_size: int = 1) -> Attend:
         """Self-attention of whole rows (S = T). The result is kept for rows that are one document each."""
@@ -157,31 +100,61 @@ class AttentionPlan:
             # The borders of chunks lie where positions say, and the oldest key in the cache is rarely at one.
             if spec.kind == "chunked":
                 return PaddedQueries(Blocks.of(spec, keys))
-            return PaddedQueries(replace(self, backend="blocked")._prepare(keys, len(keys.positions)))
+            blocked = replace(self, backend="blocked", unable=None)
+            return PaddedQueries(blocked._prepare(keys, len(keys.positions)))
         if spec.kind == "full" and keys.documents is None and not spec.sink and self.device_type == "cpu":
             return CausalAfter()
         return MaskedChunk(spec, queries, keys)
 
     def _prepare(self, packing: Packing, batch_size: int = 1) -> Attend:
+        spec = self.spec
+        if self.unable:
+            raise UserError(f"model.attention_backend is {self.backend!r}, which {self.unable}; choose auto or blocked")
         if self.backend == "reference":
-            return Dense.of(self.spec, packing, packing)
+            return Dense.of(spec, packing, packing)
+        if spec.dilation > 1 and not spec.global_tokens:
+            sliding = replace(self, spec=replace(spec, kind="sliding", dilation=1))
+            folded = fold_packing(packing, spec.dilation, batch_size)
+            return Dilated(spec.dilation, sliding.prepare(folded, batch_size * spec.dilation))
+        if self.backend == "blocked":
+            return self._prepare_blocked(packing)
+        if self._sees_all(packing) and not self.deterministic:
+            return Causal()
         if self.backend == "flex":
             from model.attention.flex import Flex  # takes more than a second to import
 
-            return Flex.of(self.spec, packing)
-        if self.spec.dilation > 1 and not self.spec.global_tokens:
-            sliding = replace(self, spec=replace(self.spec, kind="sliding", dilation=1))
-            folded = fold_packing(packing, self.spec.dilation, batch_size)
-            return Dilated(self.spec.dilation, sliding.prepare(folded, batch_size * self.spec.dilation))
-        if self.backend in _VARLEN_KERNELS:
-            return varlen.Varlen.of(self.spec, packing, batch_size, _VARLEN_KERNELS[self.backend])
-        return self._prepare_blocked(packing)
+            return Flex.of(spec, packing)
+        if self.backend == "cudnn" and packing.whole and spec.kind != "chunked":
+            return cudnn.Rows.of(spec)
+        return self._prepare_segments(packing, batch_size)
+
+    def _sees_all(self, packing: Packing) -> bool:
+        """Whether queries see all earlier tokens of their row, as in the causal kernels of PyTorch."""
+        spec, t = self.spec, packing.positions.shape[1]
+        return packing.whole and not spec.sink and (spec.window is None or (spec.dilation == 1 and spec.window >= t))
+
+    def _prepare_segments(self, packing: Packing, batch_size: int) -> Attend:
+        """Kernels for segments can't compute a document with padding inside. It is rare, and known too late to plan."""
+        segments = varlen.find_segments(self.spec, packing, batch_size)
+        if segments is not None:
+            return varlen.Varlen.of(self.spec, segments, _VARLEN_KERNELS[self.backend]())
+        if self.auto:
+            return self._prepare_blocked(packing)
+        raise UserError(
+            f"model.attention_backend is {self.backend!r}, which can't leave out padding inside a document; "
+            "choose auto, blocked or flex"
+        )
 
     def _prepare_blocked(self, packing: Packing) -> Attend:
         spec, t = self.spec, packing.positions.shape[1]
         tiles, blocks = self._in_tiles(t), self._in_blocks(t)
         from_start = spec.global_tokens or spec.kind == "chunked"
-        if from_start and packing.documents is None and bool((packing.positions[:, 0] != 0).any()):
+        if (
+            from_start
+            and packing.documents is None
+            and not packing.whole
+            and bool((packing.positions[:, 0] != 0).any())
+        ):
             raise UserError("position_ids must start at 0 for chunked layers and global tokens, unless a cache is used")
         if packing.documents is not None and (tiles or (blocks and spec.global_tokens)):
             # Tiles know no documents, and blocks look for global tokens at the start of the row.

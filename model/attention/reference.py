@@ -72,6 +72,8 @@ class Causal:
     """A full layer over rows that are one document each: the causal kernel of PyTorch."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        if q.device.type == "cuda" and q.dtype == torch.float32:  # its kernel for float32 knows no grouped queries
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 

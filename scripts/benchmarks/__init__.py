@@ -5,4 +5,6 @@ TRAINING_PEERS = {  # name: attention implementation of transformers, whether th
     "transformers sdpa, layers compiled": ("sdpa", True),
     "transformers eager": ("eager", False),
     "transformers eager, layers compiled": ("eager", True),
+    "transformers flex": ("flex_attention", False),  # the last two run on a GPU only
+    "transformers flash": ("flash_attention_2", False),
 }

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
+from model.errors import UserError
+from scripts.generate import check_device
 from training.planning.memory import PeakBytes
+from training.processes import allocator, precision
 from training.settings.schema import Settings
 
 OURS, ALONE = "ours", "–"
@@ -29,6 +33,13 @@ class Setup:
     device: torch.device
     precision: str
     rounds: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def peak_bytes(self, work: Work) -> int:
+        return peak_bytes(work, self.device.type)
 
 
 @dataclass(frozen=True)
@@ -90,13 +101,45 @@ def why_not(work: Work) -> str:
             work()
             if time.perf_counter() - began > WARM_SECONDS:
                 break
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    except (UserError, RuntimeError, ValueError, TypeError, ImportError, MemoryError) as error:
+        return reason(error)
     return ""
 
 
-def peak_bytes(work: Work) -> int:
-    """The most bytes of new tensors that are alive at once during a call of `work`."""
+def reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message.
+
+    >>> reason(RuntimeError("no kernel"))
+    'RuntimeError: no kernel'
+    """
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def peak_bytes(work: Work, device_type: str = "cpu") -> int:
+    """The most bytes of new tensors that are alive at once during a call of `work`.
+
+    A GPU's allocator counts them, and the scratch memory of kernels too.
+    """
+    if device_type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with PeakBytes() as watched:
         work()
     return watched.peak
+
+
+def set_up(device: str | None, threads: int | None = None) -> torch.device:
+    """Prepare this process as `train.py` does, and return the device: by default a GPU if there is one.
+
+    `torch.compile` makes code for each shape. By default it would stop compiling after 8 of them.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(chosen.type)
+    allocator.keep_freed_memory()
+    precision.set_up_threads(threads, local_processes=1)
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 128
+    logging.disable_progress_bar()
+    return chosen

@@ -1,6 +1,8 @@
 """A training step beside that of `MistralForCausalLM`, and beside the step's matrix products with weights alone."""
 
+import importlib.util
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +18,15 @@ from model.errors import UserError
 from model.flops import flops_per_token
 from scripts.benchmarks import TRAINING_PEERS
 from scripts.benchmarks.timing import OURS, Row, Setup, Work, compare
+from training.planning.gpus import gpu_named
 from training.processes.precision import DTYPES, measure
 from training.settings.build import model_config
 from training.settings.schema import Settings
 
 PRODUCTS = "products with weights alone"
 LIMITS = ((8192, 8.0), (1024, 3.0), (0, 2.0))  # from this T on, the least ratio to each peer that is aimed at
-LONGEST = 8192  # tokens of a sequence beyond which transformers is left out: its time grows with the square
+GPU_LIMIT = 4.0  # the same on a GPU, from 8,192 tokens on
+LONGEST = 8192  # tokens of a sequence beyond which transformers is left out on a CPU: its time grows with the square
 SCORES_LIMIT = 8 << 30  # bytes of attention scores kept for the backward pass beyond which eager is left out
 
 
@@ -52,14 +56,9 @@ def bench_train(setup: Setup, rows: int | None = None, seq_len: int | None = Non
     rows = rows or max(1, settings.training.tokens_per_step // t)
     ours = build_model(config, seed=settings.seed).to(setup.device)
     models: dict[str, Any] = {OURS: ours}
-    # Eager attention keeps float32 scores and probabilities of all layers for the backward pass.
-    eager_scores = 2 * 4 * config.num_hidden_layers * rows * config.num_attention_heads * t**2
-    for name, (attention, compiled) in TRAINING_PEERS.items():
-        if t > LONGEST or only not in ("", name) or (attention == "eager" and eager_scores > SCORES_LIMIT):
-            continue
-        models[name] = mistral_twin(ours, attention)
-        for layer in models[name].model.layers if compiled else ():
-            layer.compile()
+    for name in peers(setup, config, rows, t):
+        if only in ("", name):
+            models[name] = _peer(ours, *TRAINING_PEERS[name])
     ours.compile_layers()
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(config.vocab_size, (rows, t + 1), generator=generator).to(setup.device)
@@ -67,12 +66,36 @@ def bench_train(setup: Setup, rows: int | None = None, seq_len: int | None = Non
     works[PRODUCTS] = products(ours, rows * t, setup)
     case = f"{settings.name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
     case += f"W {config.sliding_window}, {rows} x {t} tokens a step"
-    limits = dict.fromkeys(TRAINING_PEERS, next(ratio for tokens, ratio in LIMITS if t >= tokens))
-    results = compare("train", case, works, setup.rounds, setup.precision, limits)
+    if setup.on_gpu:
+        limits = dict.fromkeys(TRAINING_PEERS, GPU_LIMIT) if t >= 8192 else {}
+        results = compare("train", case, works, setup.rounds, setup.precision, limits, setup.peak_bytes)
+    else:  # compiled code can't be watched there
+        limits = dict.fromkeys(TRAINING_PEERS, next(ratio for tokens, ratio in LIMITS if t >= tokens))
+        results = compare("train", case, works, setup.rounds, setup.precision, limits)
     speed = rows * t / results[0].ours_s
-    mfu = speed * flops_per_token(config, t) / measure(setup.device).rate(setup.precision)
-    note = f"ours: {speed:,.0f} tokens/s, MFU {mfu:.1%}"
+    flops = speed * flops_per_token(config, t)
+    note = f"ours: {speed:,.0f} tokens/s, MFU {flops / measure(setup.device).rate(setup.precision):.1%}"
+    if setup.on_gpu and (gpu := gpu_named(torch.cuda.get_device_name())):
+        note += f" ({flops / gpu.bf16_flops:.1%} of the data sheet's bf16 rate)"
     return [replace(row, note=row.note or note) for row in results]
+
+
+def peers(setup: Setup, config: WindreachConfig, rows: int, t: int) -> Iterator[str]:
+    """The peers that can run here, and whose attention scores fit."""
+    # Eager attention keeps float32 scores and probabilities of all layers for the backward pass.
+    eager_scores = 2 * 4 * config.num_hidden_layers * rows * config.num_attention_heads * t**2
+    able = {"eager": eager_scores <= SCORES_LIMIT, "sdpa": True, "flex_attention": setup.on_gpu}
+    able["flash_attention_2"] = setup.on_gpu and importlib.util.find_spec("flash_attn") is not None
+    for name, (attention, _) in TRAINING_PEERS.items():
+        if able[attention] and (setup.on_gpu or t <= LONGEST):
+            yield name
+
+
+def _peer(ours: WindreachForCausalLM, attention: str, compiled: bool) -> MistralForCausalLM:
+    peer = mistral_twin(ours, attention)
+    for layer in peer.model.layers if compiled else ():
+        layer.compile()
+    return peer
 
 
 def training_step(model: Any, batch: Tensor, precision: str) -> Work:

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
@@ -50,3 +51,12 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_is_timed(tmp_
     for file in (tmp_path, tmp_path / "none/bench.json"):
         with pytest.raises(UserError, match=r"^--json .*: can't be written; name a file in a folder that exists$"):
             bench.parse(["attention", "--json", str(file)])
+
+
+def test_the_device_is_a_gpu_only_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.parse(["aims"]).device is None
+    assert bench.parse(["train", "--device", "cuda", "--peer", "transformers flex"]).device == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "aims", "--device", "cuda"])
+    with pytest.raises(UserError, match=r"^--device cuda: .*; leave it out, or give cpu or cuda$"):
+        bench.main()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.packing import Packing
 from tests.model.tiny import tiny_model
 from training.cross_entropy import Score
 from training.objective import Measured, Plan, Scorer, Target, step_flops, weighted_loss
@@ -14,12 +15,13 @@ def test_relay_positions_are_charged_the_relay_head_and_not_the_vocabulary() -> 
     decoder = tiny_model([{"window": 5}])
     scorer = Scorer(decoder, relay_values=3)
     ids, plan = torch.arange(20).view(2, 10), Plan(rows=2, seq_len=10, micro_rows=2)
+    packing = Packing.of_whole_rows(10, ids.device)
 
     def counted(scored: int, relayed: int) -> int:
         targets = {"text": Target(torch.arange(scored), torch.zeros(scored, dtype=torch.long))}
         targets["relay"] = Target(torch.arange(relayed), torch.zeros(relayed, dtype=torch.long))
         with FlopCounterMode(display=False) as counter:
-            weighted_loss(scorer(ids, None, targets), {"text": 1, "relay": 1}, {"text": 1, "relay": 1}, 1).backward()
+            weighted_loss(scorer(ids, packing, targets), torch.ones(2), torch.ones(2), ranks=1).backward()
         return counter.get_total_flops()
 
     def expected(scored: int, relayed: int) -> float:
@@ -32,7 +34,7 @@ def test_relay_positions_are_charged_the_relay_head_and_not_the_vocabulary() -> 
 
 def test_the_loss_is_the_mean_over_the_tokens_of_all_ranks_times_the_ranks() -> None:
     scores = {term: Score(torch.tensor(total), torch.ones(1)) for term, total in (("answer", 6.0), ("text", 8.0))}
-    loss = weighted_loss(scores, {"answer": 1.0, "text": 0.5}, {"answer": 3.0, "text": 0.0}, ranks=2)
+    loss = weighted_loss(scores, torch.tensor([1.0, 0.5]), torch.tensor([3.0, 0.0]), ranks=2)
     assert loss.item() == 2 * (6 / 3 + 0.5 * 8)
 
 

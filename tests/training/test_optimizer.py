@@ -5,6 +5,7 @@ from torch import nn
 from model.decoder import WindreachForCausalLM
 from model.projections import FUSED, row_sizes
 from tests.model.tiny import tiny_model, token_ids
+from tests.training.updates import update
 from training.muon import orthogonalise
 from training.optimizer import SummedOptimizer, decayed
 from training.settings.schema import OptimizerSettings
@@ -27,7 +28,7 @@ def steps(model: nn.Module, optimizer: SummedOptimizer, scales: dict[str, float]
         for number, (name, scale) in enumerate(scales.items()):
             loss(model, scale, 100 * step + number).backward()
             optimizer.take(name, 1.0)
-        optimizer.step(0.01, dict.fromkeys(scales, 1.0))
+        update(optimizer, 0.01, dict.fromkeys(scales, 1.0))
 
 
 def test_one_objective_is_torch_adamw_with_clipping() -> None:
@@ -40,7 +41,7 @@ def test_one_objective_is_torch_adamw_with_clipping() -> None:
     for step in range(5):
         loss(ours, 50.0, step).backward()
         optimizer.take("text", 1.0)
-        optimizer.step(0.01, {"text": 1.0})
+        update(optimizer, 0.01, {"text": 1.0})
         loss(theirs, 50.0, step).backward()
         nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         adamw.step()
@@ -60,7 +61,7 @@ def test_an_objective_with_huge_gradients_does_not_shrink_the_update_of_another(
         loss(model, scale, 1).backward()
         optimizer.take("recall", 1.0)
         before = [p.detach().clone() for p in model.parameters()]
-        optimizer.step(0.01, {"text": 1.0, "recall": 0.0})
+        update(optimizer, 0.01, {"text": 1.0, "recall": 0.0})
         moved.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
     for a, b in zip(*moved, strict=True):
         assert torch.equal(a, b)
@@ -73,11 +74,11 @@ def test_updates_are_the_weighted_sum_and_decay_does_not_depend_on_the_number_of
     double = SummedOptimizer(two.named_parameters(), ["text", "recall"], SETTINGS)
     loss(one, 1.0, 0).backward()
     single.take("text", 1.0)
-    single.step(0.01, {"text": 1.0})
+    update(single, 0.01, {"text": 1.0})
     for name in ("text", "recall"):
         loss(two, 1.0, 0).backward()
         double.take(name, 1.0)
-    double.step(0.01, {"text": 0.25, "recall": 0.75})
+    update(double, 0.01, {"text": 0.25, "recall": 0.75})
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # second order in rate * decay
 
@@ -168,21 +169,30 @@ def test_matrices_decay_and_norms_embeddings_and_sinks_do_not() -> None:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.take("text", 1.0)
-    optimizer.step(0.5, {"text": 1.0})
+    update(optimizer, 0.5, {"text": 1.0})
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in names else 1.0))
 
 
-def test_dropped_gradients_leave_weights_and_moments_alone() -> None:
-    model = small_model()
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer = SummedOptimizer(model.named_parameters(), ["text"], SETTINGS)
-    loss(model, float("nan"), 0).backward()
-    assert not optimizer.take("text", 1.0).isfinite()
-    optimizer.drop()
-    optimizer.step(0.01, {"text": 1.0})
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    assert optimizer.state_tensors() == {}
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone_and_the_next_step_goes_on(kind: str) -> None:
+    settings = OptimizerSettings(kind=kind, lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
+    model, twin = Stack(), Stack()
+    ours, theirs = (SummedOptimizer(m.named_parameters(), ["text"], settings) for m in (model, twin))
+    for step in range(4):
+        if step == 2:
+            before = {name: t.clone() for name, t in (model.state_dict() | ours.state_tensors()).items()}
+            loss(model, float("nan"), 0).backward()
+            norm = ours.take("text", 1.0)
+            update(ours, 0.01, {"text": 1.0}, finite=bool(norm.isfinite()))
+            after = model.state_dict() | ours.state_tensors()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(after[name], t) for name, t in before.items())
+        for m, optimizer in ((model, ours), (twin, theirs)):
+            loss(m, 1.0, step).backward()
+            optimizer.take("text", 1.0)
+            update(optimizer, 0.01, {"text": 1.0})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def joined(kind: str) -> tuple[WindreachForCausalLM, SummedOptimizer]:
@@ -196,7 +206,7 @@ def decoder_steps(model: WindreachForCausalLM, optimizer: SummedOptimizer, first
         ids = token_ids(2, 17, seed=step)
         model(ids, labels=ids).loss.backward()
         optimizer.take("text", 1.0)
-        optimizer.step(0.01, {"text": 1.0})
+        update(optimizer, 0.01, {"text": 1.0})
 
 
 def test_muon_orthogonalises_each_projection_of_a_joined_parameter_alone() -> None:
@@ -207,7 +217,7 @@ def test_muon_orthogonalises_each_projection_of_a_joined_parameter_alone() -> No
     layer = model.model.layers[1].self_attn
     gradient = layer.qkv_weight.grad.clone()
     optimizer.take("text", 1e9)
-    optimizer.step(0.01, {"text": 1.0})
+    update(optimizer, 0.01, {"text": 1.0})
     rows = dict(zip(("q_proj", "k_proj", "v_proj"), gradient.split(layer.fused_sizes), strict=True))
     for name, part in rows.items():
         key = f"model.layers.1.self_attn.{name}.weight"

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from data.tokenizer import load_tokenizer
-from model.attention import check_backend, plan_attention
+from model.attention import Device, check_backend, plan_attention
 from model.config import WindreachConfig
 from model.flops import cache_bytes, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.planning.formulas import Setup, largest_rows, memory, recompute_factor, work
 from training.planning.gpus import GPUS
-from training.processes.precision import measure, set_up_threads
+from training.processes.precision import DTYPES, measure, set_up_threads
 from training.settings.build import model_config
 from training.settings.consistency import last_distance
 from training.settings.schema import Settings
@@ -44,13 +44,14 @@ def plan_text(settings: Settings) -> str:
     """
     config = model_config(settings, vocab_size(settings))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_backend(config.attention_backend, config.specs, config.head_dim)
-    layers = list(_layer_lines(config, device, settings.data.seq_len))
+    dtype = DTYPES.get(settings.training.precision, torch.bfloat16)  # `auto` is bf16 on a GPU, and no matter on a CPU
+    check_backend(config.attention_backend, config.specs, config.head_dim, dtype=dtype, gradients=True)
+    layers = list(_layer_lines(config, device, dtype, settings.data.seq_len))
     lines = [*layers, *_work_lines(settings, config, ranks=1), *_machine_lines(settings, config, device)]
     return f"plan of {settings.name}; nothing was trained\n{_aligned(lines)}"
 
 
-def _layer_lines(config: WindreachConfig, device: torch.device, seq_len: int) -> Lines:
+def _layer_lines(config: WindreachConfig, device: torch.device, dtype: torch.dtype, seq_len: int) -> Lines:
     """Each kind of layer with its attention backend and the reason for it, and the reach of all."""
     for spec in dict.fromkeys(config.specs):
         count = config.specs.count(spec)
@@ -60,7 +61,7 @@ def _layer_lines(config: WindreachConfig, device: torch.device, seq_len: int) ->
         cache += "" if spec.window else f" at {seq_len:,} tokens, growing"
         set_fields = {name: value for name, value in vars(spec).items() if value != getattr(LayerSpec, name)}
         traits = "".join(f", {name}={value}" for name, value in set_fields.items() if name != "kind")
-        plan = plan_attention(spec, config.head_dim, config.attention_backend, device.type, torch.float32, True)
+        plan = plan_attention(spec, config.head_dim, config.attention_backend, device.type, dtype, True)
         backend = f"backend {plan.backend} ({plan.reason})"
         yield "layers", f"{count} x {spec.kind}{traits}; {backend}; {cache} (bf16, one sequence)"
     farthest, headline = reach(config.specs), window_times_layers(config.specs)
@@ -74,7 +75,7 @@ def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.de
     set_up_threads(settings.training.num_threads, local_processes=1)
     t, machine = settings.training, measure(device)
     precision = machine.choose(t.precision)
-    setup = Setup(precision, checkpointing=t.activation_checkpointing, on_cpu=device.type == "cpu")
+    setup = Setup(precision, checkpointing=t.activation_checkpointing, device=Device.here(device.type))
     needed = memory(settings, config, setup)
     listed = ", ".join(f"{name.replace('_', ' ')} {size(n)}" for name, n in needed.items() if name != "exchange")
     yield "memory", f"{size(sum(needed.values()))} for one process that holds everything ({listed})"

@@ -6,8 +6,9 @@ Weights take 4 bytes, gradients 4 bytes per objective. DDP holds all of them on 
 Assumed:
 
 * The micro-batch is that of the objective that needs more bytes, at the last distance of the curriculum.
-* Attention on a GPU is a fused kernel, which keeps queries, keys, values and output. On a CPU, and on a GPU with
-  `model.attention_backend: blocked`, short windows are computed in blocks, which also keep their attention weights.
+* Attention on a GPU is computed by the backend that `model.attention` would choose. A fused kernel keeps queries, keys,
+  values and output. `blocked` also keeps the attention weights of short windows, as it does on a CPU, and where a
+  window is more than half of the sequence the whole matrix of scores.
 * `torch.compile` saves nothing, and a kernel needs no scratch memory.
 * With activation checkpointing a layer keeps only its input, and one layer at a time keeps the rest.
 * The logits are never alive together with the gradients inside a layer.
@@ -20,16 +21,19 @@ Legend: E hidden size, I intermediate size, H heads, G key/value heads, D head s
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from model.attention import Device, plan_attention
 from model.config import WindreachConfig
 from model.flops import count_parameters, forward_flops, parameters
 from model.windows import LayerSpec
 from training.cross_entropy import LOGITS_AT_ONCE
 from training.curriculum import Curriculum
 from training.objective import Plan, step_flops, step_plan
+from training.processes.precision import DTYPES
 from training.schedule import interpolate
 from training.settings.consistency import last_distance, recall_seq_len
 from training.settings.schema import OptimizerSettings, Settings
 
+GPU = Device("cuda", (8, 0), frozenset({"triton"}))  # what attention can count on where a plan is for GPUs elsewhere
 CPU_BLOCKS_BELOW = {"fp32": 256, "bf16": 1024}  # tokens of window: a rule of thumb for attention on a CPU
 LEAST_BLOCK = 16  # tokens; shorter windows are computed in blocks of this size
 ANSWERS_PER_ROW = 4  # of a recall row, roughly: so few positions reach the head that the number hardly matters
@@ -43,7 +47,7 @@ class Setup:
     ranks: int = 1
     sharding: str = "ddp"
     checkpointing: bool = False
-    on_cpu: bool = False
+    device: Device = GPU
 
     @property
     def product_bytes(self) -> int:
@@ -176,12 +180,7 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
     """What a layer keeps for its backward pass, what that pass needs besides, and the copies that autocast makes."""
     e, i, d, s = config.hidden_size, config.intermediate_size, config.head_dim, setup.product_bytes
     h, g = config.num_attention_heads, config.num_key_value_heads
-    small = spec.window is not None and spec.window < CPU_BLOCKS_BELOW[setup.precision]
-    in_blocks = small if setup.on_cpu else spec.window is not None and config.attention_backend == "blocked"
-    keys = min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens) if in_blocks else 0
-    kept_scores, scratch_scores = s * keys, 3 * 4 * keys  # of one query in one head; fused kernels keep none
-    if config.attention_backend == "reference":  # autograd keeps each step of a float32 softmax over the whole row
-        kept_scores, scratch_scores = (3 * 4 + s) * seq_len, 2 * 4 * seq_len
+    kept_scores, scratch_scores = _score_bytes(config, setup, spec, seq_len)
     kept_per_token = (
         2 * e * setup.stream_bytes  # inputs of the two norms
         + 2 * e * 4  # the same, normalised in float32
@@ -197,3 +196,21 @@ def layer_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: in
     # The gradient of the last matrix, or that of gate and up, when what they kept is freed.
     gradient = max(e * i * setup.stream_bytes, 2 * e * i * setup.stream_bytes - rows * seq_len * 4 * i * s)
     return rows * seq_len * kept_per_token, rows * seq_len * scratch_per_token + gradient, copies
+
+
+def _score_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, seq_len: int) -> tuple[int, int]:
+    """Of one query in one head: what is kept for the backward pass, and what that pass needs besides.
+
+    Fused kernels and tiles keep no scores.
+    """
+    s, keys = setup.product_bytes, min(seq_len, max(LEAST_BLOCK, spec.window or 0) + spec.global_tokens)
+    blocks, everything = (s * keys, 3 * 4 * keys), ((3 * 4 + s) * seq_len, 2 * 4 * seq_len)
+    dtype, on_cpu = DTYPES[setup.precision], setup.device.type == "cpu"
+    backend = plan_attention(spec, config.head_dim, config.attention_backend, setup.device, dtype, True).backend
+    if backend == "reference":  # autograd keeps each step of a float32 softmax over the whole sequence
+        return everything
+    if backend != "blocked" or (spec.window is None and (on_cpu or not spec.sink)):
+        return 0, 0
+    if on_cpu:
+        return blocks if spec.window and spec.window < CPU_BLOCKS_BELOW[setup.precision] else (0, 0)
+    return blocks if spec.ring_slots and 2 * spec.ring_slots < seq_len else everything

@@ -1,5 +1,6 @@
 """Peak rates and memory of GPUs, from their data sheets. Rates are dense, without structured sparsity."""
 
+import re
 from typing import NamedTuple
 
 
@@ -25,3 +26,14 @@ GPUS = {
     "rtx-3090": Gpu(71e12, 24e9, "NVIDIA GA102 white paper"),
     "rtx-4090": Gpu(165.2e12, 24e9, "NVIDIA Ada white paper"),
 }
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The GPU that torch calls `name`, or None if it has no entry.
+
+    >>> gpu_named("NVIDIA A100-SXM4-80GB") is GPUS["a100-80"], gpu_named("NVIDIA T4")
+    (True, None)
+    """
+    words = {word.removesuffix("gb") for word in re.findall(r"[a-z0-9]+", name.lower())}
+    known = [key for key in GPUS if words.issuperset(key.split("-"))]
+    return GPUS[max(known, key=len)] if known else None

@@ -30,9 +30,10 @@ def lack_of_memory_is_fault(settings: Settings) -> Iterator[None]:
         )
         raise TrainingFault(
             f"the GPU has no memory left: {str(problem).split('. ')[0]}\n"
-            f"  lower training.micro_batch_tokens (now {tokens:,} tokens a process at a time), or set\n"
-            f"  training.activation_checkpointing: true (now {str(checkpointing).lower()}), or share the model out over\n"
-            "  GPUs with configs/accelerate/fsdp2.yaml; each may change within a run: the same command then goes on from the last checkpoint"
+            f"  lower training.micro_batch_tokens (now {tokens:,} tokens a process at a time),\n"
+            f"  or set training.activation_checkpointing: true (now {str(checkpointing).lower()}),\n"
+            "  or share the model out over several GPUs with configs/accelerate/fsdp2.yaml;\n"
+            "  each may change within a run: the same command then goes on from the last checkpoint"
         ) from problem
 
 

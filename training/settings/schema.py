@@ -82,8 +82,8 @@ class ModelSettings(Strict):
     """Whether queries and keys of each head pass through RMSNorm, as in Qwen3. Exports then use Qwen3's format."""
     tie_word_embeddings: bool = False
     """Whether the output matrix is the embedding itself. Saves parameters in small models."""
-    attention_backend: Literal["auto", "reference", "blocked", "flex", "flash", "xformers"] = "auto"
-    """Which implementation computes attention. auto: `flex` on CUDA where triton is installed, else `blocked`."""
+    attention_backend: Literal["auto", "reference", "blocked", "cudnn", "flash", "flex", "xformers"] = "auto"
+    """Which implementation computes attention. auto: the fastest that can compute a layer, see docs/configs.md."""
     init: InitSettings = InitSettings()
 
     @property
@@ -199,8 +199,8 @@ class TrainingSettings(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products. auto: bf16 where it is measured to be at least 1.5 times as fast."""
     compile: bool | Literal["reduce-overhead", "max-autotune"] = True
-    """Whether torch.compile compiles the layers. Turn it off for runs of seconds. On one GPU a step of a thin stack
-    also becomes a CUDA graph; reduce-overhead makes one for any stack, max-autotune also tries several kernels."""
+    """Whether torch.compile compiles the layers. Turn it off for runs of seconds. On one GPU each step of a small model
+    also becomes one CUDA graph. reduce-overhead: for any model. max-autotune: also with the fastest of many kernels."""
     deterministic: bool = False
     """Whether a resumed run has the same bits on a GPU too: slower, and not with every attention backend."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -6,12 +6,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import Attend, AttentionPlan, plan, plan_attention, product_dtype
+from model.attention import Attend, AttentionPlan, Device, plan, plan_attention, product_dtype
 from model.attention.reference import attend_dense
 from model.packing import Packing, may_see
 from model.windows import LayerSpec
 
 HEADS = 4
+H100 = Device("cuda", (9, 0), frozenset({"cudnn", "triton", "xformers"}))
 
 
 def draw_qkv(batch: int, groups: int, total: int, seed: int) -> list[Tensor]:
@@ -49,7 +50,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, packing: Packing, s
 
 def forget_plans() -> None:
     """Plans and what they prepared are kept; a test that changes a threshold needs them made again."""
-    plan.plan_attention.cache_clear()
+    plan._plan.cache_clear()
     plan._prepare_whole_rows.cache_clear()
 
 

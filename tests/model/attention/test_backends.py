@@ -1,19 +1,24 @@
-"""Every backend gives what the oracle gives, or is refused with the reason."""
+"""Every backend gives what the oracle gives. Kernels of a GPU are replaced by the oracle."""
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from model.attention import plan
-from model.attention.plan import BACKENDS, check_backend, plan_attention
-from model.attention.varlen import Segments, Varlen, find_segments
+from model.attention import Attend, cudnn, flex, plan, varlen
+from model.attention.plan import plan_attention
+from model.attention.varlen import Segments, find_segments
 from model.errors import UserError
 from model.packing import Packing, may_see
 from model.windows import LayerSpec
-from tests.model.attention.oracle import HEADS, attend, close, draw_qkv, forget_plans, oracle, packings, whole
+from tests.model.attention.oracle import H100, HEADS, attend, close, draw_qkv, oracle, packed, packings, whole
 from tests.model.tiny import tiny_model, token_ids
 
 
@@ -29,6 +34,11 @@ def layers(draw: st.DrawFn, sinks: bool = True, global_tokens: bool = True) -> L
     )
 
 
+def on_h100(spec: LayerSpec, packing: Packing, backend: str, batch: int = 2) -> Attend:
+    """What training in bf16 on an H100 prepares."""
+    return plan_attention(spec, 64, backend, H100, torch.bfloat16, True).prepare(packing, batch)
+
+
 # -- flex --------------------------------------------------------------------------------------------------------------
 
 
@@ -42,7 +52,7 @@ def test_flex_equals_reference_whatever_the_layer(
     chosen = sinks if spec.sink else None
     with pytest.MonkeyPatch.context() as patch:  # a compilation for each shape would take hours
         patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-        actual = attend(q, k, v, spec, packing, "flex", chosen)
+        actual = on_h100(spec, packing, "flex", batch)(q, k, v, chosen)
     torch.testing.assert_close(actual, oracle(q, k, v, spec, packing, chosen), atol=1e-5, rtol=1e-4)
 
 
@@ -65,52 +75,197 @@ def test_a_model_on_flex_gives_the_logits_of_the_reference() -> None:
 
 
 def test_training_with_flex_on_a_cpu_is_refused() -> None:
-    message = (
-        r"^model\.attention_backend is 'flex', and FlexAttention has no gradient on a CPU; train with auto or blocked$"
-    )
+    message = r"^model\.attention_backend is 'flex', which has no gradient on a CPU; choose auto or blocked$"
     with pytest.raises(UserError, match=message):
         tiny_model(attention_backend="flex", head_dim=16)(token_ids(1, 12))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), layers(sinks=False), st.integers(1, 90), st.sampled_from([1, 4, 16]))
+def test_blocks_that_somebody_sees_are_scored_and_only_those_that_all_see_are_not_masked(
+    data: st.DataObject, spec: LayerSpec, total: int, side: int
+) -> None:
+    packing = data.draw(packings(2, total))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "SIDE", side)
+        packing = flex._pad(packing, -total % side)
+        partial, full = flex._blocks_seen(spec, packing)
+    blocks = may_see(spec, packing, packing)
+    blocks = blocks.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(3)[:, None]
+    assert not (blocks.any(-1) & ~partial & ~full).any()
+    assert not (full & ~blocks.all(-1)).any()
+    assert not (full & partial).any()
+
+
+def test_blocks_are_as_few_as_the_window_needs() -> None:
+    long_documents = Packing(*(x[None] for x in packed([3000, 2000, 500], 100, 8192)))
+    for packing in (whole(8192), long_documents):
+        partial, full = flex._blocks_seen(LayerSpec("sliding", 1024), packing)
+        assert (partial | full).sum(-1).max() <= 1024 // 128 + 1
+        assert full.sum() > (6 if packing.whole else 4) * 64
+
+
+def test_flex_compiles_itself_under_a_layer_that_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(flex, "_compiled", lambda q, k, v, **options: calls.append(q) or q)
+    x = torch.empty(1, HEADS, 200, 16, device="meta")
+    packing = Packing.of_whole_rows(200, torch.device("meta"))
+    with torch.compiler.set_stance("force_eager"):
+        flex.Flex.of(LayerSpec("sliding", 20), packing)(x, x, x)
+    assert len(calls) == 1
 
 
 # -- kernels for segments ----------------------------------------------------------------------------------------------
 
 
 def dense_kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
-    """What flash attention and xFormers compute, segment by segment, with the oracle."""
+    """What flash attention and others compute, segment by segment, with the oracle."""
     spec = LayerSpec("full") if window is None else LayerSpec("sliding", window)
     outs = []
-    for first, end in zip(segments.borders[:-1].tolist(), segments.borders[1:].tolist(), strict=True):
-        packing = whole(end - first)
-        one = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
-        outs.append(oracle(*one, spec, packing)[0].transpose(0, 1))
-    assert segments.longest == max(len(out) for out in outs)
+    borders = segments.borders.tolist()
+    assert borders[-1] == len(q)
+    for first, end in itertools.pairwise(borders):
+        assert end - first <= segments.longest
+        if first < end:
+            one = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
+            outs.append(oracle(*one, spec, whole(end - first))[0].transpose(0, 1))
     return torch.cat(outs)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.data(), layers(sinks=False, global_tokens=False), st.integers(1, 100), st.sampled_from([1, 2, 4]))
+def dense_operator(q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
+    """What cuDNN's operator computes. Its window counts the current token, and -1 means none."""
+    assert options["is_causal"]
+    assert options["return_lse"]
+    window = None if options["window_left"] < 0 else options["window_left"]
+    if q.ndim == 3:
+        segments = Segments(options["cu_seqlens_q"], options["max_seqlen_q"], None)
+        return dense_kernel(q, k, v, segments, window), q
+    spec = LayerSpec("full") if window is None else LayerSpec("sliding", window)
+    return oracle(q, k, v, spec, whole(q.shape[2])), q
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle in place of the kernels of flash attention and of cuDNN."""
+    monkeypatch.setitem(plan._VARLEN_KERNELS, "flash", lambda: dense_kernel)
+    monkeypatch.setattr(cudnn, "_register", lambda: None)
+    monkeypatch.setattr(torch.ops, "cudnn", SimpleNamespace(sdpa_fwd=dense_operator), raising=False)
+
+
+def with_facts(packing: Packing) -> Packing:
+    """The packing as training makes it."""
+    return packing if packing.documents is None else Packing.of_documents(packing.documents)
+
+
+@pytest.mark.usefixtures("kernels")
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.data(), st.sampled_from(["flash", "cudnn"]), layers(sinks=False, global_tokens=False), st.integers(1, 100),
+    st.sampled_from([1, 2, 4]), st.booleans(),
+)  # fmt: skip
 def test_segments_are_what_a_layer_sees_forward_and_backward(
-    data: st.DataObject, spec: LayerSpec, total: int, groups: int
+    data: st.DataObject, backend: str, spec: LayerSpec, total: int, groups: int, facts: bool
 ) -> None:
     packing = data.draw(packings(2, total))
+    packing = with_facts(packing) if facts else packing
     q, k, v, _ = draw_qkv(2, groups, total, seed=total)
-    expected = oracle(q, k, v, spec, packing, None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(plan._VARLEN_KERNELS, "flash", dense_kernel)
-        actual = attend(q, k, v, spec, packing, "flash", None)
-    close(actual, expected, [q, k, v])
+    close(on_h100(spec, packing, backend)(q, k, v, None), oracle(q, k, v, spec, packing, None), [q, k, v])
 
 
-def test_padding_inside_a_document_is_refused_by_kernels_that_leave_it_out() -> None:
-    packing = Packing(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, -1, 0]]))
-    with pytest.raises(UserError, match=r"^this attention backend can't leave out padding inside a document; use auto"):
-        find_segments(LayerSpec("full"), packing, 1)
+@settings(deadline=None, max_examples=60)
+@given(st.data(), layers(sinks=False, global_tokens=False), st.integers(1, 100))
+def test_segments_are_the_same_whether_counted_on_the_host_or_not(
+    data: st.DataObject, spec: LayerSpec, total: int
+) -> None:
+    packing = data.draw(packings(2, total))
+    read, known = find_segments(spec, packing, 2), find_segments(spec, with_facts(packing), 2)
+    assert read is not None
+    assert known is not None
+    assert torch.equal(read.borders.unique(), known.borders.unique())
+    if known.padding is not None:
+        assert torch.equal(read.padding, known.padding)
 
 
+def test_what_training_knows_is_not_read_from_the_device() -> None:
+    """On `meta` there are no values, so that every read is an error."""
+    documents = torch.tensor([[1] * 90 + [2] * 60 + [-1] * 50, [3] * 200])
+    packing = Packing.of_documents(documents).to(torch.device("meta"))
+    backends = {"flex": True, "blocked": True, "flash": False}
+    for backend, sinks in backends.items():
+        for kind in (LayerSpec("sliding", 8), LayerSpec("full"), LayerSpec("chunked", 8), LayerSpec("dilated", 4, 3)):
+            on_h100(replace(kind, sink=sinks), packing, backend)
+            on_h100(replace(kind, sink=sinks), Packing.of_whole_rows(200, torch.device("meta")), backend)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.parametrize("backend", ["blocked", "flash", "cudnn", "flex"])
+def test_a_compiled_layer_is_one_graph_for_all_batches(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(cudnn, "_register", lambda: None)
+    for name in ("flash", "cudnn"):
+        monkeypatch.setitem(plan._VARLEN_KERNELS, name, lambda: lambda q, k, v, segments, window: q)
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def layer(x: Tensor, attend: Attend, sinks: Tensor | None) -> Tensor:
+        return attend(x * 2, x, x, sinks)
+
+    compiled = torch.compile(
+        layer, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=False
+    )
+    x, sinks = torch.randn(2, HEADS, 200, 16), torch.zeros(HEADS) if backend in ("blocked", "flex") else None
+    for lengths in ([30, 70], [50], [200, 1]):
+        rows = [packed(lengths, padding, 200) for padding in (0, 20)]
+        packing = Packing.of_documents(torch.stack([documents for _, documents in rows]))
+        for spec in (LayerSpec("sliding", 9), LayerSpec("dilated", 4, dilation=3)):
+            compiled(x, on_h100(replace(spec, sink=sinks is not None), packing, backend), sinks)
+    assert len(graphs) == 2
+
+
+GAP = Packing(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, -1, 0]]))
+
+
+@pytest.mark.parametrize("packing", [GAP, with_facts(GAP)])
+def test_padding_inside_a_document_is_refused_by_kernels_for_segments(packing: Packing) -> None:
+    message = r"^model\.attention_backend is 'flash', which can't leave out padding inside a document; choose auto"
+    with pytest.raises(UserError, match=message):
+        on_h100(LayerSpec("full"), packing, "flash", 1)
+
+
+def test_padding_inside_a_document_is_blocked_where_the_choice_is_ours() -> None:
+    plan = plan_attention(LayerSpec("full"), 64, "auto", H100, torch.bfloat16, True)
+    assert plan.backend == "cudnn"
+    q, k, v, _ = draw_qkv(1, 2, 4, seed=1)
+    close(plan.prepare(GAP, 1)(q, k, v, None), oracle(q, k, v, LayerSpec("full"), GAP), [q, k, v])
+
+
+@pytest.mark.usefixtures("kernels")
 def test_rows_of_padding_alone_give_zeros() -> None:
     packing = Packing(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -1))
     q = torch.randn(2, HEADS, 3, 8)
-    assert not Varlen.of(LayerSpec("full"), packing, 2, dense_kernel)(q, q, q).any()
+    assert not on_h100(LayerSpec("full"), packing, "flash")(q, q, q, None).any()
+
+
+@pytest.mark.parametrize("knows_gqa", [True, False])
+def test_flash_is_called_as_each_version_of_pytorch_wants_it(monkeypatch: pytest.MonkeyPatch, knows_gqa: bool) -> None:
+    from torch.nn.attention import varlen as library
+
+    calls: list[Any] = []
+
+    def new(q, k, v, a, b, c, d, *, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
+        calls.append((window_size, enable_gqa))
+        return q
+
+    def old(q, k, v, a, b, c, d, *, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+        calls.append((window_size, False))
+        return q
+
+    monkeypatch.setattr(library, "varlen_attn", new if knows_gqa else old)
+    varlen.flash_kernel.cache_clear()
+    q, k = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8)
+    for window in (None, 3):
+        varlen.flash_kernel()(q, k, k, Segments(torch.tensor([0, 5]), 5, None), window)
+    varlen.flash_kernel.cache_clear()
+    assert calls == [((-1, 0), knows_gqa), ((2, 0), knows_gqa)]
 
 
 # -- where they are ----------------------------------------------------------------------------------------------------
@@ -124,94 +279,3 @@ def test_xformers_counts_the_window_as_we_do() -> None:
     documents = torch.tensor([[0] * 5 + [1] * 3])
     packing = Packing(torch.tensor([[*range(5), *range(3)]]), documents)
     assert torch.equal(bias.materialize((1, 8, 8))[0] == 0, may_see(LayerSpec("sliding", 3), packing, packing)[0])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-@settings(deadline=None, max_examples=20)
-@given(data=st.data(), total=st.integers(1, 300), groups=st.sampled_from([1, 2, 4]))
-def test_on_cuda_forward_and_gradients_equal_the_reference(
-    backend: str, data: st.DataObject, total: int, groups: int
-) -> None:
-    if reason := BACKENDS[backend].missing():
-        pytest.skip(f"{backend} {reason}")
-    able = BACKENDS[backend]
-    spec = data.draw(layers(able.sinks, able.global_tokens))
-    packing = data.draw(packings(2, total))
-    packing = Packing(packing.positions.cuda(), None if packing.documents is None else packing.documents.cuda())
-    drawn = [x.detach().repeat(*[1] * (x.ndim - 1), 4 if x.ndim == 4 else 1) for x in draw_qkv(2, groups, total, 1)]
-    q, k, v, sinks = (x.cuda().bfloat16().requires_grad_() for x in drawn)
-    chosen = sinks if spec.sink else None
-    inputs = [q, k, v, *([sinks] if spec.sink else [])]
-    actual = attend(q, k, v, spec, packing, backend, chosen)
-    exact = [x.detach().float().requires_grad_() for x in inputs]
-    expected = oracle(exact[0], exact[1], exact[2], spec, packing, exact[3] if spec.sink else None)
-    torch.testing.assert_close(actual.float(), expected, atol=3e-2, rtol=3e-2)
-    upstream = torch.randn_like(expected)
-    got = torch.autograd.grad(actual, inputs, upstream.bfloat16())
-    for ours, theirs in zip(got, torch.autograd.grad(expected, exact, upstream), strict=True):
-        torch.testing.assert_close(ours.float(), theirs, atol=1e-1, rtol=5e-2)
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def test_auto_takes_what_can_do_the_layer_on_the_device_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_plans()
-
-    def chosen(device: str, spec: LayerSpec, head_size: int, backend: str = "auto") -> tuple[str, str]:
-        made = plan_attention(spec, head_size, backend, device, torch.bfloat16, True)
-        return made.backend, made.reason
-
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: object())
-    layer = LayerSpec("sliding", 64)
-    assert chosen("cpu", layer, 64) == ("blocked", "auto on cpu")
-    assert chosen("cuda", layer, 64) == ("flex", "auto on cuda")
-    assert chosen("cuda", layer, 12) == ("blocked", "auto on cuda: flex needs a head size of at least 16, not 12")
-    assert chosen("cpu", layer, 64, "reference") == ("reference", "model.attention_backend is reference")
-
-
-def refusal(name: str, *specs: LayerSpec, head_dim: int = 64) -> str:
-    with pytest.raises(UserError) as caught:
-        check_backend(name, specs, head_dim)
-    return str(caught.value)
-
-
-def test_what_a_backend_cannot_do_is_refused_with_the_layer_and_a_remedy() -> None:
-    plain, sink, far = LayerSpec("sliding", 4), LayerSpec("sliding", 4, sink=True), LayerSpec("full", global_tokens=2)
-    assert refusal("flash", plain, sink) == (
-        "model.attention_backend is 'flash', which has no learned sinks, but model.layers[1] asks for them; "
-        "choose one of auto, reference, blocked, flex"
-    )
-    assert refusal("xformers", far) == (
-        "model.attention_backend is 'xformers', which has no global tokens, but model.layers[0] asks for them; "
-        "choose one of auto, reference, blocked, flex"
-    )
-    assert refusal("flash", plain, head_dim=20).startswith(
-        "model.attention_backend is 'flash', which needs a head size that is a multiple of 8, not 20; choose one of"
-    )
-    assert refusal("flex", plain, head_dim=8) == (
-        "model.attention_backend is 'flex', which needs a head size of at least 16, not 8; "
-        "choose one of auto, reference, blocked"
-    )
-    assert refusal("fast") == (
-        "model.attention_backend is 'fast'; choose one of auto, reference, blocked, flex, flash, xformers"
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it can be had here")
-def test_what_the_machine_lacks_is_refused_with_the_reason() -> None:
-    assert refusal("flash", LayerSpec("full")) == (
-        "model.attention_backend is 'flash', which needs an NVIDIA GPU, and this machine has none; "
-        "choose one of auto, reference, blocked, flex"
-    )
-    assert "'xformers', which needs " in refusal("xformers", LayerSpec("full"))
-    with pytest.raises(UserError, match=r"^model\.attention_backend is 'flash', which needs an NVIDIA GPU"):
-        tiny_model(attention_backend="flash")
-
-
-@pytest.mark.parametrize("spec", [{"kind": "chunked", "window": 4}, {"window": 4, "global_tokens": 2}])
-def test_rows_that_do_not_begin_at_0_are_refused_where_the_beginning_counts(spec: dict[str, object]) -> None:
-    message = r"^position_ids must start at 0 for chunked layers and global tokens, unless a cache is used$"
-    with pytest.raises(UserError, match=message):
-        tiny_model([spec] * 2)(token_ids(1, 12), position_ids=torch.arange(3, 15)[None])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,3 +70,37 @@ def test_bf16_is_timed_only_where_the_machine_does_not_emulate_it(
     monkeypatch.setattr(attention, "AIMS", ((Shape(100, 30, heads=2, kv_heads=2), CAUSAL, 2.0),))
     rows = attention.bench_aims(setup, Machine(fp32_flops=1e11, bf16_flops=8e11))
     assert [row.dtype for row in rows] == ["bf16", "fp32"]
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_each_of_our_backends_and_the_causal_kernel_of_cudnn_are_peers() -> None:
+    q = torch.randn(1, 2, 40, 16)
+    peers = attention.gpu_peers(Shape(40, 8, heads=2, kv_heads=2, head_dim=16), q, q, q)
+    assert next(iter(peers)) == attention.CAUSAL_CUDNN
+    assert {"ours, blocked", "ours, flex", "ours, flash"} < set(peers)
+    assert "ours, reference" not in peers
+    torch.testing.assert_close(peers["ours, blocked"](), peers["ours, flex"](), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can be had here")
+def test_a_backend_that_needs_a_gpu_says_so() -> None:
+    q = torch.randn(1, 2, 40, 16)
+    peers = attention.gpu_peers(Shape(40, 8, heads=2, kv_heads=2, head_dim=16), q, q, q)
+    assert "needs an NVIDIA GPU" in why_not(peers["ours, flash"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_on_a_gpu_ours_and_each_backend_that_can_run_are_timed_in_bf16(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "GPU_AIMS", ((Shape(1024, 256, heads=4, kv_heads=2, head_dim=64), 1.9),))
+    rows = attention.bench_aims(replace(setup, device=torch.device("cuda")), Machine(1e13, 1e14))
+    assert {row.dtype for row in rows} == {"bf16"}
+    assert all(row.ours_bytes for row in rows)
+    limits = {row.peer: row.limit for row in rows if row.bench.endswith("forward+backward")}
+    assert (limits[CAUSAL], limits[attention.CAUSAL_CUDNN], limits["ours, blocked"]) == (1.9, 1.9, None)
+    timed = {row.peer for row in rows if row.peer_s}
+    assert {CAUSAL, FLEX, "ours, blocked", "ours, flex", "ours, flash"} <= timed

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from scripts.benchmarks.timing import compare, peak_bytes
+from scripts.benchmarks.timing import Setup, compare, peak_bytes
 
 
 def test_a_row_for_each_peer_has_medians_ratio_limit_and_bytes() -> None:
@@ -28,3 +30,15 @@ def test_a_peer_that_can_not_run_gives_the_reason_and_ours_must_run() -> None:
     assert (row.peer_s, row.ratio, row.note) == (None, None, "NotImplementedError: no kernel")
     with pytest.raises(RuntimeError, match="our own side of the benchmark failed: NotImplementedError: no kernel"):
         compare("b", "c", {"ours": fails}, 1, "fp32")
+
+
+def test_bytes_on_a_gpu_are_the_most_that_its_allocator_held_beyond_what_was_there(
+    monkeypatch: pytest.MonkeyPatch, setup: Setup
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 170)
+    assert replace(setup, device=torch.device("cuda")).peak_bytes(lambda: calls.append("work")) == 70
+    assert calls == ["reset", "work"]
+    assert setup.peak_bytes(lambda: torch.empty(10)) == 40

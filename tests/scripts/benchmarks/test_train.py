@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,3 +76,15 @@ def test_one_step_changes_the_weights_as_the_loss_says(settings: Settings) -> No
     for _ in range(5):
         step()
     assert loss() < before
+
+
+def test_on_a_gpu_sequences_may_be_long_and_flash_attention_is_a_peer_where_it_is_installed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, gpu = plain_config(setup.settings), replace(setup, device=torch.device("cuda"))
+    assert not list(train.peers(setup, config, 1, 16_384))
+    sdpa = ["transformers sdpa", "transformers sdpa, layers compiled"]
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert list(train.peers(gpu, config, 4, 16_384)) == [*sdpa, "transformers flex"]
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object())
+    assert list(train.peers(gpu, config, 4, 16_384)) == [*sdpa, "transformers flex", "transformers flash"]

@@ -2,12 +2,16 @@
 
 import pytest
 
+from model.attention import Device
 from model.config import WindreachConfig
 from model.flops import count_parameters, flops_per_token
+from model.windows import LayerSpec
 from training.planning.formulas import (
+    GPU,
     Setup,
     exchange_bytes,
     largest_rows,
+    layer_bytes,
     memory,
     recompute_factor,
     work,
@@ -121,3 +125,20 @@ def test_recall_costs_what_its_rows_do_and_hardly_any_head() -> None:
 
 def test_rates_of_gpus_are_dense() -> None:
     assert GPUS["h100"].bf16_flops == pytest.approx(1979e12 / 2, rel=1e-3)
+
+
+def test_a_gpu_keeps_what_the_backend_keeps_that_auto_chooses() -> None:
+    """Short windows with thin heads are computed in blocks. Windows over half of a sequence are not."""
+    blocks = LayerSpec("sliding", 16)
+
+    def kept(backend: str, spec: LayerSpec, seq_len: int, device: Device = GPU) -> int:
+        _, config = loaded("quickstart", f"model.attention_backend={backend}")
+        return layer_bytes(config, Setup("bf16", device=device), spec, 1, seq_len)[0] // seq_len
+
+    fused, heads, groups, head_size = kept("flex", blocks, 256), 4, 2, 24
+    weights, unrotated = 2 * heads * 16, 2 * (heads + groups) * head_size  # q and k before rotation, in bf16
+    assert kept("auto", blocks, 256) == kept("blocked", blocks, 256) == fused + weights - unrotated
+    assert kept("auto", LayerSpec("sliding", 512), 2048) == kept("blocked", LayerSpec("full"), 256) == fused
+    assert kept("blocked", LayerSpec("sliding", 200), 256) == kept("reference", LayerSpec("full"), 256)
+    old = Device("cuda", (7, 5))  # for which there is no fused kernel without triton
+    assert kept("auto", LayerSpec("sliding", 512), 2048, old) == fused + 2 * heads * 512 - unrotated

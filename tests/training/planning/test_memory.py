@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from model.attention import Device
 from model.config import WindreachConfig
 from model.decoder import build_model
 from model.flops import count_parameters
+from tests.training.updates import update
 from training.objective import Plan, Scorer
 from training.optimizer import SummedOptimizer
 from training.planning.formulas import Setup, Work, micro_batch_bytes, optimizer_bytes
@@ -76,7 +78,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_peak_of_a_step_is_that_of_the_formula(case: str, precision: str, checkpointing: bool) -> None:
     shape, work = CASES[case]
-    setup = Setup(precision, checkpointing=checkpointing, on_cpu=True)
+    setup = Setup(precision, checkpointing=checkpointing, device=Device("cpu"))
     planned = sum(micro_batch_bytes(shape, setup, work, work.last.rows))
     assert planned == pytest.approx(measured_peak(shape, setup, work), rel=TOLERANCE)
 
@@ -92,7 +94,7 @@ def test_optimizer_state_is_that_of_a_real_step(kind: str, sink: bool) -> None:
         for p in scorer.parameters():
             p.grad = torch.ones_like(p)
         optimizer.take(objective, 1.0)
-    optimizer.step(1e-3, {"text": 1.0, "recall": 1.0})
+    update(optimizer, 1e-3, {"text": 1.0, "recall": 1.0})
     real = sum(t.nbytes for name, t in optimizer.state_tensors().items() if "/step/" not in name)
     assert optimizer_bytes(shape, settings, objectives=2, relay_head=64 * 16) == real
 

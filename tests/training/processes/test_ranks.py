@@ -14,7 +14,7 @@ LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed b
 def test_a_run_is_on_the_cpu_without_a_gpu_or_where_the_launch_file_says_so(
     monkeypatch: pytest.MonkeyPatch, use_cpu: str, gpu: bool, on_cpu: bool
 ) -> None:
-    monkeypatch.setattr(ranks, "PartialState", lambda cpu: cpu)
+    monkeypatch.setattr(ranks, "PartialState", lambda cpu, timeout: cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     if use_cpu:
         monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
