@@ -241,16 +241,18 @@ class WindreachModel(nn.Module):
         self._structure = self._describe_modules()
 
     def compile_decoding(self) -> None:
-        """Compile `_run_one_token`, and `_run_region` once for all regions. On a GPU only regions: the step is recorded.
+        """Compile `_run_one_token`, and `_run_region` once for all regions. On a GPU only the regions.
 
-        Checking the modules at each token would cost a tenth of it. Instead `_describe_modules` describes them when a
-        cache is new, and another description is another compilation.
+        There the step is recorded, and calls cost nothing. On a CPU checking the modules at each token would cost a
+        tenth of it. Instead `_describe_modules` describes them when a cache is new, and another description is another
+        compilation.
         """
         grows = any(spec.ring_slots is None for spec in self.kinds)  # then sizes are variables, which costs some speed
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         compiled = partial(torch.compile, dynamic=None if grows else False, fullgraph=True, options=options)
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.record_decoding()
-        if self.norm.weight.is_cuda:  # a region inside of a larger graph copies the cache (torch 2.11)
+        if on_gpu(self.norm.weight):  # a region inside of a larger graph copies the cache (torch 2.11)
             self._run_region, self._decode = compiled(_run_region), self._run_one_token
         else:
             self._run_region = torch.compiler.nested_compile_region(_run_region)
@@ -268,6 +270,10 @@ class WindreachModel(nn.Module):
         backend, head_dim, gradients = self.config.attention_backend, self.config.head_dim, torch.is_grad_enabled()
         device, dtype = x.device.type, product_dtype(x)
         return [plan_attention(spec, head_dim, backend, device, dtype, gradients) for spec in self.kinds]
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _run_region(x: Tensor, calls: Sequence[Call], structure: str) -> Tensor:

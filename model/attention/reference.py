@@ -105,11 +105,15 @@ def attend_one(bias_bs: Tensor, q: Tensor, k: Tensor, v: Tensor, sink_h: Tensor 
     return _mix_one(bias_bs, grouped, k, v, sink_h).reshape(q.shape)
 
 
+def kernel_is_slow(q: Tensor) -> bool:
+    """Whether the kernel of PyTorch leaves processors idle for one query: on a GPU a few of them get all keys."""
+    return q.is_cuda
+
+
 def _mix_one(bias: Tensor, q_bgrd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, sink_h: Tensor | None) -> Tensor:
-    # On a GPU the kernel gives a row's keys to a few processors only, and products or generated loops to all of them.
-    on_gpu = q_bgrd.is_cuda
-    in_loop = torch.compiler.is_compiling() and (on_gpu or k_bgsd.shape[2] <= LOOP_KEYS)
-    if sink_h is None and not in_loop and not on_gpu:
+    no_kernel = kernel_is_slow(q_bgrd)
+    in_loop = torch.compiler.is_compiling() and (no_kernel or k_bgsd.shape[2] <= LOOP_KEYS)
+    if sink_h is None and not in_loop and not no_kernel:
         return F.scaled_dot_product_attention(q_bgrd, k_bgsd, v_bgsd, bias)
     scores = (q_bgrd[:, :, :, None] * k_bgsd[:, :, None]).sum(-1) if in_loop else q_bgrd @ k_bgsd.mT
     scores = scores.float() * q_bgrd.shape[-1] ** -0.5 + bias
