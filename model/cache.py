@@ -28,9 +28,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from model.attention.plan import AttentionPlan
 from model.attention.reference import Attend, attend_one
 from model.config import WindreachConfig
-from model.decoding import Recording
 from model.errors import UserError
 from model.packing import NO_DOCUMENT, Packing, RowEnds, count_positions, may_see
+from model.recording import Recording
 from model.windows import LayerSpec, cache_slots
 
 

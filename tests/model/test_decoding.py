@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import decoder, decoding
+from model import decoder, recording
 from model.attention import reference
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
-from model.decoding import Recording, Sampler, token_blocks
+from model.decoding import Sampler, token_blocks
+from model.recording import Recording
 from tests.model.test_cache import STACKS, W, with_sinks
 from tests.model.tiny import tiny_config, tiny_model, token_ids
 
@@ -178,7 +179,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(decoding, "_stream", lambda device: None)
+    monkeypatch.setattr(recording, "_stream", lambda device: None)
     monkeypatch.setattr(decoder, "can_record", lambda x: True)
     return made
 
@@ -368,6 +369,6 @@ class TestOnGpu:
 
 
 def test_a_copied_recording_is_empty() -> None:
-    recording = Recording()
-    recording.is_warm = True
-    assert not copy.deepcopy(recording).is_warm
+    warm = Recording()
+    warm.is_warm = True
+    assert not copy.deepcopy(warm).is_warm
