@@ -6,7 +6,8 @@ Five tokens a b c d e arrive one by one with W = 3. Token i goes to slot i mod 3
     0        0 1      0 1 2    3 1 2    3 4 2     <- index of the token in each slot
 
 A chunk of tokens attends over [cache | chunk] before it is written: its first queries need keys that its last tokens
-overwrite. A single token is written first: the key it overwrites is W tokens old, which no window reaches.
+overwrite. A single token is written first: the key it overwrites is W tokens old, which no window reaches. Its index
+comes in a tensor, so that the same kernels serve every token and a GPU can replay them.
 
 Global tokens have slots of their own in front of the ring: the first tokens of each row's last document. Full layers
 have a slot for every token and grow in blocks. Layers of one kind hold the same tokens in the same slots, so `Slots`
@@ -26,6 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from model.attention.plan import AttentionPlan
 from model.attention.reference import Attend, OneToken
 from model.config import WindreachConfig
+from model.decoding import Recording
 from model.errors import UserError
 from model.packing import NO_DOCUMENT, Packing, RowEnds, count_positions
 from model.windows import LayerSpec, cache_slots
@@ -37,8 +39,9 @@ class Slots:
     One global token, which has the first slot, and W = 3, after a chunk of five tokens:
 
         >>> slots = Slots(LayerSpec("sliding", window=3, global_tokens=1))
-        >>> slots.begin(Packing(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.long)), in_slots=False)
-        >>> slots.write_positions()
+        >>> chunk = Packing(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.long))
+        >>> slots.begin(chunk)
+        >>> slots.write_positions(chunk)
         >>> slots.positions.tolist()
         [[0, 3, 4, 2]]
     """
@@ -50,31 +53,39 @@ class Slots:
 
     def clear(self) -> None:
         self.seen = self.oldest = 0  # number of tokens so far; index of the oldest token that the ring still holds
+        self.reserved = 0  # number of tokens for which a full layer makes room at once
         self.positions = self.documents = torch.empty(0, 0, dtype=torch.long)
 
-    def begin(self, chunk: Packing, in_slots: bool) -> None:
-        """Make room for a chunk (B, T) and choose its slots.
+    def begin(self, chunk: Packing) -> None:
+        """Make room for a chunk (B, T) and choose its slots. `order`: the slots that hold tokens before it, by age."""
+        self.make_room(chunk.positions)
+        self.order: Tensor | None = self._slots_by_age()
+        new = torch.arange(self.seen, self.seen + chunk.positions.shape[1], device=self.positions.device)
+        self._choose_slots(chunk, new)
 
-        `in_slots`: the chunk is a single token a row, and attends over the slots themselves. `targets` are slots
-        counted through all rows, `kept` the tokens that go there (None: all of them), `order` the slots that hold
-        tokens before the chunk, by age.
+    def begin_token(self, token: Packing) -> None:
+        """Make room for a single token a row (B, 1), which attends over the slots themselves."""
+        self.make_room(token.positions)
+        self.order = None
+
+    def _choose_slots(self, chunk: Packing, index: Tensor) -> None:
+        """Choose slots for a chunk of T tokens, which are the tokens `index` (T,) of each row.
+
+        `targets` are slots counted through all rows, `kept` the tokens that go there (None: all of them).
         """
         assert chunk.documents is not None
-        self.chunk = chunk
-        self._make_room(chunk.positions)
-        self.order = None if in_slots else self._slots_by_age()
         b, t = chunk.positions.shape
         newest = min(t, self.ring or t)
-        index = torch.arange(self.seen, self.seen + t, device=self.positions.device)
         slots = self._slots_of(index) + self.first_slots
         # Ring slots that global tokens leave unused hold nothing.
         self.skipped = slots[:, -newest:].flatten() if self.global_slots else None
-        kept = (index >= self.seen + t - newest).expand(b, t)
+        kept = None if t == 1 else (torch.arange(t, device=index.device) >= t - newest).expand(b, t)
         if self.global_slots:
             is_global = (chunk.positions < self.global_slots) & (chunk.documents >= 0)
             slots = torch.where(is_global, chunk.positions + self.first_slots, slots)
-            kept = torch.where(is_global, chunk.documents == chunk.documents.amax(1, keepdim=True), kept)
-        self.kept = kept.flatten() if newest < t or (self.global_slots and t > 1) else None
+            if kept is not None:
+                kept = torch.where(is_global, chunk.documents == chunk.documents.amax(1, keepdim=True), kept)
+        self.kept = kept.flatten() if kept is not None and (newest < t or self.global_slots) else None
         self.targets = self.select_kept(slots)
 
     def select_kept(self, x: Tensor) -> Tensor:
@@ -82,35 +93,36 @@ class Slots:
         flat = x.flatten(0, 1)
         return flat if self.kept is None else flat[self.kept]
 
-    def write_positions(self) -> None:
+    def write_positions(self, chunk: Packing) -> None:
         """Write the chunk's positions and documents into its slots."""
-        assert self.chunk.documents is not None
+        assert chunk.documents is not None
         if self.skipped is not None:
             self.documents.view(-1).index_fill_(0, self.skipped, NO_DOCUMENT)
-        self.positions.view(-1).index_copy_(0, self.targets, self.select_kept(self.chunk.positions))
-        self.documents.view(-1).index_copy_(0, self.targets, self.select_kept(self.chunk.documents))
+        self.positions.view(-1).index_copy_(0, self.targets, self.select_kept(chunk.positions))
+        self.documents.view(-1).index_copy_(0, self.targets, self.select_kept(chunk.documents))
 
-    def end(self) -> None:
-        """Count the chunk's tokens. They are in the cache now."""
-        self.seen += self.chunk.positions.shape[1]
+    def end(self, tokens: int) -> None:
+        """Count the tokens of a chunk. They are in the cache now."""
+        self.seen += tokens
         self.oldest = max(self.oldest, self.seen - (self.ring or self.seen))
 
-    def attend_in_slots(self, dtype: torch.dtype) -> Attend:
-        """Write the position of a single token a row; its attention over the keys of all slots."""
-        self.write_positions()
-        return OneToken.of(self.spec, self.chunk, Packing(self.positions, self.documents), dtype)
+    def attend_in_slots(self, token: Packing, index: Tensor, dtype: torch.dtype) -> Attend:
+        """Write the position of a single token a row, token `index` (1,); its attention over the keys of all slots."""
+        self._choose_slots(token, index)
+        self.write_positions(token)
+        return OneToken.of(self.spec, token, Packing(self.positions, self.documents), dtype)
 
-    def attend_behind(self, plan: AttentionPlan) -> Attend:
+    def attend_behind(self, chunk: Packing, plan: AttentionPlan) -> Attend:
         """Attention of the chunk over [cache, by age | chunk]. Then the chunk's positions are written."""
-        assert self.chunk.documents is not None
-        queries = self.chunk
+        assert chunk.documents is not None
+        queries = chunk
         keys = Packing(
-            torch.cat((self.positions[:, self.order], queries.positions), 1),
-            torch.cat((self.documents[:, self.order], self.chunk.documents), 1),
+            torch.cat((self.positions[:, self.order], chunk.positions), 1),
+            torch.cat((self.documents[:, self.order], chunk.documents), 1),
         )
         if keys.is_one_document():
             queries, keys = Packing(queries.positions), Packing(keys.positions)
-        self.write_positions()
+        self.write_positions(chunk)
         return plan.prepare_cached(queries, keys)
 
     def _slots_by_age(self) -> Tensor:
@@ -121,9 +133,9 @@ class Slots:
     def _slots_of(self, index: Tensor) -> Tensor:
         return index if self.ring is None else self.global_slots + index % self.ring
 
-    def _make_room(self, like: Tensor) -> None:
-        """Grow to the slots that the tokens so far and those of `like` (B, T) need."""
-        needed = cache_slots(self.spec, self.seen + like.shape[1])
+    def make_room(self, like: Tensor) -> None:
+        """Grow to the slots that the tokens so far and those of `like` (B, T) need, or the reserved ones."""
+        needed = cache_slots(self.spec, max(self.seen + like.shape[1], self.reserved))
         if self.seen == 0:
             self.positions = like.new_zeros(len(like), needed)
             self.documents = torch.full_like(self.positions, NO_DOCUMENT)
@@ -237,6 +249,7 @@ class RingCache(Cache):
         self.head_shape = 2 * config.num_key_value_heads, config.head_dim
         self.slots = {spec: Slots(spec) for spec in config.specs}
         super().__init__(layers=[RingLayer(self.slots[spec]) for spec in config.specs])
+        self.recording = Recording()
         self._release()
 
     def _release(self) -> None:
@@ -261,17 +274,37 @@ class RingCache(Cache):
         packing, self.ends = count_positions(documents, ends)
         return packing
 
-    def begin(self, chunk: Packing, like: Tensor | None = None) -> None:
-        """Make room for a chunk. With `like`, a tensor of the keys' dtype and device, it attends over the slots."""
+    def reserve(self, tokens: int) -> None:
+        """Full layers make room for `tokens` tokens a row in all with the next token, and need not grow until then."""
         for slots in self.slots.values():
-            slots.begin(chunk, in_slots=like is not None)
-        if like is not None and any(slots.grew for slots in self.slots.values()):
+            slots.reserved = tokens
+
+    def begin(self, chunk: Packing) -> None:
+        """Make room for a chunk (B, T) and choose its slots."""
+        for slots in self.slots.values():
+            slots.begin(chunk)
+        self._forget_moved_slots(chunk)
+
+    def begin_token(self, token: Packing, like: Tensor) -> None:
+        """Make room for a single token a row. `like` has the dtype and the device of the keys."""
+        for slots in self.slots.values():
+            slots.begin_token(token)
+        if self._forget_moved_slots(token):
             for layer in self.layers:
                 layer.make_room(like, *self.head_shape)
+        self.index.fill_(self.get_seq_length())  # passed by the host without waiting for the device
 
-    def end(self) -> None:
+    def _forget_moved_slots(self, chunk: Packing) -> bool:
+        """Whether slots are elsewhere in memory since they grew. Then what was recorded is void."""
+        grew = any(slots.grew for slots in self.slots.values())
+        if grew:
+            self.index = chunk.positions.new_empty(1)
+            self.recording.forget()
+        return grew
+
+    def end(self, tokens: int) -> None:
         for slots in self.slots.values():
-            slots.end()
+            slots.end(tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes the old row beam_idx[i], for beam search."""
@@ -280,6 +313,7 @@ class RingCache(Cache):
         self.ends = RowEnds(*(x.index_select(0, beam_idx) for x in self.ends))
         for part in (*self.slots.values(), *self.layers):
             part.select_rows(beam_idx)
+        self.recording.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens of each row, as if they had never come. `tokens_to_remove` is minus their number.
@@ -307,6 +341,7 @@ class RingCache(Cache):
     def reset(self) -> None:
         for part in (*self.slots.values(), *self.layers):
             part.clear()
+        self.recording.forget()
         self._release()
 
     @property

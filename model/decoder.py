@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from model.attention import Attend, AttentionPlan, check_backend, plan_attention, product_dtype
 from model.cache import RingCache, RingLayer, Slots
 from model.config import WindreachConfig
+from model.decoding import can_record
 from model.errors import UserError
 from model.hub import read_checkpoint
 from model.packing import Packing, RowEnds, count_positions
@@ -111,7 +112,7 @@ class WindreachModel(nn.Module):
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
         self._decode: Callable[..., Tensor] = self._run_one_token
         self._run_region: Callable[..., Tensor] = _run_region
-        self._structure = ""  # of the modules when they were compiled; empty: not compiled
+        self._structure = ""  # of the modules when decoding was compiled or recorded; empty: neither
 
     def forward(
         self,
@@ -142,11 +143,7 @@ class WindreachModel(nn.Module):
             attends = [plan.prepare(packing, len(x)) for plan in self.plans(x)]
             streams = self._run_layers(x, packing, attends, [None] * len(self.layers), output_hidden_states)
         elif tokens.shape[1] == 1 and not watched:
-            x = self._embed(tokens)
-            cache.begin(packing, x.new_empty(0, dtype=product_dtype(x)))
-            run = self._decode if self._structure else self._run_one_token
-            streams = [run(x, packing, list(cache.slots.values()), cache.layers, self._structure)]
-            cache.end()
+            streams = [self._run_token(self._embed(tokens), packing, cache)]
         else:
             streams = self._run_chunk(tokens, packing, cache, output_hidden_states, positions_to_keep)
         return BaseModelOutputWithPast(
@@ -180,19 +177,36 @@ class WindreachModel(nn.Module):
         for part, part_packing in zip(tokens.split(PREFILL_TOKENS, 1), packing.split(PREFILL_TOKENS)):
             x = self._embed(part)
             cache.begin(part_packing)
-            attends = [slots.attend_behind(plan) for slots, plan in zip(cache.slots.values(), self.plans(x))]
+            kinds = zip(cache.slots.values(), self.plans(x))
+            attends = [slots.attend_behind(part_packing, plan) for slots, plan in kinds]
             streams = self._run_layers(x, part_packing, attends, cache.layers, keep_all)
-            cache.end()
+            cache.end(part.shape[1])
             if skip < part.shape[1]:
                 parts.append([stream[:, max(0, skip) :] for stream in streams])
             skip -= part.shape[1]
         return [torch.cat(stream, 1) for stream in zip(*parts)]
 
+    def _run_token(self, x: Tensor, token: Packing, cache: RingCache) -> Tensor:
+        """The stream (B, 1, E) after the last layer for one token a row. Nothing on the way reads the device."""
+        cache.begin_token(token, x.new_empty(0, dtype=product_dtype(x)))
+        decode = self._decode if self._structure else self._run_one_token
+        slots, rings, structure = list(cache.slots.values()), cache.layers, self._structure
+
+        def run(x: Tensor, positions: Tensor, documents: Tensor, index: Tensor) -> Tensor:
+            return decode(x, Packing(positions, documents), index, slots, rings, structure)
+
+        assert token.documents is not None
+        inputs = x, token.positions, token.documents, cache.index
+        stream = cache.recording.replay(run, inputs) if structure and can_record(x) else run(*inputs)
+        cache.end(1)
+        return stream
+
     def _run_one_token(
-        self, x: Tensor, token: Packing, slots: Sequence[Slots], rings: Sequence[RingLayer], structure: str
-    ) -> Tensor:
-        """The stream after the last layer for one token a row. `compile_decoding` compiles it for each `structure`."""
-        attends = [kind.attend_in_slots(product_dtype(x)) for kind in slots]
+        self, x: Tensor, token: Packing, index: Tensor, slots: Sequence[Slots], rings: Sequence[RingLayer],
+        structure: str,
+    ) -> Tensor:  # fmt: skip
+        """The stream after the last layer for token `index` of each row. Compiled once for each `structure`."""
+        attends = [kind.attend_in_slots(token, index, product_dtype(x)) for kind in slots]
         calls = self._calls(token, attends, rings)
         for first in range(0, len(calls), REGION):
             x = self._run_region(x, calls[first : first + REGION])
@@ -220,15 +234,19 @@ class WindreachModel(nn.Module):
             for layer, kind, ring in zip(self.layers, self.kind_of_layer, rings, strict=True)
         ]
 
+    def record_decoding(self) -> None:
+        """Replay single tokens as a CUDA graph where they are computed on a GPU. On a CPU nothing changes."""
+        self._structure = self._describe_modules()
+
     def compile_decoding(self) -> None:
-        """Compile `_run_one_token`, and `_run_region` once for all regions.
+        """Compile `_run_one_token`, and `_run_region` once for all regions. On a GPU the result is recorded as well.
 
         Checking the modules at each token would cost a tenth of it. Instead `_describe_modules` describes them when a
         cache is new, and another description is another compilation.
         """
         grows = any(spec.ring_slots is None for spec in self.kinds)  # then sizes are variables, which costs some speed
         self._run_region = torch.compiler.nested_compile_region(_run_region)
-        self._structure = self._describe_modules()
+        self.record_decoding()
         self._decode = torch.compile(
             self._run_one_token,
             dynamic=None if grows else False,
@@ -265,7 +283,7 @@ def _pack(
 ) -> Packing:
     """Positions and documents of the input. Document ids are left out for rows of one document without a cache."""
     b, t = tokens.shape[:2]
-    if documents is None and attention_mask is not None and not bool(attention_mask.all()):
+    if documents is None and attention_mask is not None and (cache is not None or not bool(attention_mask.all())):
         documents = attention_mask[:, -t:].long() - 1
     if documents is None and cache is not None:
         documents = torch.zeros(b, t, dtype=torch.long, device=tokens.device)
@@ -364,8 +382,15 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
             for layer, call in zip(self.model.layers, compiled, strict=True):
                 layer._compiled_call_impl = call
 
+    def record_decoding(self) -> None:
+        """On a GPU, replay the step of single tokens as a CUDA graph: hundreds of launches become one."""
+        self.model.record_decoding()
+
     def compile_decoding(self) -> None:
-        """Compile the step of single tokens. Each batch size is compiled once; the first token of each waits for it."""
+        """Compile the step of single tokens, and replay it as `record_decoding` does.
+
+        Each batch size is compiled once; the first token of each waits for it.
+        """
         self.model.compile_decoding()
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:

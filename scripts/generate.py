@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,34 +26,23 @@ from eval.models import Examined, load_model
 from model.errors import UserError, cli
 
 if TYPE_CHECKING:
-    import torch
-
     from model.cache import RingCache
     from model.decoder import WindreachForCausalLM
-
-    Draw = Callable[[torch.Tensor], int]  # from logits (V,) to a token id
-
-
-def draw(logits_v: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> int:
-    """One token id from logits (V,). Temperature 0 is greedy. `top_p` keeps the likeliest tokens of that total mass."""
-    if temperature == 0:
-        return int(logits_v.argmax())
-    probabilities, ids = (logits_v.float().cpu() / temperature).softmax(-1).sort(descending=True)
-    mass_before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)
-    return int(ids[probabilities.multinomial(1, generator=generator)])
+    from model.decoding import Sampler
 
 
-def stream(model: "WindreachForCausalLM", ids: Sequence[int], draw_from: "Draw", cache: "RingCache") -> Iterator[int]:
-    """Yield the tokens after `ids` without end. The cache stays at the last W tokens of each layer."""
+def stream(
+    model: "WindreachForCausalLM", ids: Sequence[int], sampler: "Sampler", cache: "RingCache", block: int = 1,
+    max_tokens: int | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield the tokens after `ids`, without end if `max_tokens` is None. They are computed `block` at a time."""
     import torch
 
-    while True:
-        with torch.inference_mode():
-            batch = torch.tensor([ids], device=model.device)
-            logits = model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            ids = [draw_from(logits[0, -1])]
-        yield ids[0]
+    from model.decoding import token_blocks
+
+    prompt = torch.tensor([ids], device=model.device)
+    for tokens in token_blocks(model, prompt, sampler, cache, block, max_tokens):
+        yield from tokens[0].tolist()
 
 
 def texts_of(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], before: int) -> Iterator[str]:
@@ -91,9 +79,12 @@ def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 class Conversation:
-    """One text that the user and the model write in turns; the cache is kept from turn to turn."""
+    """One text that the user and the model write in turns; the cache is kept from turn to turn.
 
-    def __init__(self, examined: Examined, draw_from: "Draw", stops: Sequence[str]) -> None:
+    With blocks of more than one token the cache may hold more than was shown, so there can be one turn only.
+    """
+
+    def __init__(self, examined: Examined, sampler: "Sampler", stops: Sequence[str], block: int = 1) -> None:
         from model.cache import RingCache
 
         if not examined.ours:
@@ -101,7 +92,8 @@ class Conversation:
                 f"MODEL {examined.name!r} is a {examined.model.config.model_type} model, which brings its own cache; "
                 "give a Windreach run or a checkpoint of type mistral, ministral, qwen3 or windreach"
             )
-        self.model, self.tokenizer, self.draw_from, self.stops = examined.model, examined.tokenizer, draw_from, stops
+        self.model, self.tokenizer, self.stops = examined.model, examined.tokenizer, stops
+        self.sampler, self.block = sampler, block
         self.cache = RingCache(self.model.config)
         self.unread = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]  # tokens not yet in the cache
         self.read = self.written = self.turns = 0
@@ -125,7 +117,7 @@ class Conversation:
         self.read += len(self.unread)
         self.turns += 1
         phase, before = "reading", time.perf_counter()
-        for token in itertools.islice(stream(self.model, self.unread, self.draw_from, self.cache), max_tokens):
+        for token in stream(self.model, self.unread, self.sampler, self.cache, self.block, max_tokens):
             self.seconds[phase] += time.perf_counter() - before
             phase, before = "writing", time.perf_counter()
             self.unread, self.written = [token], self.written + 1
@@ -239,11 +231,17 @@ def main() -> None:
     examined = load_model(arguments.model, arguments.device)
     import torch
 
-    generator = torch.Generator().manual_seed(arguments.seed)
-    sampling = partial(draw, temperature=arguments.temperature, top_p=arguments.top_p, generator=generator)
-    talk = Conversation(examined, sampling, arguments.stop)
+    from model.decoding import GPU_BLOCK, Sampler
+
+    device = examined.device
+    generator = torch.Generator(device).manual_seed(arguments.seed)
+    sampler = Sampler(arguments.temperature, arguments.top_p, generator)
+    block = GPU_BLOCK if device.type == "cuda" and not arguments.interactive else 1
+    talk = Conversation(examined, sampler, arguments.stop, block)
     if arguments.compile:
         talk.model.compile_decoding()
+    elif device.type == "cuda":
+        talk.model.record_decoding()
     open_ended, max_tokens = arguments.endless or arguments.interactive, arguments.max_tokens or 200
     if open_ended:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -127,5 +127,5 @@ class Outcome:
     @staticmethod
     def load(saved: Mapping[str, Any]) -> "Outcome":
         names = {objective: [(what, name) for what, name in each] for objective, each in saved["names"]}
-        figures = torch.tensor(saved["values"], dtype=torch.float64)
+        figures = torch.tensor([0.0, *saved["values"][1:]], dtype=torch.float64)  # the stop it led to is over
         return Outcome(saved["step"], saved["distances"], names, figures)

@@ -17,7 +17,7 @@ from model.windows import LayerSpec
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 QUERIES_PER_MASK = 256  # of a chunk behind a cache: the mask has a column for every key in the cache
-LOOP_KEYS = 256  # for one compiled query: up to this many keys, sums in generated loops are faster than a kernel
+LOOP_KEYS = 256  # for one compiled query on a CPU: up to this many keys, generated loops are faster than a kernel
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -112,7 +112,8 @@ class OneToken:
         return self._mix(grouped, k, v, sinks).reshape(q.shape)
 
     def _mix(self, q_bgrd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, sink_h: Tensor | None) -> Tensor:
-        in_loop = torch.compiler.is_compiling() and k_bgsd.shape[2] <= LOOP_KEYS
+        # On a GPU the kernel gives a row's keys to a few processors only, and generated loops to all of them.
+        in_loop = torch.compiler.is_compiling() and (k_bgsd.is_cuda or k_bgsd.shape[2] <= LOOP_KEYS)
         if sink_h is None and not in_loop:
             return F.scaled_dot_product_attention(q_bgrd, k_bgsd, v_bgsd, self.bias)
         scores = (q_bgrd[:, :, :, None] * k_bgsd[:, :, None]).sum(-1) if in_loop else q_bgrd @ k_bgsd.mT

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,25 +19,25 @@ from eval.models import Examined
 from model.cache import RingCache
 from model.config import WindreachConfig
 from model.decoder import build_model
+from model.decoding import Sampler
 from model.errors import UserError, cli
 from model.hub import save_hf
 from scripts import generate
-from scripts.generate import Conversation, draw, parse, stream, texts_of, until
+from scripts.generate import Conversation, parse, stream, texts_of, until
 from tests.scripts.conftest import ByteTokenizer
 
 PROMPT = list(b"the sea was calm and a ship came slowly")  # 39 tokens, more than 3 W
 
 
-def sampling(temperature: float, top_p: float = 1.0, seed: int = 0) -> Callable[[torch.Tensor], int]:
-    return partial(draw, temperature=temperature, top_p=top_p, generator=torch.Generator().manual_seed(seed))
+def sampling(temperature: float, top_p: float = 1.0, seed: int = 0) -> Sampler:
+    return Sampler(temperature, top_p, torch.Generator().manual_seed(seed))
 
 
 def take(
-    examined: Examined, n: int, how: Callable[[torch.Tensor], int], cache: RingCache | None = None,
-    prompt: Sequence[int] = PROMPT,
+    examined: Examined, n: int, how: Sampler, cache: RingCache | None = None, prompt: Sequence[int] = PROMPT,
+    block: int = 1,
 ) -> list[int]:  # fmt: skip
-    tokens = stream(examined.model, list(prompt), how, cache or RingCache(examined.model.config))
-    return [next(tokens) for _ in range(n)]
+    return list(stream(examined.model, list(prompt), how, cache or RingCache(examined.model.config), block, n))
 
 
 def test_streaming_from_the_ring_equals_greedy_full_passes(examined: Examined) -> None:
@@ -47,6 +46,11 @@ def test_streaming_from_the_ring_equals_greedy_full_passes(examined: Examined) -
         for _ in range(20):
             ids.append(int(examined.model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert take(examined, 20, sampling(0.0)) == ids[len(PROMPT) :]
+
+
+def test_the_size_of_a_block_changes_no_token(examined: Examined) -> None:
+    one_by_one, in_blocks = (take(examined, 40, sampling(1.0, 0.9), block=block) for block in (1, 16))
+    assert one_by_one == in_blocks
 
 
 def test_cache_bytes_are_those_of_the_window_however_much_is_written(examined: Examined) -> None:
@@ -61,12 +65,6 @@ def test_cache_bytes_are_those_of_the_window_however_much_is_written(examined: E
 def test_the_seed_decides_the_sample(examined: Examined) -> None:
     first, again, other = (take(examined, 30, sampling(1.0, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
-
-
-def test_top_p_keeps_the_likeliest_tokens_that_hold_the_mass() -> None:
-    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
-    assert {sampling(1.0, 0.79, seed)(logits) for seed in range(50)} == {1, 3}
-    assert sampling(1.0, 1e-6)(logits) == 1
 
 
 def streamed(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> str:
@@ -132,8 +130,8 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     assert list(texts) == ["x", "a", "ccy", "", "c"]
 
 
-def talk(examined: Examined, stops: tuple[str, ...] = (), temperature: float = 0.0) -> Conversation:
-    return Conversation(examined, sampling(temperature), stops)
+def talk(examined: Examined, stops: tuple[str, ...] = (), block: int = 1) -> Conversation:
+    return Conversation(examined, sampling(0.0), stops, block)
 
 
 def test_an_answer_comes_in_pieces_and_the_summary_tells_speed_and_memory(examined: Examined) -> None:
@@ -159,24 +157,27 @@ def test_turns_go_on_from_all_that_was_written(examined: Examined) -> None:
     assert talking.summary().startswith(f"{len(ids) - 21 + 2} prompt tokens")  # two turns began with a token unread
 
 
-def test_an_end_of_text_ends_an_answer_but_not_an_endless_one(examined: Examined) -> None:
+@pytest.mark.parametrize("block", [1, 16])
+def test_an_end_of_text_ends_an_answer_but_not_an_endless_one(examined: Examined, block: int) -> None:
     with torch.no_grad():
         examined.model.lm_head.weight.zero_()  # all logits are equal: greedy takes token 0
     examined.tokenizer.eos_id = 0
-    talking = talk(examined)
+    talking = talk(examined, block=block)
     talking.say("x")
     list(talking.answer(9))
     assert talking.written == 1
-    endless = talking.answer(None)
-    assert sum(1 for _ in itertools.islice(endless, 50)) == 50
+    endless = talk(examined, block=block)
+    endless.say("x")
+    assert sum(1 for _ in itertools.islice(endless.answer(None), 50)) == 50
 
 
-def test_a_stop_string_ends_the_answer_and_is_not_shown(examined: Examined) -> None:
+@pytest.mark.parametrize("block", [1, 16])
+def test_a_stop_string_ends_the_answer_and_is_not_shown(examined: Examined, block: int) -> None:
     whole = talk(examined)
     whole.say("calm sea")
     text = "".join(whole.answer(30))
     assert text == ByteTokenizer().decode(take(examined, 30, sampling(0.0), prompt=b"\0calm sea"))
-    short = talk(examined, (text[10:12],))
+    short = talk(examined, (text[10:12],), block)
     short.say("calm sea")
     assert "".join(short.answer(30)) == text[: text.index(text[10:12])]
 
