@@ -17,6 +17,7 @@ Legend: B batch, G kv heads, S slots, T new tokens, D head size.
 """
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from model.attention.plan import AttentionPlan
-from model.attention.reference import Attend, OneToken
+from model.attention.reference import Attend, attend_one
 from model.config import WindreachConfig
 from model.decoding import Recording
 from model.errors import UserError
-from model.packing import NO_DOCUMENT, Packing, RowEnds, count_positions
+from model.packing import NO_DOCUMENT, Packing, RowEnds, count_positions, may_see
 from model.windows import LayerSpec, cache_slots
 
 
@@ -110,7 +111,8 @@ class Slots:
         """Write the position of a single token a row, token `index` (1,); its attention over the keys of all slots."""
         self._choose_slots(token, index)
         self.write_positions(token)
-        return OneToken.of(self.spec, token, Packing(self.positions, self.documents), dtype)
+        seen = may_see(self.spec, token, Packing(self.positions, self.documents))
+        return partial(attend_one, torch.where(seen, 0.0, -torch.inf).to(dtype)[:, None])
 
     def attend_behind(self, chunk: Packing, plan: AttentionPlan) -> Attend:
         """Attention of the chunk over [cache, by age | chunk]. Then the chunk's positions are written."""

@@ -9,6 +9,7 @@ Legend: B batch, T prompt tokens, V vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,9 +42,7 @@ class Recording:
 
     def forget(self) -> None:
         self.is_warm = False
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Tensor] = []
-        self.output: Tensor | None = None
+        self.recorded: tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor] | None = None  # with its inputs and output
 
     def replay(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """What `function` returns for `inputs`, which have the same shapes at each call; valid until the next call.
@@ -53,20 +52,28 @@ class Recording:
         if not self.is_warm:
             self.is_warm = True
             return function(*inputs)
-        if self.graph is None:
-            self._record(function, inputs)
-        for fixed, new in zip(self.inputs, inputs, strict=True):
-            fixed.copy_(new)
-        assert self.graph is not None and self.output is not None
-        self.graph.replay()
-        return self.output
+        self.recorded = self.recorded or _record(function, inputs)
+        graph, fixed, output = self.recorded
+        for old, new in zip(fixed, inputs, strict=True):
+            old.copy_(new)
+        graph.replay()
+        return output
 
-    def _record(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        """Nothing is computed meanwhile."""
-        self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
-            self.output = function(*self.inputs)
-        self.graph = graph
+
+def _record(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+    """The graph, and the memory that it reads and writes. Nothing is computed meanwhile."""
+    fixed, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_stream(fixed[0].device), capture_error_mode="thread_local"):
+        output = function(*fixed)  # other threads may use the GPU meanwhile
+    return graph, fixed, output
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all graphs of a device are recorded: each stream has workspaces of its own."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import decoder
+from model import decoder, decoding
+from model.attention import reference
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
 from model.decoding import Recording, Sampler, token_blocks
@@ -170,12 +171,13 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         return made[-1]
 
     @contextlib.contextmanager
-    def record(tape: Tape, capture_error_mode: str) -> Iterator[None]:
+    def record(tape: Tape, stream: None, capture_error_mode: str) -> Iterator[None]:
         with tape:
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(decoding, "_stream", lambda device: None)
     monkeypatch.setattr(decoder, "can_record", lambda x: True)
     return made
 
@@ -265,7 +267,52 @@ def test_a_model_on_a_cpu_or_under_autocast_is_not_recorded() -> None:
     assert not decoder.can_record(torch.zeros(1))
     cache = RingCache(model.config)
     in_blocks(model, token_ids(1, 3), 9, cache=cache)
-    assert cache.recording.graph is None
+    assert cache.recording.recorded is None
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention of a single token, and what is compiled, are those of a GPU."""
+    monkeypatch.setattr(reference, "kernel_is_slow", lambda q: True)
+    monkeypatch.setattr(decoder, "on_gpu", lambda x: True)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_single_tokens_without_the_kernel_are_those_with_it(stack: str, as_on_gpu: None) -> None:
+    model, ids = with_sinks(tiny_model(STACKS[stack])), token_ids(2, 20)
+    with torch.no_grad():
+        cache, expected = RingCache(model.config), model(ids).logits
+        got = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_regions_of_like_layers_are_compiled_once(as_on_gpu: None) -> None:
+    stack = [*STACKS["sliding"], {"window": W, "sink": True}]
+    model, ids = with_sinks(tiny_model([*stack, *stack, *STACKS["sliding"], {"window": W}])), token_ids(2, W)
+    expected, before = plainly(model, ids, 4 * W), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    model.compile_decoding()
+    assert torch.equal(in_blocks(model, ids, 4 * W), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_module_that_was_changed_is_compiled_anew(device: str, request: pytest.FixtureRequest) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    if device == "gpu":
+        request.getfixturevalue("as_on_gpu")
+    model, ids = tiny_model(), token_ids(1, 3)
+    model.compile_decoding()
+    before = in_blocks(model, ids, 9)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    model.model.layers[0].self_attn.q_proj = Doubled(*weight.shape[::-1], bias=False)
+    compiled, model.model._structure = in_blocks(model, ids, 9), ""
+    model.model._run_region = decoder._run_region
+    assert torch.equal(compiled, plainly(model, ids, 9))
+    assert not torch.equal(compiled, before)
 
 
 @pytest.fixture
@@ -286,7 +333,7 @@ class TestOnGpu:
         gpu_model.compile_decoding() if compiled else gpu_model.record_decoding()
         cache = RingCache(gpu_model.config)
         assert torch.equal(in_blocks(gpu_model, ids, 300, block=16, cache=cache), expected)
-        assert cache.recording.graph is not None
+        assert cache.recording.recorded is not None
 
     def test_a_full_layer_may_grow_under_a_recording(self, gpu_model: WindreachForCausalLM) -> None:
         ids = token_ids(2, 250).cuda()
@@ -312,7 +359,7 @@ class TestOnGpu:
             torch.cuda.set_sync_debug_mode("error" if i >= 2 else "default")  # the first two warm up and record
             newest = how(gpu_model(newest, past_key_values=cache).logits[:, -1])[:, None]
         torch.cuda.set_sync_debug_mode("default")
-        assert cache.recording.graph is not None
+        assert cache.recording.recorded is not None
 
 
 def test_a_copied_recording_is_empty() -> None:
