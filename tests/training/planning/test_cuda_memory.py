@@ -9,11 +9,7 @@ from model.attention import Device
 from model.config import WindreachConfig
 from model.decoder import build_model
 from model.packing import Packing
-<<<<<<< HEAD
-from training.objective import Scorer, Target
-=======
 from training.objective import Scorer
->>>>>>> doctor
 from training.optimizer import SummedOptimizer
 from training.planning.formulas import Setup, memory
 from training.settings.build import init_options, model_config
@@ -51,14 +47,8 @@ def measured_peak(settings: Settings, config: WindreachConfig, device: str, comp
         scorer.decoder.compile_layers()
     optimizer = SummedOptimizer(scorer.named_parameters(), ["text"], settings.training.optimizer)
     ids = torch.randint(VOCABULARY, (4, settings.data.seq_len), generator=torch.Generator().manual_seed(0)).to(device)
-<<<<<<< HEAD
-    targets = {"text": Target(torch.arange(ids.numel(), device=device), ids.flatten())}
-    packing = Packing.of_whole_rows(ids.shape[1], ids.device)
-    rate, weights, finite = torch.tensor(1e-3).to(device), {"text": torch.tensor(1.0).to(device)}, torch.tensor(True)
-=======
     packing = Packing.of_whole_rows(settings.data.seq_len, ids.device)
     targets = {"text": (torch.arange(ids.numel(), device=device), ids.flatten())}
->>>>>>> doctor
     for _ in range(3):  # the first one also makes the moments, and what compilation needs
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
@@ -66,12 +56,8 @@ def measured_peak(settings: Settings, config: WindreachConfig, device: str, comp
                 loss = scorer(ids, packing, targets)["text"].loss
             loss.backward()
         optimizer.take("text", 1.0)
-<<<<<<< HEAD
-        optimizer.step(rate, weights, finite.to(device))
-=======
         rate, weights = torch.tensor(1e-3, device=device), {"text": torch.tensor(1.0, device=device)}
         optimizer.step(rate, weights, torch.tensor(True, device=device))
->>>>>>> doctor
     return torch.cuda.max_memory_allocated() - before
 
 
