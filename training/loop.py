@@ -28,11 +28,12 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
+from model.attention import Device, check_backend, plan_attention
 from model.decoder import WindreachForCausalLM, build_model
 from model.flops import flops_per_token
 from model.projections import row_sizes
 from model.windows import reach
-from training.captured import Captured, worth_capturing
+from training.captured import Captured, check_graphs, worth_capturing
 from training.curriculum import Curriculum, State
 from training.objective import Scorer, Work, objectives, step_flops
 from training.optimizer import SummedOptimizer
@@ -85,6 +86,7 @@ class Trainer:
         config = model_config(settings, self.tokenizer.vocab_size)
         self.decoder = build_model(config, init_options(settings), settings.seed)
         self.config = self.decoder.config
+        self._check_device()
         origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
@@ -128,6 +130,14 @@ class Trainer:
         elif auxiliary:
             load_whole(self.scorer.auxiliary(), auxiliary)
 
+    def _check_device(self) -> None:
+        """Raises UserError, before anything is written, for settings that this device can't serve."""
+        training, config, device = self.settings.training, self.config, self.ranks.device.type
+        check_graphs(training.compile, self.ranks)
+        dtype = DTYPES.get(training.precision)  # None: `auto` is not decided yet
+        attention = config.attention_backend, config.specs, config.head_dim
+        check_backend(*attention, Device.here(device), dtype, gradients=True, deterministic=training.deterministic)
+
     def _seconds_per_layer(self) -> float:
         """What the matrix products of one layer take for a micro-batch of text, at the rate of this machine."""
         plan = self.objectives[0].plan(self.state.distances)
@@ -167,6 +177,7 @@ class Trainer:
         self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
         self.progress = TrainingProgress(settings.max_steps, step, show=main)
         profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
+        self._say_how()
         with self.metrics, self.progress, profile as after_step:
             gc.collect()
             gc.freeze()
@@ -180,6 +191,14 @@ class Trainer:
                 self._step()
                 after_step()
         return True
+
+    def _say_how(self) -> None:
+        """Print which attention computes the layers, why, and whether a step is one CUDA graph."""
+        config, dtype = self.config, DTYPES[self.facts["precision"]]
+        facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
+        plans = [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
+        graph = "; each step is a CUDA graph" * isinstance(self.update, Captured)
+        self.progress.say("attention: " + ", ".join(dict.fromkeys(f"{p.backend} ({p.reason})" for p in plans)) + graph)
 
     def _stopping(self) -> bool:
         """Whether a rank has had a signal. All ranks say so before the same step."""

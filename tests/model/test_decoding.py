@@ -21,7 +21,7 @@ from tests.model.test_cache import STACKS, W, with_sinks
 from tests.model.tiny import tiny_config, tiny_model, token_ids
 
 GREEDY = Sampler()
-on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+on_gpu = [pytest.mark.cuda]
 
 
 def sampler(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, device: str = "cpu") -> Sampler:

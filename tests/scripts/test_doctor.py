@@ -152,7 +152,6 @@ def test_a_file_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_form_that_can_run_on_this_gpu_is_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "training_dtype", lambda device: dtype)

@@ -92,7 +92,6 @@ def test_a_backend_that_needs_a_gpu_says_so() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_on_a_gpu_ours_and_each_backend_that_can_run_are_timed_in_bf16(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
