@@ -22,13 +22,12 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from model.attention import Attend, AttentionPlan, check_backend, plan_attention, product_dtype
-from model.cache import RingCache, RingLayer, Slots
+from model.cache import RingCache, RingLayer, Slots, can_record
 from model.config import WindreachConfig
 from model.errors import UserError
 from model.hub import read_checkpoint
 from model.packing import Packing, RowEnds, count_positions
 from model.projections import FusedProjections
-from model.recording import can_record
 from model.rope import Rotary, rotary_tables, rotate
 from model.windows import LayerSpec
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import decoder, recording
+from model import cache as ring
+from model import decoder
 from model.attention import reference
-from model.cache import RingCache
+from model.cache import Recording, RingCache
 from model.decoder import WindreachForCausalLM
 from model.decoding import Sampler, token_blocks
-from model.recording import Recording
 from tests.model.test_cache import STACKS, W, with_sinks
 from tests.model.tiny import tiny_config, tiny_model, token_ids
 
@@ -179,7 +179,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(recording, "_stream", lambda device: None)
+    monkeypatch.setattr(ring, "_stream", lambda device: None)
     monkeypatch.setattr(decoder, "can_record", lambda x: True)
     return made
 
