@@ -28,6 +28,7 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
+from model.attention import plan_attention
 from model.decoder import WindreachForCausalLM, build_model
 from model.flops import flops_per_token
 from model.projections import row_sizes
@@ -167,6 +168,7 @@ class Trainer:
         self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
         self.progress = TrainingProgress(settings.max_steps, step, show=main)
         profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
+        self._say_how()
         with self.metrics, self.progress, profile as after_step:
             gc.collect()
             gc.freeze()
@@ -180,6 +182,14 @@ class Trainer:
                 self._step()
                 after_step()
         return True
+
+    def _say_how(self) -> None:
+        """Print which attention computes the layers, why, and whether a step is one CUDA graph."""
+        config, dtype = self.config, DTYPES[self.facts["precision"]]
+        facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
+        plans = [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
+        graph = "; each step is a CUDA graph" * isinstance(self.update, Captured)
+        self.progress.say("attention: " + ", ".join(dict.fromkeys(f"{p.backend} ({p.reason})" for p in plans)) + graph)
 
     def _stopping(self) -> bool:
         """Whether a rank has had a signal. All ranks say so before the same step."""

@@ -56,10 +56,14 @@ class MicroBatch:
     answer_tasks: Tensor  # (N,) number of the task of each answer
 
     def padded(self) -> "MicroBatch":
-        """With as many targets as an eighth, two eighths … of its tokens, so that few shapes occur."""
-        step, spans = -(-self.input_ids.numel() // 8), self.packing.spans
-        packing = self.packing if spans is None else replace(self.packing, spans=1 << (spans - 1).bit_length())
-        missing = {term: -len(labels) % step for term, (_, labels) in self.targets.items()}
+        """With targets for an eighth, a quarter, a half or all of its tokens, so that few shapes occur."""
+        tokens, spans = self.input_ids.numel(), self.packing.spans
+        packing = self.packing if spans is None else replace(self.packing, spans=max(16, 1 << (spans - 1).bit_length()))
+        sizes = [-(-tokens // part) for part in (8, 4, 2, 1)]
+        missing = {
+            term: next(size for size in sizes if len(labels) <= size) - len(labels)
+            for term, (_, labels) in self.targets.items()
+        }
         targets = {
             term: Target(F.pad(index, (0, missing[term])), F.pad(labels, (0, missing[term]), value=UNSCORED))
             for term, (index, labels) in self.targets.items()

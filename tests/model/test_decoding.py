@@ -1,6 +1,7 @@
 """Tokens drawn on the device, in blocks, by a step that is recorded once: the same as by plain steps."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.model.test_cache import STACKS, W, with_sinks
 from tests.model.tiny import tiny_config, tiny_model, token_ids
 
 GREEDY = Sampler()
-on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+on_gpu = [pytest.mark.cuda]
 
 
 def sampler(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, device: str = "cpu") -> Sampler:
@@ -350,19 +351,23 @@ class TestOnGpu:
         assert torch.equal(in_blocks(gpu_model, ids, 60, sampler(0.8, top_p, device="cuda")), expected)
         assert not torch.equal(in_blocks(gpu_model, ids, 60, sampler(0.8, top_p, 1, device="cuda")), expected)
 
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+    @pytest.mark.parametrize("compiled", [False, True])
     @torch.inference_mode()
-    def test_the_host_never_waits_between_two_blocks(self, gpu_model: WindreachForCausalLM) -> None:
-        gpu_model.record_decoding()
+    def test_the_host_never_waits_between_two_blocks(self, gpu_model: WindreachForCausalLM, compiled: bool) -> None:
+        gpu_model.compile_decoding() if compiled else gpu_model.record_decoding()
         cache, how = RingCache(gpu_model.config), sampler(0.8, 0.9, device="cuda")
         newest = how(gpu_model(token_ids(2, W).cuda(), past_key_values=cache).logits[:, -1])[:, None]
-        for i in range(40):
-            torch.cuda.set_sync_debug_mode("error" if i >= 2 else "default")  # the first two warm up and record
-            newest = how(gpu_model(newest, past_key_values=cache).logits[:, -1])[:, None]
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            for i in range(40):
+                torch.cuda.set_sync_debug_mode("error" if i >= 2 else "default")  # the first two warm up and record
+                newest = how(gpu_model(newest, past_key_values=cache).logits[:, -1])[:, None]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         assert cache.recording.recorded is not None
 
 
 def test_a_copied_recording_is_empty() -> None:
     recording = Recording()
     recording.is_warm = True
-    assert not recording.__deepcopy__({}).is_warm
+    assert not copy.deepcopy(recording).is_warm

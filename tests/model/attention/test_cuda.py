@@ -11,7 +11,7 @@ from model.attention.reference import attend_dense
 from model.packing import Packing, may_see
 from model.windows import LayerSpec
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.cuda
 
 T, HEADS, GROUPS, HEAD_SIZE = 300, 4, 2, 64
 LAYERS = [
@@ -86,8 +86,8 @@ def test_forward_and_gradients_equal_the_oracle(
     for ours, exact in zip(
         run(backend, spec, packing, tensors, upstream), oracle(spec, packing, tensors, upstream), strict=True
     ):
-        error = (ours.float() - exact).norm() / exact.norm().clamp_min(1e-6)
-        assert error < tolerance
+        size = torch.maximum(exact.norm(), upstream.norm() / 10)  # with W = 1 the gradients of queries and keys are 0
+        assert (ours.float() - exact).norm() / size < tolerance
 
 
 @pytest.mark.parametrize("spec", [LAYERS[1], LAYERS[4], LAYERS[5], LAYERS[6]], ids=str)

@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-
 import torch
 
 from model.cache import RingCache
