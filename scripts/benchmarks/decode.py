@@ -56,10 +56,13 @@ class Loop(Generation):
         self.tokens = torch.cat((self.prompt, torch.cat(list(blocks), 1).to(self.prompt)), 1)
 
 
-def bench_decode(setup: Setup, prompt_tokens: int, new_tokens: int, batches: list[int]) -> list[Row]:
+def bench_decode(
+    setup: Setup, prompt_tokens: int, new_tokens: int, batches: list[int], only: str = ""
+) -> list[Row]:  # fmt: skip
     """Greedy tokens of the same weights: our ring against the caches of transformers. All use `generate` on a CPU.
 
-    On a GPU ours is the loop of `model.decoding`, and our other ways to decode stand beside it.
+    On a GPU ours is the loop of `model.decoding`, and our other ways to decode stand beside it. `only` names the one
+    peer to keep.
     """
     settings, config, dtype = setup.settings, plain_config(setup.settings), dtype_of(setup)
     compiled, recorded, plain = (build_model(config, seed=settings.seed) for _ in range(3))
@@ -78,6 +81,7 @@ def bench_decode(setup: Setup, prompt_tokens: int, new_tokens: int, batches: lis
     if setup.on_gpu:
         contestants["ours, recorded, not compiled"] = Loop, recorded, ring
         contestants["ours, by generate"] = Generation, compiled, ring
+    contestants = {name: contestant for name, contestant in contestants.items() if only in ("", name) or name == OURS}
     rows, limits = list[Row](), {PEERS[0]: 10.0} if setup.on_gpu else dict.fromkeys(PEERS, 3.0)
     for batch in batches:
         prompt = _ids(setup, config.vocab_size, batch, prompt_tokens)

@@ -1,9 +1,11 @@
 """The memory that a plan promises, beside what the allocator of a GPU held at most in real training steps."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Device
 from model.config import WindreachConfig
@@ -42,7 +44,9 @@ def measured_peak(settings: Settings, config: WindreachConfig, device: str, comp
     before = torch.cuda.memory_allocated()
     scorer = Scorer(build_model(config, init_options(settings)), None).to(device).train()
     if settings.training.activation_checkpointing:
-        scorer.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        scorer.decoder.model.gradient_checkpointing = True  # as transformers does, by a name that differs by version
+        scorer.decoder.model._gradient_checkpointing_func = recomputed
     if compiled:
         scorer.decoder.compile_layers()
     optimizer = SummedOptimizer(scorer.named_parameters(), ["text"], settings.training.optimizer)
