@@ -49,8 +49,10 @@ def token_blocks(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the tokens after `ids_bt` (B, T) on the CPU: one a row, then `block` a row at a time (B, n).
 
-    It ends after `max_tokens` a row; None is without end. At each yield the cache holds all tokens but the last.
+    It ends after `max_tokens` a row; None is without end. At each yield the cache holds all tokens but the last. From
+    then on the model's single tokens are recorded, see `record_decoding`.
     """
+    model.record_decoding()
     if max_tokens is not None:
         cache.reserve(cache.get_seq_length() + ids_bt.shape[1] + max_tokens - 1)
     newest, left, size = ids_bt, math.inf if max_tokens is None else max_tokens, 1

@@ -70,7 +70,6 @@ def bench_decode(
     for model in (compiled, recorded, plain, peer):
         model.to(setup.device, dtype).eval()
     compiled.compile_decoding()
-    recorded.record_decoding()
     ring = partial(RingCache, config)
     contestants: dict[str, tuple[type[Generation], Any, Callable[[], Any]]] = {
         OURS: (Loop if setup.on_gpu else Generation, compiled, ring),

@@ -21,7 +21,6 @@ from tests.model.test_cache import STACKS, W, with_sinks
 from tests.model.tiny import tiny_config, tiny_model, token_ids
 
 GREEDY = Sampler()
-on_gpu = [pytest.mark.cuda]
 
 
 def sampler(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, device: str = "cpu") -> Sampler:
@@ -60,9 +59,11 @@ def test_half_precision_logits_are_drawn_from_in_float32() -> None:
 
 
 @torch.inference_mode()
-def plainly(model: WindreachForCausalLM, ids: Tensor, tokens: int, how: Sampler = GREEDY) -> Tensor:
-    """Tokens by plain forward passes over a new cache."""
-    cache, drawn = RingCache(model.config), [ids]
+def plainly(
+    model: WindreachForCausalLM, ids: Tensor, tokens: int, how: Sampler = GREEDY, cache: RingCache | None = None
+) -> Tensor:
+    """Tokens by plain forward passes."""
+    cache, drawn = cache or RingCache(model.config), [ids]
     for _ in range(tokens):
         drawn.append(how(model(drawn[-1], past_key_values=cache).logits[:, -1])[:, None])
     return torch.cat(drawn[1:], 1)
@@ -190,7 +191,6 @@ def test_a_recorded_step_writes_the_tokens_of_plain_steps_however_often_the_ring
 ) -> None:
     model, ids = with_sinks(tiny_model(STACKS[stack])), token_ids(2, W + 2)
     expected = plainly(model, ids, 8 * W)
-    model.record_decoding()
     assert torch.equal(in_blocks(model, ids, 8 * W), expected)
     assert [tape.replays for tape in tapes] == [8 * W - 2]  # without the prompt and the token that warmed up
 
@@ -210,8 +210,7 @@ def test_a_recorded_step_keeps_packed_and_padded_rows_apart(tapes: list[Tape]) -
 
 def test_turns_and_cropped_tokens_leave_a_recording_valid(tapes: list[Tape]) -> None:
     model = tiny_model(STACKS["global"])
-    expected = [in_blocks(model, ids, 6, cache=cache) for cache in [RingCache(model.config)] for ids in turns(cache)]
-    model.record_decoding()
+    expected = [plainly(model, ids, 6, cache=cache) for cache in [RingCache(model.config)] for ids in turns(cache)]
     got = [in_blocks(model, ids, 6, cache=cache) for cache in [RingCache(model.config)] for ids in turns(cache)]
     assert all(map(torch.equal, got, expected))
     assert len(tapes) == 1
@@ -258,14 +257,12 @@ def test_generate_replays_the_recorded_step(tapes: list[Tape]) -> None:
 def test_a_hook_prevents_a_recording_because_it_must_see_every_token(tapes: list[Tape]) -> None:
     model, calls = tiny_model(), []
     model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: calls.append(1))
-    model.record_decoding()
     in_blocks(model, token_ids(1, 3), 9)
     assert (len(calls), tapes) == (9, [])
 
 
 def test_a_model_on_a_cpu_or_under_autocast_is_not_recorded() -> None:
     model = tiny_model()
-    model.record_decoding()
     assert not decoder.can_record(torch.zeros(1))
     cache = RingCache(model.config)
     in_blocks(model, token_ids(1, 3), 9, cache=cache)
@@ -322,9 +319,8 @@ def gpu_model() -> WindreachForCausalLM:
     return with_sinks(tiny_model([*STACKS["everything"], {"window": 7}], qk_norm=True)).cuda()
 
 
+@pytest.mark.cuda
 class TestOnGpu:
-    pytestmark = on_gpu
-
     @pytest.mark.parametrize("compiled", [False, True])
     @pytest.mark.parametrize("rows", [1, 3])
     def test_a_recorded_step_writes_the_tokens_of_plain_steps(
@@ -332,7 +328,8 @@ class TestOnGpu:
     ) -> None:
         ids = token_ids(rows, W + 2).cuda()
         expected = plainly(gpu_model, ids, 300).cpu()
-        gpu_model.compile_decoding() if compiled else gpu_model.record_decoding()
+        if compiled:
+            gpu_model.compile_decoding()
         cache = RingCache(gpu_model.config)
         assert torch.equal(in_blocks(gpu_model, ids, 300, block=16, cache=cache), expected)
         assert cache.recording.recorded is not None
@@ -340,7 +337,6 @@ class TestOnGpu:
     def test_a_full_layer_may_grow_under_a_recording(self, gpu_model: WindreachForCausalLM) -> None:
         ids = token_ids(2, 250).cuda()
         expected = plainly(gpu_model, ids, 20).cpu()
-        gpu_model.record_decoding()
         blocks = token_blocks(gpu_model, ids, GREEDY, RingCache(gpu_model.config), block=19)
         assert torch.equal(torch.cat([next(blocks), next(blocks)], 1), expected)
 
@@ -348,11 +344,9 @@ class TestOnGpu:
     def test_the_seed_decides_the_sample_recorded_or_not(self, gpu_model: WindreachForCausalLM, top_p: float) -> None:
         ids = token_ids(2, W).cuda()
         expected = plainly(gpu_model, ids, 60, sampler(0.8, top_p, device="cuda")).cpu()
-        gpu_model.record_decoding()
         assert torch.equal(in_blocks(gpu_model, ids, 60, sampler(0.8, top_p, device="cuda")), expected)
         assert not torch.equal(in_blocks(gpu_model, ids, 60, sampler(0.8, top_p, 1, device="cuda")), expected)
 
-    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
     @pytest.mark.parametrize("compiled", [False, True])
     @torch.inference_mode()
     def test_the_host_never_waits_between_two_blocks(self, gpu_model: WindreachForCausalLM, compiled: bool) -> None:
