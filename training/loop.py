@@ -219,11 +219,10 @@ class Trainer:
         outcome = Outcome.of(step, self.state.distances, active, self.update(inputs))
         self.outcomes.append(outcome)
         self.state.step = step = step + 1
-        if step == 1:
+        first, last = step == self.progress.first_step + 1, step == settings.max_steps
+        if first:
             shorten_timeout()
-
-        last = step == settings.max_steps
-        if step % settings.log_every_steps == 0 or last or self.progress.first_step + 1 == step:
+        if step % settings.log_every_steps == 0 or last or first:
             self._log(outcome, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
         if last:
             self._count_outcomes(step)
@@ -270,13 +269,14 @@ class Trainer:
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         step, in_a_row = outcome.step + 1, self.state.skipped_in_a_row
+        now = min(self.state.step + 1, self.settings.training.max_steps)  # a resume cuts the row off if it counts again
         for o in self.objectives:
             if o.name in outcome.measured and not outcome.measured[o.name].finite:
                 saved = keep_batch(
                     self.dir, o, outcome.measured[o.name], outcome.step, outcome.distances, self.tokenizer
                 )  # fmt: skip
                 self.progress.say(f"step {step} skipped: loss or gradient of {o.name} is not finite; {saved}")
-                self.metrics.write("skipped", step, objective=o.name, in_a_row=in_a_row)
+                self.metrics.write("skipped", now, skipped_step=step, objective=o.name, in_a_row=in_a_row)
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 
     def _log(self, outcome: Outcome, schedule: dict[str, float]) -> None:

@@ -65,7 +65,7 @@ class Update:
             if work := inputs.works.get(objective.name):
                 sums = differentiate(objective, self.accelerator, self.scorer, work)
                 norm = self.optimizer.take(objective.name, objective.max_grad_norm)
-                figures += [sums, norm.double()[None]]
+                figures += [sums, norm.to(sums)[None]]  # of parameters that are offloaded it is on the CPU
         measured = torch.cat(figures)
         self.optimizer.step(inputs.rate, inputs.weights, measured.isfinite().all())
         return measured
