@@ -18,20 +18,23 @@ THIN = 1e-3  # seconds of a layer's products in a micro-batch. Launching its ker
 WARM_CALLS = 2  # of each shape that run as they are: they compile, and fill caches and moments
 
 
-def worth_capturing(compile_setting: bool | str, ranks: PartialState, seconds_per_layer: float) -> bool:
+def worth_capturing(
+    compile_setting: bool | str, ranks: PartialState, seconds_per_layer: float, waits: bool = False
+) -> bool:
     """Whether a step becomes a CUDA graph: on one GPU if asked for, or if the stack is thin and compiled.
 
-    Raises UserError where it is asked for and can't be done.
+    waits: the attention of a layer reads the device. Raises UserError where a graph is asked for and can't be made.
     """
-    alone = ranks.device.type == "cuda" and ranks.num_processes == 1
+    possible = ranks.device.type == "cuda" and ranks.num_processes == 1 and not waits
     asked = compile_setting in ("reduce-overhead", "max-autotune")
-    if asked and not alone:
+    if asked and not possible:
         where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
+        where += ", and attention that reads the device (xformers, or global tokens in blocks)" * waits
         raise UserError(
             f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
             "set it to true"
         )
-    return alone and (asked or (compile_setting is True and seconds_per_layer < THIN))
+    return possible and (asked or (compile_setting is True and seconds_per_layer < THIN))
 
 
 class Captured:

@@ -77,7 +77,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.gradients
+        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # the graph outlives them
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
 
 

@@ -28,7 +28,7 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
-from model.attention import plan_attention
+from model.attention import AttentionPlan, plan_attention
 from model.decoder import WindreachForCausalLM, build_model
 from model.flops import flops_per_token
 from model.projections import row_sizes
@@ -119,7 +119,8 @@ class Trainer:
 
         self.update: Callable[[Inputs], Tensor]
         self.update = Update(self.objectives, self.accelerator, self.wrapped, self.optimizer)
-        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer()):
+        waits = any(plan.waits for plan in self._attention())
+        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer(), waits):
             self.update = Captured(self.update, device)
 
         # 6. Resume.
@@ -183,13 +184,16 @@ class Trainer:
                 after_step()
         return True
 
-    def _say_how(self) -> None:
-        """Print which attention computes the layers, why, and whether a step is one CUDA graph."""
+    def _attention(self) -> list[AttentionPlan]:
+        """How each kind of layer is computed."""
         config, dtype = self.config, DTYPES[self.facts["precision"]]
         facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
-        plans = [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
-        graph = "; each step is a CUDA graph" * isinstance(self.update, Captured)
-        self.progress.say("attention: " + ", ".join(dict.fromkeys(f"{p.backend} ({p.reason})" for p in plans)) + graph)
+        return [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
+
+    def _say_how(self) -> None:
+        """Print which attention computes the layers, why, and whether a step is one CUDA graph."""
+        how = ", ".join(dict.fromkeys(f"{plan.backend} ({plan.reason})" for plan in self._attention()))
+        self.progress.say(f"attention: {how}" + "; each step is a CUDA graph" * isinstance(self.update, Captured))
 
     def _stopping(self) -> bool:
         """Whether a rank has had a signal. All ranks say so before the same step."""
