@@ -59,6 +59,20 @@ def test_chunks_let_go_of_their_gradients_once_they_are_handed_on() -> None:
     assert loss.grad_fn.gradients is None
 
 
+def test_nearly_as_many_positions_are_chunks_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed text scores a few positions less for each document, and every other shape would be compiled."""
+    shapes, differentiate = set(), training.cross_entropy._differentiate
+
+    def record(logits: Tensor, *others: Any) -> Any:
+        shapes.add(logits.shape)
+        return differentiate(logits, *others)
+
+    monkeypatch.setattr(training.cross_entropy, "_differentiate_on", lambda _: record)
+    for n in range(1980, 2049, 4):
+        cross_entropy(*case(n), rows=1100)
+    assert shapes == {(1024, V)}
+
+
 def test_under_autocast_both_multiply_in_bfloat16_and_sum_in_float32() -> None:
     hidden, weight, labels = case(n=200)
     with torch.autocast("cpu", torch.bfloat16):
