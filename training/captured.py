@@ -19,20 +19,25 @@ THIN = 1e-3  # seconds of a layer's products in a micro-batch. Launching its ker
 WARM_CALLS = 2  # of each shape that run as they are: they compile, and fill caches and moments
 
 
-def worth_capturing(compile_setting: bool | str, ranks: PartialState, seconds_per_layer: float) -> bool:
-    """Whether a step becomes a CUDA graph: on one GPU if asked for, or if the stack is thin and compiled."""
-    alone = ranks.device.type == "cuda" and ranks.num_processes == 1
-    return alone and (compile_setting in GRAPHS or (compile_setting is True and seconds_per_layer < THIN))
+def worth_capturing(compile_setting: bool | str, ranks: PartialState, seconds_per_layer: float, waits: bool) -> bool:
+    """Whether a step becomes a CUDA graph: on one GPU if asked for, or if the stack is thin and compiled.
+
+    waits: the attention of a layer reads the device, which a graph can't.
+    """
+    possible = ranks.device.type == "cuda" and ranks.num_processes == 1 and not waits
+    return possible and (compile_setting in GRAPHS or (compile_setting is True and seconds_per_layer < THIN))
 
 
-def check_graphs(compile_setting: bool | str, ranks: PartialState) -> None:
+def check_graphs(compile_setting: bool | str, ranks: PartialState, waits: bool) -> None:
     """Raises UserError where CUDA graphs are asked for and can't be made."""
-    if compile_setting in GRAPHS and (ranks.device.type != "cuda" or ranks.num_processes > 1):
-        where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
-        raise UserError(
-            f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
-            "set it to true"
-        )
+    if compile_setting not in GRAPHS or worth_capturing(compile_setting, ranks, 0.0, waits):
+        return
+    where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
+    where += ", and attention that reads the device (xformers, or global tokens in blocks)" * waits
+    raise UserError(
+        f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
+        "set it to true"
+    )
 
 
 class Captured:

@@ -28,7 +28,7 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
-from model.attention import Device, check_backend, plan_attention
+from model.attention import AttentionPlan, Device, check_backend, plan_attention
 from model.decoder import WindreachForCausalLM, build_model
 from model.flops import flops_per_token
 from model.projections import row_sizes
@@ -120,7 +120,8 @@ class Trainer:
 
         self.update: Callable[[Inputs], Tensor]
         self.update = Update(self.objectives, self.accelerator, self.wrapped, self.optimizer)
-        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer()):
+        waits = any(plan.waits for plan in self._attention(muon_dtype))
+        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer(), waits):
             self.update = Captured(self.update, device)
 
         # 6. Resume.
@@ -133,8 +134,9 @@ class Trainer:
     def _check_device(self) -> None:
         """Raises UserError, before anything is written, for settings that this device can't serve."""
         training, config, device = self.settings.training, self.config, self.ranks.device.type
-        check_graphs(training.compile, self.ranks)
         dtype = DTYPES.get(training.precision)  # None: `auto` is not decided yet
+        waits = any(plan.waits for plan in self._attention(dtype or torch.bfloat16))
+        check_graphs(training.compile, self.ranks, waits)
         attention = config.attention_backend, config.specs, config.head_dim
         check_backend(*attention, Device.here(device), dtype, gradients=True, deterministic=training.deterministic)
 
@@ -192,13 +194,17 @@ class Trainer:
                 after_step()
         return True
 
+    def _attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
+        """How each kind of layer is computed if matrix products are in `dtype`."""
+        config = self.config
+        facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
+        return [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
+
     def _say_how(self) -> None:
         """Print which attention computes the layers, why, and whether a step is one CUDA graph."""
-        config, dtype = self.config, DTYPES[self.facts["precision"]]
-        facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
-        plans = [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
-        graph = "; each step is a CUDA graph" * isinstance(self.update, Captured)
-        self.progress.say("attention: " + ", ".join(dict.fromkeys(f"{p.backend} ({p.reason})" for p in plans)) + graph)
+        plans = self._attention(DTYPES[self.facts["precision"]])
+        how = ", ".join(dict.fromkeys(f"{plan.backend} ({plan.reason})" for plan in plans))
+        self.progress.say(f"attention: {how}" + "; each step is a CUDA graph" * isinstance(self.update, Captured))
 
     def _stopping(self) -> bool:
         """Whether a rank has had a signal. All ranks say so before the same step."""
