@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from model.errors import UserError
 
+GRAPHS = ("reduce-overhead", "max-autotune")  # values of training.compile that ask for CUDA graphs
 THIN = 1e-3  # seconds of a layer's products in a micro-batch. Launching its kernels takes about three times as long
 WARM_CALLS = 2  # of each shape that run as they are: they compile, and fill caches and moments
 
@@ -23,18 +24,23 @@ def worth_capturing(
 ) -> bool:
     """Whether a step becomes a CUDA graph: on one GPU if asked for, or if the stack is thin and compiled.
 
-    waits: the attention of a layer reads the device. Raises UserError where a graph is asked for and can't be made.
+    waits: the attention of a layer reads the device. Raises UserError if a graph is asked for all the same.
     """
-    possible = ranks.device.type == "cuda" and ranks.num_processes == 1 and not waits
-    asked = compile_setting in ("reduce-overhead", "max-autotune")
-    if asked and not possible:
+    alone, asked = ranks.device.type == "cuda" and ranks.num_processes == 1, compile_setting in GRAPHS
+    if alone and asked and waits:
+        why = "the attention of a layer reads the device (xformers, or global tokens in blocks)"
+        raise UserError(f"training.compile is {compile_setting!r}, which makes CUDA graphs, but {why}; set it to true")
+    return alone and not waits and (asked or (compile_setting is True and seconds_per_layer < THIN))
+
+
+def check_graphs(compile_setting: bool | str, ranks: PartialState) -> None:
+    """Raises UserError where CUDA graphs are asked for and can't be made."""
+    if compile_setting in GRAPHS and (ranks.device.type != "cuda" or ranks.num_processes > 1):
         where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
-        where += ", and attention that reads the device (xformers, or global tokens in blocks)" * waits
         raise UserError(
             f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
             "set it to true"
         )
-    return possible and (asked or (compile_setting is True and seconds_per_layer < THIN))
 
 
 class Captured:

@@ -28,12 +28,12 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
-from model.attention import AttentionPlan, plan_attention
+from model.attention import AttentionPlan, Device, check_backend, plan_attention
 from model.decoder import WindreachForCausalLM, build_model
 from model.flops import flops_per_token
 from model.projections import row_sizes
 from model.windows import reach
-from training.captured import Captured, worth_capturing
+from training.captured import Captured, check_graphs, worth_capturing
 from training.curriculum import Curriculum, State
 from training.objective import Scorer, Work, objectives, step_flops
 from training.optimizer import SummedOptimizer
@@ -86,6 +86,7 @@ class Trainer:
         config = model_config(settings, self.tokenizer.vocab_size)
         self.decoder = build_model(config, init_options(settings), settings.seed)
         self.config = self.decoder.config
+        self._check_device()
         origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
@@ -129,6 +130,14 @@ class Trainer:
             self._resume(checkpoint)
         elif auxiliary:
             load_whole(self.scorer.auxiliary(), auxiliary)
+
+    def _check_device(self) -> None:
+        """Raises UserError, before anything is written, for settings that this device can't serve."""
+        training, config, device = self.settings.training, self.config, self.ranks.device.type
+        check_graphs(training.compile, self.ranks)
+        dtype = DTYPES.get(training.precision)  # None: `auto` is not decided yet
+        attention = config.attention_backend, config.specs, config.head_dim
+        check_backend(*attention, Device.here(device), dtype, gradients=True, deterministic=training.deterministic)
 
     def _seconds_per_layer(self) -> float:
         """What the matrix products of one layer take for a micro-batch of text, at the rate of this machine."""

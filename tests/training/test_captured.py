@@ -12,7 +12,7 @@ from model.errors import UserError
 from model.packing import Packing
 from model.windows import LayerSpec
 from tests.training.test_step import Reads, inputs_of, make_trainer
-from training.captured import WARM_CALLS, Captured, worth_capturing
+from training.captured import WARM_CALLS, Captured, check_graphs, worth_capturing
 
 
 def ranks(device: str, processes: int = 1) -> Any:
@@ -41,12 +41,12 @@ def test_thin_stacks_on_one_gpu_become_graphs(
 def test_a_graph_that_is_asked_for_and_cannot_be_made_is_refused(device: str, processes: int) -> None:
     message = f"training.compile is 'reduce-overhead', .* {processes} process(es)? on {device}; set it to true"
     with pytest.raises(UserError, match=message):
-        worth_capturing("reduce-overhead", ranks(device, processes), 1e-5)
+        check_graphs("reduce-overhead", ranks(device, processes))
 
 
 def test_a_step_that_reads_the_device_does_not_become_a_graph() -> None:
     assert not worth_capturing(True, ranks("cuda"), 1e-5, waits=True)
-    with pytest.raises(UserError, match=r"1 process on cuda, and attention that reads the device .*; set it to true"):
+    with pytest.raises(UserError, match=r"the attention of a layer reads the device .*; set it to true"):
         worth_capturing("reduce-overhead", ranks("cuda"), 1e-5, waits=True)
 
 
