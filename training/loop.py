@@ -301,11 +301,17 @@ class Trainer:
         self.progress.figures(state.step, f"{losses}  {rate:,.0f} tok/s  MFU {mfu:.1%}{recall}")
         self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
+    def _stop_clock(self) -> float:
+        """When the device had finished the steps: the clock counts them, and not what follows."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     # -- 8. evaluate --------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
         """Measure held-out text and recall; every rank measures its share. The clock stands still meanwhile."""
-        paused = time.perf_counter()
+        paused = self._stop_clock()
         with whole(self.wrapped), self.accelerator.autocast():
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         columns = recall.columns()
@@ -322,7 +328,7 @@ class Trainer:
         """Save a checkpoint: every rank sends its random state, the main process writes. The clock stands still."""
         if self.state.step == self.saved_step:
             return
-        paused = time.perf_counter()
+        paused = self._stop_clock()
         random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
         facts = {name: self.facts[name] for name in FACTS_SAVED}
         outcomes = [outcome.saved() for outcome in self.outcomes]
