@@ -17,6 +17,8 @@ Legend: B batch, G kv heads, S slots, T new tokens, D head size.
 """
 
 import weakref
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,11 +27,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from model.attention.plan import AttentionPlan
-from model.attention.reference import Attend, OneToken
+from model.attention.reference import Attend, attend_one
 from model.config import WindreachConfig
-from model.decoding import Recording
 from model.errors import UserError
-from model.packing import NO_DOCUMENT, Packing, RowEnds, count_positions
+from model.packing import NO_DOCUMENT, Packing, RowEnds, count_positions, may_see
 from model.windows import LayerSpec, cache_slots
 
 
@@ -110,7 +111,8 @@ class Slots:
         """Write the position of a single token a row, token `index` (1,); its attention over the keys of all slots."""
         self._choose_slots(token, index)
         self.write_positions(token)
-        return OneToken.of(self.spec, token, Packing(self.positions, self.documents), dtype)
+        seen = may_see(self.spec, token, Packing(self.positions, self.documents))
+        return partial(attend_one, torch.where(seen, 0.0, -torch.inf).to(dtype)[:, None])
 
     def attend_behind(self, chunk: Packing, plan: AttentionPlan) -> Attend:
         """Attention of the chunk over [cache, by age | chunk]. Then the chunk's positions are written."""
@@ -236,6 +238,61 @@ class RingLayer(CacheLayerMixin):
     def bytes(self) -> int:
         """Bytes of keys and values."""
         return self.key_values.nbytes
+
+
+def can_record(x: Tensor) -> bool:
+    """Whether a step on `x` can be recorded. Under autocast it can't: converted weights are freed behind each step."""
+    return x.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
+
+
+class Recording:
+    """The kernels of a function of tensors, as a CUDA graph. They read and write the same memory at each replay.
+
+    A step of a deep model is hundreds of kernels, and to launch them takes longer than to run them. A graph launches
+    all of them at once. What the function uses apart from its arguments must stay where it is, until `forget`.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
+        """A copied cache has other memory."""
+        return Recording()
+
+    def forget(self) -> None:
+        self.is_warm = False
+        self.recorded: tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor] | None = None  # with its inputs and output
+
+    def replay(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """What `function` returns for `inputs`, which have the same shapes at each call; valid until the next call.
+
+        The first call runs the function as it is: what is compiled or loaded at first can't be recorded.
+        """
+        if not self.is_warm:
+            self.is_warm = True
+            return function(*inputs)
+        self.recorded = self.recorded or _record(function, inputs)
+        graph, fixed, output = self.recorded
+        for old, new in zip(fixed, inputs, strict=True):
+            old.copy_(new)
+        graph.replay()
+        return output
+
+
+def _record(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+    """The graph, and the memory that it reads and writes. Nothing is computed meanwhile."""
+    fixed, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_stream(fixed[0].device), capture_error_mode="thread_local"):
+        output = function(*fixed)  # other threads may use the GPU meanwhile
+    return graph, fixed, output
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all graphs of a device are recorded: each stream has workspaces of its own."""
+    return torch.cuda.Stream(device)
 
 
 class RingCache(Cache):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +22,8 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from model.attention import Attend, AttentionPlan, check_backend, plan_attention, product_dtype
-from model.cache import RingCache, RingLayer, Slots
+from model.cache import RingCache, RingLayer, Slots, can_record
 from model.config import WindreachConfig
-from model.decoding import can_record
 from model.errors import UserError
 from model.hub import read_checkpoint
 from model.packing import Packing, RowEnds, count_positions
@@ -107,6 +107,7 @@ class WindreachModel(nn.Module):
         self.specs = config.specs
         self.kinds = tuple(dict.fromkeys(self.specs))
         self.kind_of_layer = [self.kinds.index(spec) for spec in self.specs]
+        self.kinds_of_region = [str(self.kind_of_layer[i : i + REGION]) for i in range(0, len(self.specs), REGION)]
         # transformers' activation_checkpointing_enable sets these two.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
@@ -208,8 +209,8 @@ class WindreachModel(nn.Module):
         """The stream after the last layer for token `index` of each row. Compiled once for each `structure`."""
         attends = [kind.attend_in_slots(token, index, product_dtype(x)) for kind in slots]
         calls = self._calls(token, attends, rings)
-        for first in range(0, len(calls), REGION):
-            x = self._run_region(x, calls[first : first + REGION])
+        for first, kinds in zip(range(0, len(calls), REGION), self.kinds_of_region):
+            x = self._run_region(x, calls[first : first + REGION], structure + kinds)
         return x
 
     def _run_layers(
@@ -239,20 +240,22 @@ class WindreachModel(nn.Module):
         self._structure = self._describe_modules()
 
     def compile_decoding(self) -> None:
-        """Compile `_run_one_token`, and `_run_region` once for all regions. On a GPU the result is recorded as well.
+        """Compile `_run_one_token`, and `_run_region` once for all regions. On a GPU only the regions.
 
-        Checking the modules at each token would cost a tenth of it. Instead `_describe_modules` describes them when a
-        cache is new, and another description is another compilation.
+        There the step is recorded, and calls cost nothing. On a CPU checking the modules at each token would cost a
+        tenth of it. Instead `_describe_modules` describes them when a cache is new, and another description is another
+        compilation.
         """
         grows = any(spec.ring_slots is None for spec in self.kinds)  # then sizes are variables, which costs some speed
-        self._run_region = torch.compiler.nested_compile_region(_run_region)
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        compiled = partial(torch.compile, dynamic=None if grows else False, fullgraph=True, options=options)
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.record_decoding()
-        self._decode = torch.compile(
-            self._run_one_token,
-            dynamic=None if grows else False,
-            fullgraph=True,
-            options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
-        )
+        if on_gpu(self.norm.weight):  # a region inside of a larger graph copies the cache (torch 2.11)
+            self._run_region, self._decode = compiled(_run_region), self._run_one_token
+        else:
+            self._run_region = torch.compiler.nested_compile_region(_run_region)
+            self._decode = compiled(self._run_one_token)
 
     def _describe_modules(self) -> str:
         """Changes with every module, dtype and device. Empty where a module has a hook, which must see every call."""
@@ -268,7 +271,13 @@ class WindreachModel(nn.Module):
         return [plan_attention(spec, head_dim, backend, device, dtype, gradients) for spec in self.kinds]
 
 
-def _run_region(x: Tensor, calls: Sequence[Call]) -> Tensor:
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _run_region(x: Tensor, calls: Sequence[Call], structure: str) -> Tensor:
+    """The stream (B, T, E) after some layers."""
+    assert structure is not None  # compiled code is kept for each value of what it has read
     for layer, rotary, attend, ring in calls:
         x = layer(x, rotary, attend, ring)
     return x

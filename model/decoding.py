@@ -1,72 +1,19 @@
 """Token-by-token generation without waiting: the host sends off steps, and reads tokens a block at a time.
 
-A step of a deep model is hundreds of kernels, and to launch them takes longer than to run them. On a GPU they are
-recorded once for each cache, as a CUDA graph, and launched at once for each later token.
-
 Legend: B batch, T prompt tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.cache import RingCache
-    from model.decoder import WindreachForCausalLM
+from model.cache import RingCache
+from model.decoder import WindreachForCausalLM
 
 GPU_BLOCK = 16  # tokens between two waits for the GPU: a wait costs about as much as a tenth of a small model's token
-
-
-def can_record(x: Tensor) -> bool:
-    """Whether a step on `x` can be recorded. Under autocast it can't: converted weights are freed behind each step."""
-    return x.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
-
-
-class Recording:
-    """The kernels of a function of tensors, as a CUDA graph. They read and write the same memory at each replay.
-
-    So everything that the function uses apart from its arguments must stay where it is, until `forget`.
-    """
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
-        """A copied cache has other memory."""
-        return Recording()
-
-    def forget(self) -> None:
-        self.is_warm = False
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Tensor] = []
-        self.output: Tensor | None = None
-
-    def replay(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """What `function` returns for `inputs`, which have the same shapes at each call; valid until the next call.
-
-        The first call runs the function as it is: what is compiled or loaded at first can't be recorded.
-        """
-        if not self.is_warm:
-            self.is_warm = True
-            return function(*inputs)
-        if self.graph is None:
-            self._record(function, inputs)
-        for fixed, new in zip(self.inputs, inputs, strict=True):
-            fixed.copy_(new)
-        assert self.graph is not None and self.output is not None
-        self.graph.replay()
-        return self.output
-
-    def _record(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        """Nothing is computed meanwhile."""
-        self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
-            self.output = function(*self.inputs)
-        self.graph = graph
 
 
 @dataclass(frozen=True)
@@ -97,13 +44,15 @@ class Sampler:
 
 @torch.inference_mode()
 def token_blocks(
-    model: "WindreachForCausalLM", ids_bt: Tensor, sampler: Sampler, cache: "RingCache", block: int,
+    model: WindreachForCausalLM, ids_bt: Tensor, sampler: Sampler, cache: RingCache, block: int,
     max_tokens: int | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the tokens after `ids_bt` (B, T) on the CPU: one a row, then `block` a row at a time (B, n).
 
-    It ends after `max_tokens` a row; None is without end. At each yield the cache holds all tokens but the last.
+    It ends after `max_tokens` a row; None is without end. At each yield the cache holds all tokens but the last. From
+    then on the model's single tokens are recorded, see `record_decoding`.
     """
+    model.record_decoding()
     if max_tokens is not None:
         cache.reserve(cache.get_seq_length() + ids_bt.shape[1] + max_tokens - 1)
     newest, left, size = ids_bt, math.inf if max_tokens is None else max_tokens, 1

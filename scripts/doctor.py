@@ -1,6 +1,6 @@
 """Tells whether this machine is all right: versions, devices, attention against the oracle, speed, and what to mend.
 
-    python scripts/doctor.py                  a minute on a CPU, up to four on a GPU
+    python scripts/doctor.py                  about a minute on a CPU, up to four on a GPU
     python scripts/doctor.py --json doctor.json
 
 Every form of attention that can run here is compared with the oracle, forward and backward. Training and decoding are

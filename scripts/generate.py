@@ -240,8 +240,6 @@ def main() -> None:
     talk = Conversation(examined, sampler, arguments.stop, block)
     if arguments.compile:
         talk.model.compile_decoding()
-    elif device.type == "cuda":
-        talk.model.record_decoding()
     open_ended, max_tokens = arguments.endless or arguments.interactive, arguments.max_tokens or 200
     if open_ended:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -14,24 +14,30 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from model.errors import UserError
 
+GRAPHS = ("reduce-overhead", "max-autotune")  # values of training.compile that ask for CUDA graphs
 THIN = 1e-3  # seconds of a layer's products in a micro-batch. Launching its kernels takes about three times as long
 WARM_CALLS = 2  # of each shape that run as they are: they compile, and fill caches and moments
 
 
-def worth_capturing(compile_setting: bool | str, ranks: PartialState, seconds_per_layer: float) -> bool:
+def worth_capturing(compile_setting: bool | str, ranks: PartialState, seconds_per_layer: float, waits: bool) -> bool:
     """Whether a step becomes a CUDA graph: on one GPU if asked for, or if the stack is thin and compiled.
 
-    Raises UserError where it is asked for and can't be done.
+    waits: the attention of a layer reads the device, which a graph can't.
     """
-    alone = ranks.device.type == "cuda" and ranks.num_processes == 1
-    asked = compile_setting in ("reduce-overhead", "max-autotune")
-    if asked and not alone:
-        where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
-        raise UserError(
-            f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
-            "set it to true"
-        )
-    return alone and (asked or (compile_setting is True and seconds_per_layer < THIN))
+    possible = ranks.device.type == "cuda" and ranks.num_processes == 1 and not waits
+    return possible and (compile_setting in GRAPHS or (compile_setting is True and seconds_per_layer < THIN))
+
+
+def check_graphs(compile_setting: bool | str, ranks: PartialState, waits: bool) -> None:
+    """Raises UserError where CUDA graphs are asked for and can't be made."""
+    if compile_setting not in GRAPHS or worth_capturing(compile_setting, ranks, 0.0, waits):
+        return
+    where = f"{ranks.num_processes} process{'es' * (ranks.num_processes > 1)} on {ranks.device.type}"
+    where += ", and attention that reads the device (xformers, or global tokens in blocks)" * waits
+    raise UserError(
+        f"training.compile is {compile_setting!r}, which makes CUDA graphs on one GPU, and this run has {where}; "
+        "set it to true"
+    )
 
 
 class Captured:

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.attention import product_dtype
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; with the softmax and its gradient about three times that
+ROUNDED_TO = 256  # positions of a chunk
 GPU_FACTOR = 4  # as many more on a GPU, where fused kernels keep logits and gradient in bfloat16
 
 
@@ -61,24 +62,37 @@ class _Chunks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         losses, rights, differentiate = [], [], _differentiate_on(hidden.device.type)
+        rows = _equal_rows(len(hidden), rows)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             for i in range(0, len(hidden), rows):
-                h = hidden[i : i + rows].to(dtype)
-                d_logits, loss, right = differentiate(h @ w.mT, labels[i : i + rows, None], z_weight)
-                d_hidden[i : i + rows] = d_logits @ w
+                h, wanted = hidden[i : i + rows].to(dtype), labels[i : i + rows]
+                if missing := rows - len(h):
+                    h, wanted = F.pad(h, (0, 0, 0, missing)), F.pad(wanted, (0, missing), value=-1)
+                d_logits, loss, right = differentiate(h @ w.mT, wanted[:, None], z_weight)
+                d_hidden[i : i + rows] = (d_logits @ w)[: rows - missing]
                 d_weight += d_logits.mT @ h
                 losses.append(loss)
                 rights.append(right)
-        right = torch.cat(rights)
+        right = torch.cat(rights)[: len(hidden)]
         ctx.gradients = d_hidden, d_weight
         ctx.mark_non_differentiable(right)
         return torch.stack(losses).sum(), right
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.gradients
+        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # the graph outlives them
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
+
+
+def _equal_rows(n: int, most: int) -> int:
+    """Rows of each chunk of `n` positions. Nearly as many positions give the same, so that few shapes are compiled.
+
+    >>> [_equal_rows(n, most=8388) for n in (16_384, 16_300, 9_000)]
+    [8192, 8192, 4608]
+    """
+    share = -(-n // -(-n // most))
+    return min(most, -(-share // ROUNDED_TO) * ROUNDED_TO)
 
 
 @cache

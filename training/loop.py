@@ -28,12 +28,12 @@ from data.tasks.vocabulary import recall_vocabulary
 from data.token_store import TokenStore, prepare_tokens
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
-from model.attention import plan_attention
+from model.attention import AttentionPlan, Device, check_backend, plan_attention
 from model.decoder import WindreachForCausalLM, build_model
 from model.flops import flops_per_token
 from model.projections import row_sizes
 from model.windows import reach
-from training.captured import Captured, worth_capturing
+from training.captured import Captured, check_graphs, worth_capturing
 from training.curriculum import Curriculum, State
 from training.objective import Scorer, Work, objectives, step_flops
 from training.optimizer import SummedOptimizer
@@ -86,6 +86,7 @@ class Trainer:
         config = model_config(settings, self.tokenizer.vocab_size)
         self.decoder = build_model(config, init_options(settings), settings.seed)
         self.config = self.decoder.config
+        self._check_device()
         origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
@@ -119,7 +120,8 @@ class Trainer:
 
         self.update: Callable[[Inputs], Tensor]
         self.update = Update(self.objectives, self.accelerator, self.wrapped, self.optimizer)
-        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer()):
+        waits = any(plan.waits for plan in self._attention(muon_dtype))
+        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer(), waits):
             self.update = Captured(self.update, device)
 
         # 6. Resume.
@@ -128,6 +130,15 @@ class Trainer:
             self._resume(checkpoint)
         elif auxiliary:
             load_whole(self.scorer.auxiliary(), auxiliary)
+
+    def _check_device(self) -> None:
+        """Raises UserError, before anything is written, for settings that this device can't serve."""
+        training, config, device = self.settings.training, self.config, self.ranks.device.type
+        dtype = DTYPES.get(training.precision)  # None: `auto` is not decided yet
+        waits = any(plan.waits for plan in self._attention(dtype or torch.bfloat16))
+        check_graphs(training.compile, self.ranks, waits)
+        attention = config.attention_backend, config.specs, config.head_dim
+        check_backend(*attention, Device.here(device), dtype, gradients=True, deterministic=training.deterministic)
 
     def _seconds_per_layer(self) -> float:
         """What the matrix products of one layer take for a micro-batch of text, at the rate of this machine."""
@@ -183,13 +194,17 @@ class Trainer:
                 after_step()
         return True
 
+    def _attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
+        """How each kind of layer is computed if matrix products are in `dtype`."""
+        config = self.config
+        facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
+        return [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
+
     def _say_how(self) -> None:
         """Print which attention computes the layers, why, and whether a step is one CUDA graph."""
-        config, dtype = self.config, DTYPES[self.facts["precision"]]
-        facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
-        plans = [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
-        graph = "; each step is a CUDA graph" * isinstance(self.update, Captured)
-        self.progress.say("attention: " + ", ".join(dict.fromkeys(f"{p.backend} ({p.reason})" for p in plans)) + graph)
+        plans = self._attention(DTYPES[self.facts["precision"]])
+        how = ", ".join(dict.fromkeys(f"{plan.backend} ({plan.reason})" for plan in plans))
+        self.progress.say(f"attention: {how}" + "; each step is a CUDA graph" * isinstance(self.update, Captured))
 
     def _stopping(self) -> bool:
         """Whether a rank has had a signal. All ranks say so before the same step."""
@@ -210,11 +225,10 @@ class Trainer:
         outcome = Outcome.of(step, self.state.distances, active, self.update(inputs))
         self.outcomes.append(outcome)
         self.state.step = step = step + 1
-        if step == 1:
+        first, last = step == self.progress.first_step + 1, step == settings.max_steps
+        if first:
             shorten_timeout()
-
-        last = step == settings.max_steps
-        if step % settings.log_every_steps == 0 or last or self.progress.first_step + 1 == step:
+        if step % settings.log_every_steps == 0 or last or first:
             self._log(outcome, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
         if last:
             self._count_outcomes(step)
@@ -261,13 +275,14 @@ class Trainer:
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         step, in_a_row = outcome.step + 1, self.state.skipped_in_a_row
+        now = min(self.state.step + 1, self.settings.training.max_steps)  # a resume cuts the row off if it counts again
         for o in self.objectives:
             if o.name in outcome.measured and not outcome.measured[o.name].finite:
                 saved = keep_batch(
                     self.dir, o, outcome.measured[o.name], outcome.step, outcome.distances, self.tokenizer
                 )  # fmt: skip
                 self.progress.say(f"step {step} skipped: loss or gradient of {o.name} is not finite; {saved}")
-                self.metrics.write("skipped", step, objective=o.name, in_a_row=in_a_row)
+                self.metrics.write("skipped", now, skipped_step=step, objective=o.name, in_a_row=in_a_row)
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 
     def _log(self, outcome: Outcome, schedule: dict[str, float]) -> None:
@@ -286,11 +301,17 @@ class Trainer:
         self.progress.figures(state.step, f"{losses}  {rate:,.0f} tok/s  MFU {mfu:.1%}{recall}")
         self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
+    def _stop_clock(self) -> float:
+        """When the device had finished the steps: the clock counts them, and not what follows."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     # -- 8. evaluate --------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
         """Measure held-out text and recall; every rank measures its share. The clock stands still meanwhile."""
-        paused = time.perf_counter()
+        paused = self._stop_clock()
         with whole(self.wrapped), self.accelerator.autocast():
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         columns = recall.columns()
@@ -307,7 +328,7 @@ class Trainer:
         """Save a checkpoint: every rank sends its random state, the main process writes. The clock stands still."""
         if self.state.step == self.saved_step:
             return
-        paused = time.perf_counter()
+        paused = self._stop_clock()
         random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
         facts = {name: self.facts[name] for name in FACTS_SAVED}
         outcomes = [outcome.saved() for outcome in self.outcomes]

@@ -46,8 +46,7 @@ class Target(NamedTuple):
     labels: Tensor
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """What one forward pass needs: token ids (B, T), their documents, and what is scored."""
 
     input_ids: Tensor
@@ -71,16 +70,11 @@ class MicroBatch:
         return MicroBatch(self.input_ids, packing, targets, F.pad(self.answer_tasks, (0, missing.get("answer", 0))))
 
 
-# So that `tree_map` moves their tensors to a device.
+# So that `tree_map` moves its tensors to a device, as it does those of a named tuple.
 register_pytree_node(
     Packing,
     lambda p: ([p.positions, p.documents], (p.whole, p.padded, p.spans)),
     lambda tensors, facts: Packing(*tensors, *facts),
-)
-register_pytree_node(
-    MicroBatch,
-    lambda m: ([m.input_ids, m.packing, m.targets, m.answer_tasks], None),
-    lambda parts, _: MicroBatch(*parts),
 )
 
 
@@ -278,8 +272,7 @@ class Measured:
         return columns
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One objective's share of a step on this rank. weights, counts: (terms,) and (terms and tasks,), in float64."""
 
     micro_batches: list[MicroBatch]
@@ -295,11 +288,6 @@ class Work:
         counts += [int((tasks == number).sum()) for number in range(len(objective.tasks))]
         weights = torch.tensor(list(terms.values()), dtype=torch.float64)
         return Work(micro_batches, weights, torch.tensor(counts, dtype=torch.float64))
-
-
-register_pytree_node(
-    Work, lambda w: ([w.micro_batches, w.weights, w.counts], None), lambda parts, _: Work(*parts)
-)  # fmt: skip
 
 
 def differentiate(objective: Objective, accelerator: Accelerator, scorer: nn.Module, work: Work) -> Tensor:

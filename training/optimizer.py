@@ -74,10 +74,11 @@ class SummedOptimizer:
         """Apply the gradients taken so far, and decay the weights once, whatever the number of objectives.
 
         `rate` and `weights` are 0-d. If `finite`, a 0-d bool, is false, neither weights nor moments change. All three
-        may be on the device: nothing is read back.
+        may be on the device: nothing is read back, unless the parameters are offloaded to the CPU.
         """
-        skipped = 1.0 - finite.to(rate.dtype)
-        if self.weight_decay:
+        device = self.parameters[0].device
+        rate, skipped = rate.to(device), 1.0 - finite.to(device, rate.dtype)
+        if self.weight_decay and self._gradients:
             torch._foreach_mul_([local(p) for p in self.decayed], 1.0 - rate * self.weight_decay * (1.0 - skipped))
         for name, gradients in self._gradients.items():
             for p, g in zip(self.parameters, gradients, strict=True):
@@ -86,7 +87,7 @@ class SummedOptimizer:
                 # As torch's gradient scaler does: 1 leaves weights and moments alone.
                 optimizer.found_inf = skipped  # type: ignore[attr-defined]
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * weights[name]
+                    group["lr"] = rate * weights[name].to(device)
                 optimizer.step()
         for p in self.parameters:
             p.grad = None

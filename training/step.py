@@ -5,14 +5,13 @@ when the next but one begins. So neither waits for the other.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 
 from training.objective import Measured, Objective, Work, differentiate, measured_names
 from training.optimizer import SummedOptimizer
@@ -21,8 +20,7 @@ from training.processes.ranks import sum_tensor_over_ranks
 DELAY = 2  # steps after which an outcome counts: for the curriculum, and as skipped
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What a step needs. works: by objective, those with a weight. rate, weights: the learning rate, 0-d, float32.
 
     asked_to_stop: 0-d float64, 1 if this rank has had a signal.
@@ -36,15 +34,10 @@ class Inputs:
     def padded(self) -> "Inputs":
         """With targets padded, so that few shapes occur."""
         works = {
-            name: replace(work, micro_batches=[m.padded() for m in work.micro_batches])
+            name: work._replace(micro_batches=[m.padded() for m in work.micro_batches])
             for name, work in self.works.items()
         }
-        return replace(self, works=works)
-
-
-register_pytree_node(
-    Inputs, lambda i: ([i.works, i.rate, i.weights, i.asked_to_stop], None), lambda parts, _: Inputs(*parts)
-)
+        return self._replace(works=works)
 
 
 class Update:
@@ -65,7 +58,7 @@ class Update:
             if work := inputs.works.get(objective.name):
                 sums = differentiate(objective, self.accelerator, self.scorer, work)
                 norm = self.optimizer.take(objective.name, objective.max_grad_norm)
-                figures += [sums, norm.double()[None]]
+                figures += [sums, norm.to(sums)[None]]  # of parameters that are offloaded it is on the CPU
         measured = torch.cat(figures)
         self.optimizer.step(inputs.rate, inputs.weights, measured.isfinite().all())
         return measured

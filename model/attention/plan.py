@@ -81,6 +81,11 @@ class AttentionPlan:
     unable: str | None = None
     deterministic: bool = False
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host reads where the documents of packed rows lie, so that a CUDA graph can't hold the layer."""
+        return self.backend == "xformers" or (self.backend == "blocked" and self.spec.global_tokens > 0)
+
     def prepare(self, packing: Packing, batch_size: int = 1) -> Attend:
         """Self-attention of whole rows (S = T). The result is kept for rows that are one document each."""
         if packing.whole:

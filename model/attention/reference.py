@@ -96,30 +96,29 @@ class MaskedChunk:
         return torch.cat(outs, 2)
 
 
-@dataclass(frozen=True)
-class OneToken:
-    """One query a row over all slots of a cache. bias: (B, 1, 1, S), 0 for a key that is seen, else -inf."""
+def attend_one(bias_bs: Tensor, q: Tensor, k: Tensor, v: Tensor, sink_h: Tensor | None = None) -> Tensor:
+    """One query a row over all slots of a cache. bias_bs: (B, 1, 1, S), 0 for a key that is seen, else -inf.
 
-    bias: Tensor
+    The R heads of a kv head take the place of query positions, so that keys are not repeated.
+    """
+    grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+    return _mix_one(bias_bs, grouped, k, v, sink_h).reshape(q.shape)
 
-    @staticmethod
-    def of(spec: LayerSpec, token: Packing, slots: Packing, dtype: torch.dtype) -> "OneToken":
-        return OneToken(torch.where(may_see(spec, token, slots), 0.0, -torch.inf).to(dtype)[:, None])
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """The R heads of a kv head take the place of query positions, so that keys are not repeated."""
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])
-        return self._mix(grouped, k, v, sinks).reshape(q.shape)
+def kernel_is_slow(q: Tensor) -> bool:
+    """Whether the kernel of PyTorch leaves processors idle for one query: on a GPU a few of them get all keys."""
+    return q.is_cuda
 
-    def _mix(self, q_bgrd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, sink_h: Tensor | None) -> Tensor:
-        # On a GPU the kernel gives a row's keys to a few processors only, and generated loops to all of them.
-        in_loop = torch.compiler.is_compiling() and (k_bgsd.is_cuda or k_bgsd.shape[2] <= LOOP_KEYS)
-        if sink_h is None and not in_loop:
-            return F.scaled_dot_product_attention(q_bgrd, k_bgsd, v_bgsd, self.bias)
-        scores = (q_bgrd[:, :, :, None] * k_bgsd[:, :, None]).sum(-1) if in_loop else q_bgrd @ k_bgsd.mT
-        scores = scores.float() * q_bgrd.shape[-1] ** -0.5 + self.bias
-        if sink_h is not None:
-            sinks = sink_h.float().view(1, *q_bgrd.shape[1:3], 1).expand(len(scores), -1, -1, -1)
-            scores = torch.cat((scores, sinks), -1)
-        weights = scores.softmax(-1)[..., : k_bgsd.shape[2]].to(v_bgsd.dtype)
-        return (weights[..., None] * v_bgsd[:, :, None]).sum(-2) if in_loop else weights @ v_bgsd
+
+def _mix_one(bias: Tensor, q_bgrd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, sink_h: Tensor | None) -> Tensor:
+    no_kernel = kernel_is_slow(q_bgrd)
+    in_loop = torch.compiler.is_compiling() and (no_kernel or k_bgsd.shape[2] <= LOOP_KEYS)
+    if sink_h is None and not in_loop and not no_kernel:
+        return F.scaled_dot_product_attention(q_bgrd, k_bgsd, v_bgsd, bias)
+    scores = (q_bgrd[:, :, :, None] * k_bgsd[:, :, None]).sum(-1) if in_loop else q_bgrd @ k_bgsd.mT
+    scores = scores.float() * q_bgrd.shape[-1] ** -0.5 + bias
+    if sink_h is not None:
+        sinks = sink_h.float().view(1, *q_bgrd.shape[1:3], 1).expand(len(scores), -1, -1, -1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = scores.softmax(-1)[..., : k_bgsd.shape[2]].to(v_bgsd.dtype)
+    return (weights[..., None] * v_bgsd[:, :, None]).sum(-2) if in_loop else weights @ v_bgsd

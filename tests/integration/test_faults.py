@@ -127,7 +127,7 @@ def test_a_batch_that_gives_nan_is_skipped_counted_and_kept_and_the_run_goes_on(
     poison(checkpoints(tmp_path / "run")[0], token)
 
     output = run(config)
-    skipped = sorted(metrics(tmp_path, "skipped"))
+    skipped = sorted({row["skipped_step"] for row in metrics(tmp_path, "skipped").values()})
     assert 0 < len(skipped) < 30
     assert f"{len(skipped)} skipped" in output
     assert all(f"step {step} skipped: loss or gradient of" in output for step in skipped)
@@ -149,6 +149,20 @@ def test_too_many_in_a_row_end_the_run_with_a_sentence(tmp_path: Path) -> None:
     assert "their batches are in the run folder's skipped/" in output
     assert "Traceback" not in output
     assert list((tmp_path / "run/skipped").glob("*.json"))
+
+
+def test_skipped_steps_are_logged_once_whatever_checkpoint_is_resumed(tmp_path: Path) -> None:
+    """A checkpoint holds skipped steps that do not count yet."""
+    options = {"max_steps": 7, "save_every_steps": 1, "keep_checkpoints": 9, "max_skipped_steps": 99}
+    config = write_config(tmp_path, **options, optimizer={"lr": 1e30})
+    assert "6 skipped" in run(config)
+    whole, log = losses(tmp_path), tmp_path / "run/metrics.jsonl"
+    rows = [line for line in log.read_text().splitlines() if "skipped_step" in line]
+    assert {json.loads(row)["skipped_step"] for row in rows} == set(range(2, 8))
+    for step in (6, 4, 3, 1):
+        assert "6 skipped" in run(config, "--resume", str(tmp_path / f"run/checkpoints/step-{step:06d}"))
+        assert [line for line in log.read_text().splitlines() if "skipped_step" in line] == rows
+        assert losses(tmp_path) == whole
 
 
 # -- other text -------------------------------------------------------------------------------------------------------

@@ -28,6 +28,19 @@ def test_killed_twice_and_resumed_every_later_step_is_bit_equal(tmp_path: Path, 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [True, "reduce-overhead"])
+def test_on_a_gpu_a_deterministic_run_is_resumed_bit_equal(
+    tmp_path_factory: pytest.TempPathFactory, compiled: bool | str
+) -> None:
+    training = {"max_steps": 24, "precision": "bf16", "compile": compiled, "deterministic": True}
+    whole, killed = (tmp_path_factory.mktemp(name) for name in ("whole-gpu", "killed-gpu"))
+    assert ("each step is a CUDA graph" in run(write_config(whole, **training))) == bool(compiled)
+    assert kill_after_step(killed, write_config(killed, **training), 11, signal.SIGKILL) == -signal.SIGKILL
+    assert "resumed" in run(killed / "tiny.yaml")
+    assert losses(killed) == losses(whole)
+
+
 def mixed_config(folder: Path) -> Path:
     """All tasks that rows of 64 tokens hold, each with a curriculum that moves at a pace of its own."""
     config = write_config(folder, max_steps=24)

@@ -1,6 +1,7 @@
 """Tokens drawn on the device, in blocks, by a step that is recorded once: the same as by plain steps."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,15 +11,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model import cache as ring
 from model import decoder
-from model.cache import RingCache
+from model.attention import reference
+from model.cache import Recording, RingCache
 from model.decoder import WindreachForCausalLM
-from model.decoding import Recording, Sampler, token_blocks
+from model.decoding import Sampler, token_blocks
 from tests.model.test_cache import STACKS, W, with_sinks
 from tests.model.tiny import tiny_config, tiny_model, token_ids
 
 GREEDY = Sampler()
-on_gpu = [pytest.mark.cuda]
 
 
 def sampler(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, device: str = "cpu") -> Sampler:
@@ -57,9 +59,11 @@ def test_half_precision_logits_are_drawn_from_in_float32() -> None:
 
 
 @torch.inference_mode()
-def plainly(model: WindreachForCausalLM, ids: Tensor, tokens: int, how: Sampler = GREEDY) -> Tensor:
-    """Tokens by plain forward passes over a new cache."""
-    cache, drawn = RingCache(model.config), [ids]
+def plainly(
+    model: WindreachForCausalLM, ids: Tensor, tokens: int, how: Sampler = GREEDY, cache: RingCache | None = None
+) -> Tensor:
+    """Tokens by plain forward passes."""
+    cache, drawn = cache or RingCache(model.config), [ids]
     for _ in range(tokens):
         drawn.append(how(model(drawn[-1], past_key_values=cache).logits[:, -1])[:, None])
     return torch.cat(drawn[1:], 1)
@@ -170,12 +174,13 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         return made[-1]
 
     @contextlib.contextmanager
-    def record(tape: Tape, capture_error_mode: str) -> Iterator[None]:
+    def record(tape: Tape, stream: None, capture_error_mode: str) -> Iterator[None]:
         with tape:
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(ring, "_stream", lambda device: None)
     monkeypatch.setattr(decoder, "can_record", lambda x: True)
     return made
 
@@ -186,7 +191,6 @@ def test_a_recorded_step_writes_the_tokens_of_plain_steps_however_often_the_ring
 ) -> None:
     model, ids = with_sinks(tiny_model(STACKS[stack])), token_ids(2, W + 2)
     expected = plainly(model, ids, 8 * W)
-    model.record_decoding()
     assert torch.equal(in_blocks(model, ids, 8 * W), expected)
     assert [tape.replays for tape in tapes] == [8 * W - 2]  # without the prompt and the token that warmed up
 
@@ -206,8 +210,7 @@ def test_a_recorded_step_keeps_packed_and_padded_rows_apart(tapes: list[Tape]) -
 
 def test_turns_and_cropped_tokens_leave_a_recording_valid(tapes: list[Tape]) -> None:
     model = tiny_model(STACKS["global"])
-    expected = [in_blocks(model, ids, 6, cache=cache) for cache in [RingCache(model.config)] for ids in turns(cache)]
-    model.record_decoding()
+    expected = [plainly(model, ids, 6, cache=cache) for cache in [RingCache(model.config)] for ids in turns(cache)]
     got = [in_blocks(model, ids, 6, cache=cache) for cache in [RingCache(model.config)] for ids in turns(cache)]
     assert all(map(torch.equal, got, expected))
     assert len(tapes) == 1
@@ -254,18 +257,61 @@ def test_generate_replays_the_recorded_step(tapes: list[Tape]) -> None:
 def test_a_hook_prevents_a_recording_because_it_must_see_every_token(tapes: list[Tape]) -> None:
     model, calls = tiny_model(), []
     model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: calls.append(1))
-    model.record_decoding()
     in_blocks(model, token_ids(1, 3), 9)
     assert (len(calls), tapes) == (9, [])
 
 
 def test_a_model_on_a_cpu_or_under_autocast_is_not_recorded() -> None:
     model = tiny_model()
-    model.record_decoding()
     assert not decoder.can_record(torch.zeros(1))
     cache = RingCache(model.config)
     in_blocks(model, token_ids(1, 3), 9, cache=cache)
-    assert cache.recording.graph is None
+    assert cache.recording.recorded is None
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention of a single token, and what is compiled, are those of a GPU."""
+    monkeypatch.setattr(reference, "kernel_is_slow", lambda q: True)
+    monkeypatch.setattr(decoder, "on_gpu", lambda x: True)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_single_tokens_without_the_kernel_are_those_with_it(stack: str, as_on_gpu: None) -> None:
+    model, ids = with_sinks(tiny_model(STACKS[stack])), token_ids(2, 20)
+    with torch.no_grad():
+        cache, expected = RingCache(model.config), model(ids).logits
+        got = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_regions_of_like_layers_are_compiled_once(as_on_gpu: None) -> None:
+    stack = [*STACKS["sliding"], {"window": W, "sink": True}]
+    model, ids = with_sinks(tiny_model([*stack, *stack, *STACKS["sliding"], {"window": W}])), token_ids(2, W)
+    expected, before = plainly(model, ids, 4 * W), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    model.compile_decoding()
+    assert torch.equal(in_blocks(model, ids, 4 * W), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_module_that_was_changed_is_compiled_anew(device: str, request: pytest.FixtureRequest) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    if device == "gpu":
+        request.getfixturevalue("as_on_gpu")
+    model, ids = tiny_model(), token_ids(1, 3)
+    model.compile_decoding()
+    before = in_blocks(model, ids, 9)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    model.model.layers[0].self_attn.q_proj = Doubled(*weight.shape[::-1], bias=False)
+    compiled, model.model._structure = in_blocks(model, ids, 9), ""
+    model.model._run_region = decoder._run_region
+    assert torch.equal(compiled, plainly(model, ids, 9))
+    assert not torch.equal(compiled, before)
 
 
 @pytest.fixture
@@ -273,9 +319,8 @@ def gpu_model() -> WindreachForCausalLM:
     return with_sinks(tiny_model([*STACKS["everything"], {"window": 7}], qk_norm=True)).cuda()
 
 
+@pytest.mark.cuda
 class TestOnGpu:
-    pytestmark = on_gpu
-
     @pytest.mark.parametrize("compiled", [False, True])
     @pytest.mark.parametrize("rows", [1, 3])
     def test_a_recorded_step_writes_the_tokens_of_plain_steps(
@@ -283,15 +328,15 @@ class TestOnGpu:
     ) -> None:
         ids = token_ids(rows, W + 2).cuda()
         expected = plainly(gpu_model, ids, 300).cpu()
-        gpu_model.compile_decoding() if compiled else gpu_model.record_decoding()
+        if compiled:
+            gpu_model.compile_decoding()
         cache = RingCache(gpu_model.config)
         assert torch.equal(in_blocks(gpu_model, ids, 300, block=16, cache=cache), expected)
-        assert cache.recording.graph is not None
+        assert cache.recording.recorded is not None
 
     def test_a_full_layer_may_grow_under_a_recording(self, gpu_model: WindreachForCausalLM) -> None:
         ids = token_ids(2, 250).cuda()
         expected = plainly(gpu_model, ids, 20).cpu()
-        gpu_model.record_decoding()
         blocks = token_blocks(gpu_model, ids, GREEDY, RingCache(gpu_model.config), block=19)
         assert torch.equal(torch.cat([next(blocks), next(blocks)], 1), expected)
 
@@ -299,23 +344,25 @@ class TestOnGpu:
     def test_the_seed_decides_the_sample_recorded_or_not(self, gpu_model: WindreachForCausalLM, top_p: float) -> None:
         ids = token_ids(2, W).cuda()
         expected = plainly(gpu_model, ids, 60, sampler(0.8, top_p, device="cuda")).cpu()
-        gpu_model.record_decoding()
         assert torch.equal(in_blocks(gpu_model, ids, 60, sampler(0.8, top_p, device="cuda")), expected)
         assert not torch.equal(in_blocks(gpu_model, ids, 60, sampler(0.8, top_p, 1, device="cuda")), expected)
 
+    @pytest.mark.parametrize("compiled", [False, True])
     @torch.inference_mode()
-    def test_the_host_never_waits_between_two_blocks(self, gpu_model: WindreachForCausalLM) -> None:
-        gpu_model.record_decoding()
+    def test_the_host_never_waits_between_two_blocks(self, gpu_model: WindreachForCausalLM, compiled: bool) -> None:
+        gpu_model.compile_decoding() if compiled else gpu_model.record_decoding()
         cache, how = RingCache(gpu_model.config), sampler(0.8, 0.9, device="cuda")
         newest = how(gpu_model(token_ids(2, W).cuda(), past_key_values=cache).logits[:, -1])[:, None]
-        for i in range(40):
-            torch.cuda.set_sync_debug_mode("error" if i >= 2 else "default")  # the first two warm up and record
-            newest = how(gpu_model(newest, past_key_values=cache).logits[:, -1])[:, None]
-        torch.cuda.set_sync_debug_mode("default")
-        assert cache.recording.graph is not None
+        try:
+            for i in range(40):
+                torch.cuda.set_sync_debug_mode("error" if i >= 2 else "default")  # the first two warm up and record
+                newest = how(gpu_model(newest, past_key_values=cache).logits[:, -1])[:, None]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert cache.recording.recorded is not None
 
 
 def test_a_copied_recording_is_empty() -> None:
-    recording = Recording()
-    recording.is_warm = True
-    assert not recording.__deepcopy__({}).is_warm
+    warm = Recording()
+    warm.is_warm = True
+    assert not copy.deepcopy(warm).is_warm

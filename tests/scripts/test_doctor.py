@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "measure", lambda device: known)
     monkeypatch.setattr(machine, "compiler", lambda device: Section("Compiler"))
     monkeypatch.setattr(speed, "bench_train", lambda setup, only: [measured(0.1, 0.2)])
-    monkeypatch.setattr(speed, "bench_decode", lambda *arguments: [measured(0.1, 0.2)])
+    monkeypatch.setattr(speed, "bench_decode", lambda *arguments, only: [measured(0.1, 0.2)])
 
 
 def measured(ours: float, theirs: float | None, note: str = "") -> Row:

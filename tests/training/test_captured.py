@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from model.attention import AttentionPlan
 from model.errors import UserError
-from tests.training.test_step import inputs_of, make_trainer
-from training.captured import WARM_CALLS, Captured, worth_capturing
+from model.packing import Packing
+from model.windows import LayerSpec
+from tests.training.test_step import Reads, inputs_of, make_trainer
+from training.captured import WARM_CALLS, Captured, check_graphs, worth_capturing
 
 
 def ranks(device: str, processes: int = 1) -> Any:
@@ -31,14 +34,40 @@ def ranks(device: str, processes: int = 1) -> Any:
 def test_thin_stacks_on_one_gpu_become_graphs(
     setting: bool | str, device: str, processes: int, seconds: float, captured: bool
 ) -> None:
-    assert worth_capturing(setting, ranks(device, processes), seconds) == captured
+    assert worth_capturing(setting, ranks(device, processes), seconds, waits=False) == captured
 
 
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cuda", 2)])
 def test_a_graph_that_is_asked_for_and_cannot_be_made_is_refused(device: str, processes: int) -> None:
     message = f"training.compile is 'reduce-overhead', .* {processes} process(es)? on {device}; set it to true"
     with pytest.raises(UserError, match=message):
-        worth_capturing("reduce-overhead", ranks(device, processes), 1e-5)
+        check_graphs("reduce-overhead", ranks(device, processes), waits=False)
+
+
+def test_a_step_that_reads_the_device_does_not_become_a_graph() -> None:
+    assert not worth_capturing(True, ranks("cuda"), 1e-5, waits=True)
+    with pytest.raises(UserError, match=r"1 process on cuda, and attention that reads the device .*; set it to true"):
+        check_graphs("reduce-overhead", ranks("cuda"), waits=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "spec"),
+    [
+        ("blocked", LayerSpec("sliding", 4)),
+        ("blocked", LayerSpec("sliding", 4, global_tokens=1)),
+        ("blocked", LayerSpec("dilated", 4, dilation=2)),
+        ("blocked", LayerSpec("chunked", 4)),
+        ("blocked", LayerSpec("full")),
+        ("flash", LayerSpec("sliding", 4)),
+        ("reference", LayerSpec("sliding", 4, global_tokens=1)),
+    ],
+)
+def test_a_plan_says_whether_it_reads_where_documents_lie(backend: str, spec: LayerSpec) -> None:
+    packing = Packing.of_documents(torch.tensor([[0] * 9 + [1] * 23, [0] * 32]))
+    plan = AttentionPlan(spec, backend, "", "cpu")
+    with Reads() as reads:
+        plan.prepare(packing, batch_size=2)
+    assert bool(reads.counted) == plan.waits
 
 
 @pytest.mark.cuda

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.cross_entropy
+from data.tasks.question import UNSCORED
 from training.cross_entropy import cross_entropy
 
 N, E, V = 37, 8, 29
@@ -36,6 +37,40 @@ def test_chunks_of_any_size_equal_the_loss_at_once(n: int, v: int, rows: int, z_
     whole = outcome(*cross_entropy(hidden, weight, labels, z_weight, rows=n), hidden, weight)
     for a, b in zip(chunks, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, N + 3])
+def test_labels_that_are_not_scored_change_nothing_and_get_no_gradient(rows: int) -> None:
+    hidden, weight, labels = case()
+    wide, unscored = torch.cat((hidden, hidden[:3])), torch.cat((labels, labels.new_full((3,), UNSCORED)))
+    more = outcome(*cross_entropy(wide, weight, unscored, 0.01, rows), hidden, weight)
+    less = outcome(*cross_entropy(hidden, weight, labels, 0.01, rows), hidden, weight)
+    assert not more[1][N:].any()
+    for a, b in zip((more[0], more[1][:N], *more[2:]), less, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_let_go_of_their_gradients_once_they_are_handed_on() -> None:
+    """A step holds the graph of a micro-batch while the next one is computed."""
+    hidden, weight, labels = case()
+    loss = cross_entropy(hidden, weight, labels, rows=8).loss
+    assert [g.shape for g in loss.grad_fn.gradients] == [hidden.shape, weight.shape]
+    loss.backward()
+    assert loss.grad_fn.gradients is None
+
+
+def test_nearly_as_many_positions_are_chunks_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed text scores a few positions less for each document, and every other shape would be compiled."""
+    shapes, differentiate = set(), training.cross_entropy._differentiate
+
+    def record(logits: Tensor, *others: Any) -> Any:
+        shapes.add(logits.shape)
+        return differentiate(logits, *others)
+
+    monkeypatch.setattr(training.cross_entropy, "_differentiate_on", lambda _: record)
+    for n in range(1980, 2049, 4):
+        cross_entropy(*case(n), rows=1100)
+    assert shapes == {(1024, V)}
 
 
 def test_under_autocast_both_multiply_in_bfloat16_and_sum_in_float32() -> None:

@@ -83,6 +83,27 @@ def test_updates_are_the_weighted_sum_and_decay_does_not_depend_on_the_number_of
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # second order in rate * decay
 
 
+def test_a_step_without_objectives_changes_nothing() -> None:
+    """Both weights may be 0 for a while."""
+    model, untouched = small_model(), small_model()
+    update(SummedOptimizer(model.named_parameters(), ["text"], SETTINGS), 0.01, {})
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters(), strict=True))
+
+
+@pytest.mark.cuda
+def test_parameters_that_are_offloaded_to_the_cpu_are_updated_with_rates_on_the_gpu() -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        model = small_model()
+        optimizer = SummedOptimizer(model.named_parameters(), ["text"], SETTINGS)
+        loss(model, 1.0, 0).backward()
+        optimizer.take("text", 1.0)
+        rate, weight, finite = (torch.tensor(x, device=device) for x in (0.01, 1.0, True))
+        optimizer.step(rate, {"text": weight}, finite)
+        results.append(list(model.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 def test_take_returns_the_norm_before_clipping_and_clears_the_gradients() -> None:
     model = small_model()
     optimizer = SummedOptimizer(model.named_parameters(), ["text"], SETTINGS)

@@ -156,3 +156,12 @@ def test_out_of_memory_says_what_to_lower_and_that_the_run_goes_on(tmp_path: Pat
     assert "training.micro_batch_tokens (now 512 tokens" in said
     assert "the same command then goes on" in said
     assert yaml.safe_load((tmp_path / "tiny.yaml").read_text())["training"]["tokens_per_step"] == 512
+
+
+def test_a_resumed_run_also_waits_less_long_for_a_lost_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("training.loop.shorten_timeout", lambda: calls.append(1))
+    assert make_trainer(tmp_path, max_steps=4, save_every_steps=2).run()
+    checkpoint = tmp_path / "run/checkpoints/step-000002"
+    assert Trainer(load_settings(tmp_path / "tiny.yaml"), str(checkpoint)).run()
+    assert calls == [1, 1]

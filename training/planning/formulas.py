@@ -25,7 +25,7 @@ from model.attention import Device, plan_attention
 from model.config import WindreachConfig
 from model.flops import count_parameters, forward_flops, parameters
 from model.windows import LayerSpec
-from training.cross_entropy import LOGITS_AT_ONCE
+from training.cross_entropy import GPU_FACTOR, LOGITS_AT_ONCE
 from training.curriculum import Curriculum
 from training.objective import Plan, step_flops, step_plan
 from training.processes.precision import DTYPES
@@ -170,9 +170,12 @@ def micro_batch_bytes(config: WindreachConfig, setup: Setup, w: Work, rows: int)
     streams = (depth + 1) * stream if w.relay else 0
     e, logits = config.hidden_size, rows * min(w.scored_per_row, seq_len) * config.vocab_size
     head = 3 * 4 * e * rows * seq_len  # the final norm
-    head += 3 * 4 * min(logits, max(config.vocab_size, LOGITS_AT_ONCE))  # logits, softmax and gradient in float32
-    if logits > LOGITS_AT_ONCE:  # computed in parts, while the gradient of the head is kept
-        head += 4 * config.vocab_size * e
+    on_gpu = setup.device.type == "cuda"
+    at_once = max(config.vocab_size, LOGITS_AT_ONCE * (GPU_FACTOR if on_gpu else 1))
+    if logits <= at_once:  # logits, softmax and gradient in float32
+        head += 3 * 4 * logits
+    else:  # computed in parts, while the gradient of the head is kept; fused on a GPU, where two copies are left
+        head += at_once * (2 * setup.product_bytes if on_gpu else 3 * 4) + 4 * config.vocab_size * e
     return activations, max(forward + head + 2 * streams, backward + streams)
 
 

@@ -1,9 +1,14 @@
-import pytest
+from dataclasses import replace
 
-from model.decoder import WindreachForCausalLM
+import pytest
+import torch
+
+from model.cache import RingCache
+from model.config import WindreachConfig
+from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError
 from scripts.benchmarks import decode
-from scripts.benchmarks.decode import bench_decode, bench_prefill, bench_stream
+from scripts.benchmarks.decode import Generation, Loop, bench_decode, bench_prefill, bench_stream, dtype_of, held_bytes
 from scripts.benchmarks.timing import Setup
 
 
@@ -18,6 +23,22 @@ def test_the_ring_has_the_bytes_of_a_window_and_all_write_the_same_tokens(setup:
     assert {row.note for row in rows} == {""}
     assert all(row.case.endswith(", same tokens") for row in rows)
     assert [row.limit for row in rows] == [3.0, 3.0, None] * 2
+
+
+def test_our_loop_writes_the_tokens_of_generate(tiny_config: WindreachConfig) -> None:
+    model, prompt = build_model(tiny_config).eval(), torch.arange(6).view(2, 3)
+    runs = [way(model, lambda: RingCache(tiny_config), prompt, 20) for way in (Loop, Generation)]
+    for run in runs:
+        run()
+    assert torch.equal(runs[0].tokens, runs[1].tokens)
+
+
+def test_weights_have_the_chosen_precision_on_a_gpu_only(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu, in_bf16 = replace(setup, device=torch.device("cuda")), replace(setup, precision="bf16")
+    dtypes = [dtype_of(x) for x in (setup, in_bf16, on_gpu, replace(on_gpu, precision="bf16"))]
+    assert dtypes == [torch.float32] * 3 + [torch.bfloat16]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    assert held_bytes(on_gpu.device) == 70
 
 
 def test_prefill_is_timed_alone_and_beside_sdpa(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

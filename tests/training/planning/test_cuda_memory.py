@@ -1,15 +1,17 @@
 """The memory that a plan promises, beside what the allocator of a GPU held at most in real training steps."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Device
 from model.config import WindreachConfig
 from model.decoder import build_model
 from model.packing import Packing
-from training.objective import Scorer, Target
+from training.objective import Scorer
 from training.optimizer import SummedOptimizer
 from training.planning.formulas import Setup, memory
 from training.settings.build import init_options, model_config
@@ -42,14 +44,15 @@ def measured_peak(settings: Settings, config: WindreachConfig, device: str, comp
     before = torch.cuda.memory_allocated()
     scorer = Scorer(build_model(config, init_options(settings)), None).to(device).train()
     if settings.training.activation_checkpointing:
-        scorer.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        scorer.decoder.model.gradient_checkpointing = True  # as transformers does, by a name that differs by version
+        scorer.decoder.model._gradient_checkpointing_func = recomputed
     if compiled:
         scorer.decoder.compile_layers()
     optimizer = SummedOptimizer(scorer.named_parameters(), ["text"], settings.training.optimizer)
     ids = torch.randint(VOCABULARY, (4, settings.data.seq_len), generator=torch.Generator().manual_seed(0)).to(device)
-    targets = {"text": Target(torch.arange(ids.numel(), device=device), ids.flatten())}
-    packing = Packing.of_whole_rows(ids.shape[1], ids.device)
-    rate, weights, finite = torch.tensor(1e-3).to(device), {"text": torch.tensor(1.0).to(device)}, torch.tensor(True)
+    packing = Packing.of_whole_rows(settings.data.seq_len, ids.device)
+    targets = {"text": (torch.arange(ids.numel(), device=device), ids.flatten())}
     for _ in range(3):  # the first one also makes the moments, and what compilation needs
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
@@ -57,7 +60,8 @@ def measured_peak(settings: Settings, config: WindreachConfig, device: str, comp
                 loss = scorer(ids, packing, targets)["text"].loss
             loss.backward()
         optimizer.take("text", 1.0)
-        optimizer.step(rate, weights, finite.to(device))
+        rate, weights = torch.tensor(1e-3, device=device), {"text": torch.tensor(1.0, device=device)}
+        optimizer.step(rate, weights, torch.tensor(True, device=device))
     return torch.cuda.max_memory_allocated() - before
 
 
