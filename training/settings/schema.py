@@ -202,7 +202,7 @@ class TrainingSettings(Strict):
     """Whether torch.compile compiles the layers. Turn it off for runs of seconds. On one GPU each step of a small model
     also becomes one CUDA graph. reduce-overhead: for any model. max-autotune: also with the fastest of many kernels."""
     deterministic: bool = False
-    """Whether a resumed run has the same bits on a GPU too: slower, and not with every attention backend."""
+    """Whether to compute on a GPU with the same bits every time: slower, and not with every attention backend."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of each process. Default: cores / processes."""
     max_skipped_steps: PositiveInt = 10
