@@ -1,4 +1,4 @@
-"""Tells whether this machine is all right: versions, devices, attention against the oracle, speed, and how to fix what is wrong.
+"""Tells whether this machine is all right: versions, devices, attention, speed, and how to fix what is wrong.
 
     python scripts/doctor.py                  about a minute on a CPU, a few on a GPU
     python scripts/doctor.py --json doctor.json
