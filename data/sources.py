@@ -12,13 +12,14 @@ from itertools import islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.folders import sha256_of
+from data.folders import file_hashes, remembered
 from data.novels import BOOKS, novels
 from data.settings import DataSettings
 from model.errors import UserError
 
 SPLITS = ("train", "heldout")
 HELDOUT_EVERY = 20  # documents
+HASHES = "hashes.json"  # in data.cache_dir
 # The builder of `datasets` for each suffix of a table, in any case, with or without .gz. Other files are text.
 TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -52,15 +53,43 @@ def documents(data: DataSettings, split: str) -> Iterator[Document]:
 
 
 def source_fingerprint(data: DataSettings, split: str) -> str:
-    """SHA-256 (hex) of a split. A hub data set is known by its settings: when it changes, clear `data.cache_dir`."""
+    """SHA-256 (hex) of a split. A hub data set is known by its settings: when it changes, clear `data.cache_dir`.
+
+    Local files are known by their content. `data.cache_dir` remembers its hash while their size and times stay.
+    """
     content: list[Any] = [BOOKS[split]]
+    paths = _local_files(data, split)
+    hashes = file_hashes(paths, Path(data.cache_dir) / HASHES)
     if data.source == "files":
-        paths, every = _split_files(data, split)
-        content = [data.text_column, every, [(_table_suffix(path) or path.suffix, sha256_of(path)) for path in paths]]
+        suffixes = [_table_suffix(path) or path.suffix for path in paths]
+        content = [data.text_column, _split_files(data, split)[1], list(zip(suffixes, hashes, strict=True))]
     elif data.hub:
-        local = sorted(path for path in Path(data.hub.name).rglob("*") if path.is_file())
-        content = [data.hub.model_dump(), [sha256_of(path) for path in local]]
+        content = [data.hub.model_dump(), hashes]
     return hashlib.sha256(json.dumps([data.source, split, *content], sort_keys=True).encode()).hexdigest()
+
+
+def altered_files(data: DataSettings) -> tuple[int, list[Path]]:
+    """Read all local files again. Returns their number, and those whose content is not the remembered one."""
+    memory = Path(data.cache_dir) / HASHES
+    paths = sorted({path.absolute() for split in SPLITS for path in _local_files(data, split)})
+    known, hashes = remembered(memory), file_hashes(paths, memory, trust=False)
+    named = zip(paths, hashes, strict=True)
+    return len(paths), [path for path, now in named if known.get(str(path), [now])[-1] != now]
+
+
+def text_size(data: DataSettings, split: str) -> int | None:
+    """About the bytes of text in a split; None for tables and the hub, where only reading tells."""
+    if data.source != "files":
+        return None
+    paths, every = _split_files(data, split)
+    share = 1.0 if every is None else 1 / every if split == "heldout" else 1 - 1 / every
+    return None if any(map(_table_suffix, paths)) else round(share * sum(path.stat().st_size for path in paths))
+
+
+def _local_files(data: DataSettings, split: str) -> list[Path]:
+    if data.source == "files":
+        return _split_files(data, split)[0]
+    return sorted(path for path in Path(data.hub.name).rglob("*") if path.is_file()) if data.hub else []
 
 
 def _files(data: DataSettings, split: str) -> Iterator[Document]:

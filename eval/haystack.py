@@ -71,7 +71,7 @@ def open_haystack(
 
     _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
     total = len(store.tokens) if max_tokens is None else min(max_tokens, len(store.tokens))
-    borders = [*(int(start) for start in store.document_starts if start < total), total]
+    borders = [*store.document_starts[: np.searchsorted(store.document_starts, total)].tolist(), total]
     documents = [
         HeldOutDocument(np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
         for start, end in pairwise(borders)

@@ -2,9 +2,11 @@
 
     python scripts/prepare_data.py CONFIG.yaml [key=value ...]
     python scripts/prepare_data.py CONFIG.yaml --tokenizer DIR      trains the tokenizer alone and saves it
+    python scripts/prepare_data.py CONFIG.yaml --verify             reads every file again and says which have changed
 
-The results are cached in data.cache_dir. `train.py` does the same if they are not there yet. DIR gets tokenizer.model
-(for data.tokenizer.model_file) and the files that `AutoTokenizer.from_pretrained` reads.
+The results are cached in data.cache_dir. `train.py` does the same if they are not there yet. The same command goes on
+where a killed one stopped. DIR gets tokenizer.model (for data.tokenizer.model_file) and the files that
+`AutoTokenizer.from_pretrained` reads. `--verify` ends with exit code 2 if a file has changed.
 """
 
 import argparse
@@ -16,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from data.settings import DataSettings
+from data.sources import altered_files
 from data.token_store import fingerprint, prepare_tokens
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError, cli
@@ -27,8 +31,14 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.tokenizer.vocab_size=4096")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="train the tokenizer alone and save it in DIR")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that encode text; default: one a core")
+    parser.add_argument("--verify", action="store_true", help="only compare every file with its remembered hash")
     arguments = parser.parse_intermixed_args()
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers is {arguments.workers}; give at least 1, or leave it out for one a core")
     settings = load_settings(arguments.config, arguments.overrides)
+    if arguments.verify:
+        return verify(settings.data)
     console, tokenizer = Console(), prepare_tokenizer(settings)
     facts = f"tokenizer: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:16]}"
     if arguments.tokenizer:
@@ -37,13 +47,26 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"--tokenizer {arguments.tokenizer}: can't be written: {error.strerror}") from error
         return console.print(f"{facts}, in {arguments.tokenizer}")
-    train, heldout = prepare_tokens(settings, tokenizer)
+    train, heldout = prepare_tokens(settings, tokenizer, arguments.workers)
     table = Table("split", "documents", "tokens", "bytes", "bytes per token")
     for split, store in {"train": train, "heldout": heldout}.items():
         n_bytes, tokens = store.bytes_of(0, len(store.tokens)), len(store.tokens)
-        table.add_row(split, f"{len(store.names):,}", f"{tokens:,}", f"{n_bytes:,}", f"{n_bytes / tokens:.3f}")
+        table.add_row(
+            split, f"{len(store.document_starts):,}", f"{tokens:,}", f"{n_bytes:,}", f"{n_bytes / tokens:.3f}"
+        )
     sources = fingerprint([train.source_sha256, heldout.source_sha256], tokenizer)
     console.print(table, facts, f"tokens: fingerprint {sources[:16]}, in {settings.data.cache_dir}", sep="\n")
+
+
+def verify(data: DataSettings) -> None:
+    """Raises UserError if a file has another content than when it was last read."""
+    files, altered = altered_files(data)
+    if altered:
+        raise UserError(
+            f"{len(altered)} of {files} files have changed since they were last read; put the old ones back, or go on "
+            "with the new ones\n" + "\n".join(f"  {path}" for path in altered)
+        )
+    print(f"{files} files were read; none has changed")
 
 
 if __name__ == "__main__":

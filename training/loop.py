@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from data.tasks import need_keys
 from data.tasks.vocabulary import recall_vocabulary
-from data.token_store import TokenStore, prepare_tokens
+from data.token_store import open_tokens, token_folder
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.attention import AttentionPlan, Device, check_backend, plan_attention
@@ -78,9 +78,9 @@ class Trainer:
         set_up_threads(settings.training.num_threads, local_processes=local)
         make_deterministic(settings.training.deterministic)
 
-        # 1. Data: the main process fills the cache, then every process reads it.
-        ask_main(lambda: self._cached_data() and None)
-        self.tokenizer, train_store, heldout_store = self._cached_data()
+        # 1. Data: the main process fills the cache, then every process maps it. Only the main one reads the text.
+        self.tokenizer, tokens = ask_main(self._cached_data)
+        train_store, heldout_store = open_tokens(tokens, self.tokenizer)
 
         # 2. Model.
         config = model_config(settings, self.tokenizer.vocab_size)
@@ -146,9 +146,9 @@ class Trainer:
         flops = plan.micro_rows * plan.seq_len * flops_per_token(self.config, plan.seq_len, training=True)
         return flops / self.config.num_hidden_layers / self.facts["matmul_rate"]
 
-    def _cached_data(self) -> tuple[Tokenizer, TokenStore, TokenStore]:
+    def _cached_data(self) -> tuple[Tokenizer, Path]:
         tokenizer = prepare_tokenizer(self.settings)
-        return (tokenizer, *prepare_tokens(self.settings, tokenizer))
+        return tokenizer, token_folder(self.settings, tokenizer)
 
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))

@@ -3,11 +3,14 @@
 import csv
 import gzip
 import json
+import os
+import time
 
 import datasets
 import pytest
 
-from data.sources import HELDOUT_EVERY, documents, source_fingerprint
+from data import folders
+from data.sources import HELDOUT_EVERY, altered_files, documents, source_fingerprint, text_size
 from model.errors import UserError
 
 SENTENCES = [f"Sentence {i} of a text." for i in range(40)]
@@ -171,3 +174,65 @@ def test_a_file_is_known_by_its_content_not_its_name_or_time(make_settings, tmp_
     assert source_fingerprint(moved.data, "train") == before
     (tmp_path / "other.txt").write_text("Changed.")
     assert source_fingerprint(moved.data, "train") != before
+
+
+@pytest.fixture
+def remembering(monkeypatch):
+    """Files of any age are remembered."""
+    monkeypatch.setattr(folders, "SETTLED_NS", -(10**12))
+
+
+def test_an_unchanged_file_is_read_once(make_settings, monkeypatch, remembering):
+    run = make_settings()
+    before = source_fingerprint(run.data, "train")
+    monkeypatch.setattr(folders, "sha256_of", None)
+    assert source_fingerprint(run.data, "train") == before
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed(make_settings, tmp_path, remembering):
+    run, file = make_settings(), tmp_path / "train.txt"
+    before, times = source_fingerprint(run.data, "train"), file.stat()
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    file.write_text(file.read_text().swapcase())
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert source_fingerprint(run.data, "train") != before
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(make_settings, tmp_path):
+    source_fingerprint(make_settings().data, "train")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"a": '])
+def test_damaged_hashes_are_made_again(damage, make_settings, tmp_path, remembering):
+    run = make_settings()
+    before = source_fingerprint(run.data, "train")
+    (tmp_path / "cache" / "hashes.json").write_text(damage)
+    assert source_fingerprint(run.data, "train") == before
+
+
+def test_hashes_of_other_files_are_forgotten_oldest_first(make_settings, tmp_path, monkeypatch, remembering):
+    monkeypatch.setattr(folders, "FORGET_AFTER", 1)
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+        source_fingerprint(make_settings(train_files=[str(tmp_path / name)]).data, "train")
+    assert list(folders.remembered(tmp_path / "cache" / "hashes.json")) == [str(tmp_path / name) for name in "bc"]
+
+
+def test_reading_every_file_again_finds_the_one_that_differs(make_settings, tmp_path, remembering):
+    run, memory = make_settings(), tmp_path / "cache" / "hashes.json"
+    before = source_fingerprint(run.data, "train")
+    assert altered_files(run.data) == (2, [])
+    memory.write_text(memory.read_text().replace(folders.sha256_of(tmp_path / "train.txt"), "0" * 64))
+    assert source_fingerprint(run.data, "train") != before
+    assert altered_files(run.data) == (2, [tmp_path / "train.txt"])
+    assert source_fingerprint(run.data, "train") == before
+
+
+def test_the_size_of_text_is_known_for_text_files_alone(make_settings, tmp_path):
+    size = (tmp_path / "train.txt").stat().st_size
+    assert text_size(make_settings().data, "train") == size
+    assert text_size(make_settings(heldout_files=[]).data, "heldout") == round(size / HELDOUT_EVERY)
+    (tmp_path / "rows.jsonl").touch()
+    assert text_size(make_settings(train_files=[str(tmp_path / "rows.jsonl")]).data, "train") is None
+    assert text_size(make_settings(source="novels").data, "train") is None

@@ -5,6 +5,7 @@ import sys
 import pytest
 import yaml
 
+from data import folders
 from data.tokenizer import load_tokenizer
 from model.errors import UserError
 from scripts import prepare_data
@@ -46,4 +47,22 @@ def test_a_tokenizer_alone_is_saved_and_loads(config, monkeypatch, capsys, tmp_p
 def test_a_folder_that_can_not_be_written_is_refused(config, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "--tokenizer", str(tmp_path / "train.txt")])
     with pytest.raises(UserError, match=r"--tokenizer .*train\.txt: can't be written: File exists"):
+        prepare_data.main()
+
+
+def test_too_few_workers_are_refused(config, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "--workers", "0"])
+    with pytest.raises(UserError, match="--workers is 0; give at least 1, or leave it out for one a core"):
+        prepare_data.main()
+
+
+def test_verify_names_the_files_that_have_changed(config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(folders, "SETTLED_NS", -(10**12))
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "--verify"])
+    prepare_data.main()
+    assert capsys.readouterr().out == "2 files were read; none has changed\n"
+    (tmp_path / "train.txt").write_text("Another text.\n")
+    with pytest.raises(
+        UserError, match=r"1 of 2 files have changed since they were last read;[^/]*\n  /.*/train\.txt$"
+    ):
         prepare_data.main()
