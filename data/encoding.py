@@ -7,12 +7,15 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from model.errors import UserError
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -37,8 +40,12 @@ def token_dtype(tokenizer: "Tokenizer") -> np.dtype[Any]:
 
 
 def encoded(texts: Iterable[str], tokenizer: "Tokenizer", workers: int | None = None) -> Iterator[Encoded]:
-    """The documents in batches. `workers` is the number of processes; default: one for each core of this process."""
-    batches, workers = _batches(texts), workers or len(os.sched_getaffinity(0))
+    """The documents in batches. `workers` is the number of processes; default: one for each core of this process.
+
+    Raises `UserError` if a worker was killed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    batches, workers = _batches(texts), workers or cores
     first = list(islice(batches, FEW))
     if workers == 1 or len(first) < FEW:
         yield from map(partial(_encode, tokenizer), chain(first, batches))
@@ -53,6 +60,11 @@ def encoded(texts: Iterable[str], tokenizer: "Tokenizer", workers: int | None = 
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that encodes text was killed, perhaps for lack of memory; run the same command again: it goes "
+            "on where it stopped (or scripts/prepare_data.py CONFIG.yaml --workers N, with fewer processes)"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -82,7 +94,8 @@ def _encode_in_worker(texts: list[str]) -> Encoded:
 def _start_worker(tokenizer: "Tokenizer") -> None:
     global _tokenizer
     _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process too, which ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the main process too, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_main, daemon=True).start()
 
 

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,13 @@ def test_a_killed_preparation_ends_with_the_same_bytes(many, tmp_path):
 def test_any_number_of_workers_writes_the_same_bytes(workers, many, tmp_path):
     expected, tokenizer = undisturbed(many, tmp_path / "other"), prepare_tokenizer(many)
     assert content(token_folder(many, tokenizer, workers)) == expected
+
+
+def test_a_killed_worker_is_reported(monkeypatch):
+    monkeypatch.setattr(encoding, "FEW", 1)
+    tokenizer = SimpleNamespace(vocab_size=2, bos_id=0, eos_id=1, encode=exec)
+    with pytest.raises(UserError, match=r"was killed, perhaps for lack of memory; run the same command again"):
+        list(encoding.encoded(["import os; os._exit(1)"], tokenizer, 2))
 
 
 def test_little_text_starts_no_workers(make_settings, monkeypatch):
