@@ -69,6 +69,12 @@ def encoded(texts: Iterable[str], tokenizer: "Tokenizer", workers: int | None = 
         pool.shutdown(cancel_futures=True)
 
 
+def refuse_unguarded_main() -> None:
+    """Raises RuntimeError in a worker that runs the program anew, which would wait for its own main process."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what `multiprocessing` itself looks at
+        raise RuntimeError('text is encoded in worker processes; put the program under `if __name__ == "__main__":`')
+
+
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch, characters = [], 0
     for text in texts:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.encoding import encoded, token_dtype
+from data.encoding import encoded, refuse_unguarded_main, token_dtype
 from data.folders import one_at_a_time, write_text
 from data.progress import encoding_progress
 from data.settings import RunSettings
@@ -75,6 +75,7 @@ def token_folder(settings: RunSettings, tokenizer: "Tokenizer", workers: int | N
     sources = {split: source_fingerprint(settings.data, split) for split in SPLITS}
     folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(list(sources.values()), tokenizer)[:16]}"
     if _index(folder) is None:
+        refuse_unguarded_main()
         with one_at_a_time(folder):
             if _index(folder) is None:  # else another process wrote it while this one waited
                 part = folder.with_suffix(".part")

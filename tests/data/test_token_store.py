@@ -1,6 +1,7 @@
 """The token cache: what it holds, when it is made again, and that it is never half there."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -193,6 +194,16 @@ def test_a_killed_worker_is_reported(monkeypatch):
     tokenizer = SimpleNamespace(vocab_size=2, bos_id=0, eos_id=1, encode=exec)
     with pytest.raises(UserError, match=r"was killed, perhaps for lack of memory; run the same command again"):
         list(encoding.encoded(["import os; os._exit(1)"], tokenizer, 2))
+
+
+def test_a_program_without_a_guarded_main_ends_with_the_reason(many, tmp_path):
+    settings = f"settings = Settings.model_validate_json({many.model_dump_json()!r})\n"
+    call = "token_store.token_folder(settings, prepare_tokenizer(settings), 2)\n"
+    (tmp_path / "program.py").write_text(KILLED.partition("calls = 0")[0] + settings + call)
+    root = str(Path(packing.__file__).parents[1])
+    command, env = [sys.executable, str(tmp_path / "program.py")], os.environ | {"PYTHONPATH": root}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=60)
+    assert 'put the program under `if __name__ == "__main__":`' in result.stderr
 
 
 def test_little_text_starts_no_workers(make_settings, monkeypatch):
