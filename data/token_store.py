@@ -3,8 +3,9 @@
     cache_dir/tokens-<fingerprint>/{train,heldout}.bin   little-endian uint16 or uint32
                                    index.json            document starts and names
 
-Each document is `<s> tokens </s>`. The fingerprint covers the content of the sources, the tokenizer and `VERSION`, so a
-change of any of them leads to another folder. A folder whose files have other sizes is written again.
+Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none. The fingerprint covers the content of the
+sources, the tokenizer and `VERSION`, so a change of any of them leads to another folder. A folder whose files have
+other sizes is written again.
 """
 
 import hashlib
@@ -56,12 +57,11 @@ def prepare_tokens(settings: RunSettings, tokenizer: "Tokenizer") -> tuple[Token
         )
     sources = [source_fingerprint(settings.data, split) for split in SPLITS]
     folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(sources, tokenizer)[:16]}"
-    index = _intact_index(folder)
+    index, token_bytes = _intact_index(folder), tokenizer.token_bytes()
     if index is None:
         with written_whole(folder) as aside:
             index = {split: _write(aside, split, documents(settings.data, split), tokenizer) for split in SPLITS}
             (aside / "index.json").write_text(json.dumps(index), encoding="utf-8")
-    token_bytes = tokenizer.token_bytes()
     train, heldout = (
         TokenStore(
             np.memmap(folder / f"{split}.bin", dtype=index[split]["dtype"], mode="r"),
@@ -80,11 +80,12 @@ def fingerprint(sources: list[str], tokenizer: "Tokenizer") -> str:
 def _write(folder: Path, split: str, texts: Iterable[Document], tokenizer: "Tokenizer") -> dict[str, Any]:
     """Write the tokens of a split; returns its entry in the index."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
     starts, names, end = [], [], 0
     with (folder / f"{split}.bin").open("wb") as file:
         for document in texts:
-            ids = np.array([tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id])
-            ids.astype(dtype).tofile(file)
+            ids = [*before, *tokenizer.encode(document.text), *after]
+            np.array(ids, dtype=dtype).tofile(file)
             starts.append(end)
             names.append(document.name)
             end += len(ids)
