@@ -191,16 +191,15 @@ def _tokenizer_file(name: str | Path) -> Path:
 
 def _from_json(file: Path) -> HubTokenizer:
     """A tokenizer.json, with the markers that files beside it name, else those with the usual names."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     content = file.read_bytes()
-    try:
-        Tokenizer.from_str(content.decode())
+    try:  # not AutoTokenizer, which builds some tokenizers anew from the vocabulary and ignores the rest of the file
+        hf = PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
     except Exception as error:  # `tokenizers` raises no narrower class
         raise ValueError(error) from error
-    # Not AutoTokenizer, which builds some tokenizers anew from the vocabulary and ignores other parts of the file.
-    hf = PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
+    if hf.get_added_vocab().keys() - {token["content"] for token in json.loads(content)["added_tokens"]}:
+        content = hf.backend_tokenizer.to_str().encode()  # with the tokens that only tokenizer_config.json adds
     special = {token.content for token in hf.added_tokens_decoder.values() if token.special}
     hf.bos_token = hf.bos_token or next((token for token in _BOS if token in special), None)
     hf.eos_token = hf.eos_token or next((token for token in _EOS if token in special), None)

@@ -288,6 +288,18 @@ def test_markers_that_a_config_names_count_and_change_the_hash(tmp_path):
     assert named.sha256 != guessed.sha256
 
 
+def test_tokens_that_only_a_config_adds_are_saved(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|im_end|>", "added_tokens_decoder": {"900": {"content": "<more>", "special": false}}}'
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "saved")
+    saved, text = load_tokenizer(tmp_path / "saved"), "a <more> of it"
+    assert (saved.sha256, saved.eos_id, saved.vocab_size) == (tokenizer.sha256, tokenizer.eos_id, tokenizer.vocab_size)
+    assert saved.encode(text) == tokenizer.encode(text) == AutoTokenizer.from_pretrained(tmp_path).encode(text)
+
+
 def test_a_tokenizer_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
     file = tmp_path / "models--someone--ours/snapshots/abc/tokenizer.json"
     file.parent.mkdir(parents=True)
