@@ -13,7 +13,7 @@ from torch import Tensor
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
 
-GPU_BLOCK = 16  # tokens between two waits for the GPU: a wait costs about as much as a tenth of a small model's token
+GPU_BLOCK = 16  # tokens between two waits for the GPU: a wait costs about a tenth of the time of a small model's token
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def token_blocks(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the tokens after `ids_bt` (B, T) on the CPU: one a row, then `block` a row at a time (B, n).
 
-    It ends after `max_tokens` a row; None is without end. At each yield the cache holds all tokens but the last. From
-    then on the model's single tokens are recorded, see `record_decoding`.
+    It ends after `max_tokens` a row; None is without end. At each yield the cache holds all tokens but the last. It
+    turns on `record_decoding` for the model, and leaves it on.
     """
     model.record_decoding()
     if max_tokens is not None:

@@ -9,9 +9,9 @@
     python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
     python scripts/bench.py all --json bench.json
 
-The ratio is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run here says why. Bytes are
-the most that was alive at once in addition to the inputs (attention, prefill, and on a GPU train), the keys and values
-in the cache (decode), or the memory of the process (stream).
+The ratio is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run here says why.
+Bytes of attention, prefill and, on a GPU, train: the most that was alive at once in addition to the inputs.
+Bytes of decode: keys and values in the cache. Bytes of stream: the memory of the process.
 """
 
 import argparse
@@ -108,7 +108,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--threads", type=_count, help="default: all cores of this process")
     add("--precision", choices=["fp32", "bf16"], help="default: training.precision of the config")
     add("--rows", type=_count, help="train: batch size; default: tokens_per_step / seq_len of the config")
-    add("--peer", choices=list(TRAINING_PEERS), default="", help="train: time only this peer; default: all")
+    peers = ", ".join(f"'{name}'" for name in TRAINING_PEERS)
+    add("--peer", choices=list(TRAINING_PEERS), default="", metavar="NAME", help=f"train: only one of {peers}")
     add("--seq-lens", type=_counts, default=[], help="train: sequence lengths; default: seq_len of the config")
     add("--rounds", type=_count, default="7", help="timed runs of each function; default: %(default)s")
     add("--lengths", type=_counts, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")

@@ -1,11 +1,11 @@
-"""Tells whether this machine is all right: versions, devices, attention against the oracle, speed, and what to mend.
+"""Tells whether this machine is all right: versions, devices, attention, speed, and how to fix what is wrong.
 
-    python scripts/doctor.py                  about a minute on a CPU, up to four on a GPU
+    python scripts/doctor.py                  about a minute on a CPU, a few on a GPU
     python scripts/doctor.py --json doctor.json
 
 Every form of attention that can run here is compared with the oracle, forward and backward. Training and decoding are
 timed beside `transformers` with the same weights. The last lines list the problems, each with its remedy.
-Exit codes: 0 attention is right (there may be other problems), 1 a form of attention is wrong, 2 the input is wrong.
+Exit codes: 0 attention is right (there may be other problems), 1 a form of attention is wrong, 2 a wrong argument.
 """
 
 import argparse

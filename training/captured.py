@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from model.errors import UserError
 
 GRAPHS = ("reduce-overhead", "max-autotune")  # values of training.compile that ask for CUDA graphs
-THIN = 1e-3  # seconds of a layer's products in a micro-batch. Launching its kernels takes about three times as long
+THIN = 1e-3  # seconds of a layer's products in a micro-batch. Launching its kernels takes about 3e-3 s on the host
 WARM_CALLS = 2  # of each shape that run as they are: they compile, and fill caches and moments
 
 

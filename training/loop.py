@@ -4,7 +4,7 @@
 
 `train.py` reads the settings and calls `train`. Each step differentiates every objective (text, recall) at the same
 weights, then applies the sum of their updates (`training.step`). Every process runs this code; the main one decides and
-writes files. Between two lines of the log a process never waits for its GPU.
+writes files. The host runs up to two steps ahead of its GPU.
 """
 
 import base64
@@ -275,7 +275,9 @@ class Trainer:
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         step, in_a_row = outcome.step + 1, self.state.skipped_in_a_row
-        now = min(self.state.step + 1, self.settings.training.max_steps)  # a resume cuts the row off if it counts again
+        now = min(
+            self.state.step + 1, self.settings.training.max_steps
+        )  # so that a resume which counts it again first removes it
         for o in self.objectives:
             if o.name in outcome.measured and not outcome.measured[o.name].finite:
                 saved = keep_batch(
@@ -286,7 +288,7 @@ class Trainer:
         stop_after(in_a_row, self.settings.training.max_skipped_steps, step)
 
     def _log(self, outcome: Outcome, schedule: dict[str, float]) -> None:
-        measured = outcome.measured  # waits for the step, so that the time is its own
+        measured = outcome.measured  # waits for the step, so that the time includes it
         seconds, state = time.perf_counter() - self.began, self.state
         rate = self.tokens / seconds
         mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
@@ -302,7 +304,7 @@ class Trainer:
         self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
     def _stop_clock(self) -> float:
-        """When the device had finished the steps: the clock counts them, and not what follows."""
+        """Wait for the device and return the time, so that evaluation and saving are not counted."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()

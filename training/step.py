@@ -1,7 +1,7 @@
 """One step: the update of the weights as a function of tensors, and what it measured.
 
-The host prepares and launches a step while the device still computes the one before. It reads the outcome of a step
-when the next but one begins. So neither waits for the other.
+The host prepares and launches a step while the device still computes the one before. Before it launches a step it reads
+the outcome of the last but one, which is over by then or nearly so. So the device always has work.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,9 @@ DELAY = 2  # steps after which an outcome counts: for the curriculum, and as ski
 
 
 class Inputs(NamedTuple):
-    """What a step needs. works: by objective, those with a weight. rate, weights: the learning rate, 0-d, float32.
+    """What a step needs.
 
+    works: of the objectives that take part. rate: the learning rate. weights: of each objective. Both are 0-d float32.
     asked_to_stop: 0-d float64, 1 if this rank has had a signal.
     """
 
@@ -58,7 +59,7 @@ class Update:
             if work := inputs.works.get(objective.name):
                 sums = differentiate(objective, self.accelerator, self.scorer, work)
                 norm = self.optimizer.take(objective.name, objective.max_grad_norm)
-                figures += [sums, norm.to(sums)[None]]  # of parameters that are offloaded it is on the CPU
+                figures += [sums, norm.to(sums)[None]]  # the norm of offloaded parameters is on the CPU
         measured = torch.cat(figures)
         self.optimizer.step(inputs.rate, inputs.weights, measured.isfinite().all())
         return measured
@@ -114,11 +115,13 @@ class Outcome:
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
-        names = list(self.names.items())  # a file sorts the keys of a dictionary
+        names = list(self.names.items())  # a checkpoint's JSON sorts the keys of a dictionary
         return {"step": self.step, "distances": self.distances, "names": names, "values": self.values}
 
     @staticmethod
     def load(saved: Mapping[str, Any]) -> "Outcome":
         names = {objective: [(what, name) for what, name in each] for objective, each in saved["names"]}
-        figures = torch.tensor([0.0, *saved["values"][1:]], dtype=torch.float64)  # the stop it led to is over
+        figures = torch.tensor(
+            [0.0, *saved["values"][1:]], dtype=torch.float64
+        )  # the run that asked to stop has stopped
         return Outcome(saved["step"], saved["distances"], names, figures)

@@ -13,10 +13,10 @@ from model.windows import LayerSpec
 PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "triton": "triton", "xformers": "xformers"}  # module, name to install
 HALVES = (torch.float16, torch.bfloat16)
 
-# What `auto` prefers on CUDA, fastest first: forward and backward on an H100 with heads of 64 and 128, see docs/gpu.md.
+# What `auto` prefers on CUDA, fastest in training on an H100 first, see docs/gpu.md.
 FASTEST_IN_HALVES = ("cudnn", "flex", "flash", "blocked")
 FASTEST_IN_FLOAT = ("flex", "blocked")
-FASTEST_IF_SHORT = ("blocked",)  # by the count of its products: the others compute 128 keys for each query at least
+FASTEST_IF_SHORT = ("blocked",)  # counted, not timed: the other kernels score at least 128 keys for each query
 SHORT = 1024  # window times head size
 
 

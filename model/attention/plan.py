@@ -33,7 +33,7 @@ def plan_attention(
 ) -> "AttentionPlan":
     """The plan for layers of one kind.
 
-    `backend` is `auto` or one of `BACKENDS`. `device` is what attention can count on, or the type of one of this
+    `backend` is `auto` or one of `BACKENDS`. `device` is a `Device`, or `cpu` or `cuda` for that of this
     machine. `dtype` is that of the matrix products, `gradients` whether a backward pass will follow.
     """
     device = Device.here(device) if isinstance(device, str) else device
@@ -98,7 +98,7 @@ class AttentionPlan:
         if self.backend == "reference":
             return Dense.of(spec, queries, keys)
         if spec.ring_slots is not None and 2 * spec.ring_slots < t and not spec.global_tokens:
-            # The borders of chunks lie where positions say, and the oldest key in the cache is rarely at one.
+            # Chunks begin where positions are multiples of W, and a cache rarely begins at such a position.
             if spec.kind == "chunked":
                 return PaddedQueries(Blocks.of(spec, keys))
             blocked = replace(self, backend="blocked", unable=None)
@@ -135,7 +135,7 @@ class AttentionPlan:
         return packing.whole and not spec.sink and (spec.window is None or (spec.dilation == 1 and spec.window >= t))
 
     def _prepare_segments(self, packing: Packing, batch_size: int) -> Attend:
-        """Kernels for segments can't compute a document with padding inside. It is rare, and known too late to plan."""
+        """Kernels for segments can't compute a document with padding inside, which only a batch shows."""
         segments = varlen.find_segments(self.spec, packing, batch_size)
         if segments is not None:
             return varlen.Varlen.of(self.spec, segments, _VARLEN_KERNELS[self.backend]())
