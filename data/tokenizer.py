@@ -185,7 +185,8 @@ def _tokenizer_file(name: str | Path) -> Path:
         from huggingface_hub.errors import HFValidationError
 
         with suppress(HFValidationError):  # not a possible name on the hub
-            return Path(try_to_load_from_cache(str(name), JSON_FILE) or path)
+            cached = try_to_load_from_cache(str(name), JSON_FILE)  # or a mark that the repository has no such file
+            return Path(cached) if isinstance(cached, str) else path
     return path
 
 
