@@ -28,7 +28,7 @@ _tokenizer: "Tokenizer"  # of a worker process
 
 
 class Encoded(NamedTuple):
-    """The documents of a batch, each as `<s> tokens </s>`."""
+    """The documents of a batch, each between the tokenizer's markers."""
 
     tokens: NDArray[Any]  # (n,) uint16 or uint32, all documents in order
     lengths: NDArray[np.int64]  # (documents,) tokens of each
@@ -89,7 +89,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _encode(tokenizer: "Tokenizer", texts: list[str]) -> Encoded:
     dtype = token_dtype(tokenizer)
-    ids = [np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=dtype) for text in texts]
+    before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    ids = [np.array([*before, *tokenizer.encode(text), *after], dtype=dtype) for text in texts]
     return Encoded(np.concatenate(ids), np.array([len(i) for i in ids]), sum(len(text.encode()) for text in texts))
 
 

@@ -22,10 +22,12 @@ class Strict(BaseModel):
 
 
 class TokenizerSettings(Strict):
-    """The tokenizer, a sentencepiece model: trained on the training text, or a given file."""
+    """The tokenizer: a sentencepiece model that is trained on the training text, or a given one of any kind."""
 
     model_file: str | None = None
-    """Path of a sentencepiece `.model` file (BPE), such as Mistral's. Default: one is trained on the training text."""
+    """A given tokenizer: a sentencepiece `.model` file (BPE or unigram), such as Mistral's, a Hugging Face
+    `tokenizer.json`, a folder with one of them, or the hub name of one that `hf download` has fetched. Default: one is
+    trained on the training text."""
     vocab_size: PositiveInt = 2048
     """Number of tokens of a trained tokenizer, the 34 recall tokens included. Raise it for larger models."""
 

@@ -4,8 +4,9 @@
                                    {train,heldout}.starts   little-endian int64, the first token of each document
                                    index.json               numbers of tokens and documents, hash of the text
 
-Each document is `<s> tokens </s>`. The fingerprint covers the content of the sources, the tokenizer and `VERSION`, so a
-change of any of them leads to another folder. A folder whose files have other sizes is written again.
+Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none. The fingerprint covers the content of the
+sources, the tokenizer and `VERSION`, so a change of any of them leads to another folder. A folder whose files have
+other sizes is written again.
 
 A folder is written as `tokens-<fingerprint>.part` and renamed when it is complete. Its index says how much of its files
 is safely on disk. A start after a kill cuts the files there and goes on with the next document.
@@ -78,6 +79,7 @@ def token_folder(settings: RunSettings, tokenizer: "Tokenizer", workers: int | N
         refuse_unguarded_main()
         with one_at_a_time(folder):
             if _index(folder) is None:  # else another process wrote it while this one waited
+                tokenizer.token_bytes()  # raises UserError before the work, not after it
                 part = folder.with_suffix(".part")
                 _write(part, settings, tokenizer, sources, workers)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,17 +1,20 @@
-"""A sentencepiece tokenizer: trained on the training text, or given (Mistral's own `.model` files included).
+"""Tokenizers: one trained on the training text, a given sentencepiece `.model`, or a Hugging Face `tokenizer.json`.
 
 A trained tokenizer is lossless: `decode(encode(text)) == text`, blanks and line ends included. Nothing is normalised,
 and unknown characters become bytes. The one exception is U+2581, sentencepiece's mark for a blank, which becomes one.
-It is a BPE model, because `tokenizers` can repeat its merges exactly. (Unigram scores are summed in another precision
-there.) Its first tokens are <unk>, <s>, </s> and the tokens of the recall tasks.
+It is a BPE model of sentencepiece. Its first tokens are <unk>, <s>, </s> and the tokens of the recall tasks.
+
+No tokenizer adds <s> or </s> to what it encodes. `data.token_store` adds them to each document.
 """
 
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -27,27 +30,52 @@ from model.errors import UserError
 if TYPE_CHECKING:
     import tokenizers
 
-FILE = "tokenizer.model"
+FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 VERSION = 1  # raise it when the same text would give another tokenizer
 TRAINING_CHARACTERS = 50_000_000  # more text gives no better tokens
 
 _Piece = ModelProto.SentencePiece  # has the types of tokens
 _BLANK = "▁"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
+_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>")  # in a tokenizer.json that nothing beside it explains
+_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
 
-class Tokenizer:
-    """A sentencepiece model. `encode` adds no <s> or </s>."""
+class Tokenizer(Protocol):
+    """What training, evaluation and export need of a tokenizer. `encode` adds no special tokens."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    sha256: str  # of the files that decide the ids
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def get_vocab(self) -> dict[str, int]: ...
+    def token_bytes(self) -> NDArray[np.int64]: ...
+    def save(self, folder: str | Path) -> None: ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model of the type BPE or unigram."""
 
     def __init__(self, model: bytes):
         self.model = model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self.processor.get_piece_size()
-        self.bos_id: int = self.processor.bos_id()
-        self.eos_id: int = self.processor.eos_id()
-        self.unk_id: int = self.processor.unk_id()
+        ids = self.processor.bos_id(), self.processor.eos_id(), self.processor.unk_id()
+        self.bos_id, self.eos_id, self.unk_id = (i if i >= 0 else None for i in ids)
         self.sha256 = hashlib.sha256(model).hexdigest()
+        # Two splits may score the same but for rounding, to float32 in sentencepiece and to float64 in `tokenizers`.
+        # So only `tokenizers` gives the ids of the export.
+        self._unigram = to_hugging_face(model) if _is_unigram(ModelProto.FromString(model)) else None
+        if self._unigram is not None:
+            self._unigram.encode_special_tokens = True  # as text: sentencepiece makes no marker of a written <s>
 
     def encode(self, text: str) -> list[int]:
+        if self._unigram is not None:
+            return list(self._unigram.encode(text, add_special_tokens=False).ids)
         return list(self.processor.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -71,27 +99,112 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_bytes(self.model)
-        bos, eos, unk = map(self.processor.id_to_piece, (self.bos_id, self.eos_id, self.unk_id))
+        ids = self.bos_id, self.eos_id, self.unk_id
+        bos, eos, unk = (None if i is None else self.processor.id_to_piece(i) for i in ids)
         PreTrainedTokenizerFast(
             tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk,
             clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)  # fmt: skip
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a `.model` file or in a folder. Raises `UserError` if it can't be used."""
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    name = f"data.tokenizer.model_file {str(file)!r}"
+class HubTokenizer:
+    """A Hugging Face tokenizer. `content` is its tokenizer.json; it may be empty where only ids and text are needed."""
+
+    def __init__(self, tokenizer: Any, content: bytes = b""):
+        self.hf, self.content = tokenizer, content
+        self.get_vocab = tokenizer.get_vocab
+        self.vocab_size: int = max(self.get_vocab().values()) + 1  # ids may leave gaps
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.unk_id: int | None = tokenizer.unk_token_id
+        markers = json.dumps([tokenizer.bos_token, tokenizer.eos_token])  # tokenizer.json does not name them
+        self.sha256 = hashlib.sha256(content + markers.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """(vocab,) UTF-8 bytes of text in each token: 0 for markers and the recall tokens. UserError if unknown."""
+        decoder = json.dumps(json.loads(self.hf.backend_tokenizer.to_str())["decoder"], ensure_ascii=False)
+        of_bytes, fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+        if not of_bytes and _BLANK not in decoder:
+            raise UserError(
+                "data.tokenizer.model_file: can't tell how many bytes its tokens have, because its decoder is neither "
+                "byte-level nor sentencepiece's; name another tokenizer, or leave it out to train one"
+            )
+        added, sizes = self.hf.added_tokens_decoder, np.zeros(self.vocab_size, dtype=np.int64)
+        for token, i in self.get_vocab().items():
+            if i in added:
+                sizes[i] = 0 if added[i].special or token in RESERVED else len(token.encode())
+            elif i != self.unk_id:
+                is_byte = fallback and _BYTE.match(token)
+                sizes[i] = 1 if is_byte else len(token) if of_bytes else len(token.replace(_BLANK, " ").encode())
+        return sizes
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files from which `load_tokenizer` and `AutoTokenizer` build a tokenizer with the same ids."""
+        self.hf.save_pretrained(folder)
+        if self.content:  # unchanged, so that its hash is too
+            (Path(folder) / JSON_FILE).write_bytes(self.content)
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer in a file or a folder, or of that name on the hub. Raises `UserError` if it can't be used.
+
+    Nothing is downloaded: of the hub, only the local cache is read.
+    """
+    file = _tokenizer_file(name)
+    setting, or_train = f"data.tokenizer.model_file {str(file)!r}", "or leave it out to train one"
     try:
-        tokenizer = Tokenizer(file.read_bytes())
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a sentencepiece model"
-        raise UserError(f"{name}: {reason}; name a sentencepiece .model file, or leave it out to train one") from error
-    trainer = ModelProto.FromString(tokenizer.model).trainer_spec
-    if trainer.model_type != trainer.BPE or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        # Hugging Face can't repeat other models exactly; <s> and </s> mark the ends of documents.
-        raise UserError(f"{name} is not a BPE model with <s> and </s>; name another, or leave it out to train one")
+        tokenizer = _from_json(file) if file.name == JSON_FILE else SentencePieceTokenizer(file.read_bytes())
+    except (OSError, RuntimeError, ValueError) as error:
+        kind = "a tokenizer.json" if file.name == JSON_FILE else "a sentencepiece model of the type BPE or unigram"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"not {kind}"
+        raise UserError(
+            f"{setting}: {reason}; name a sentencepiece .model file, a tokenizer.json, a folder with one of them, or "
+            f"a tokenizer of the hub that `hf download NAME` has fetched, {or_train}"
+        ) from error
+    if tokenizer.eos_id is None:
+        raise UserError(
+            f"{setting} has no token for the end of a document; name it as eos_token in the tokenizer_config.json "
+            f"beside a tokenizer.json, name another tokenizer, {or_train}"
+        )
     return tokenizer
+
+
+def _tokenizer_file(name: str | Path) -> Path:
+    """The file that `name` stands for: itself, a file in a folder, or a file in the local cache of the hub."""
+    path = Path(name)
+    if path.is_dir():
+        return next((path / file for file in (FILE, JSON_FILE) if (path / file).exists()), path / FILE)
+    if not path.exists() and len(path.parts) <= 2 and not path.is_absolute():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        with suppress(HFValidationError):  # not a possible name on the hub
+            cached = try_to_load_from_cache(str(name), JSON_FILE)  # or a mark that the repository has no such file
+            return Path(cached) if isinstance(cached, str) else path
+    return path
+
+
+def _from_json(file: Path) -> HubTokenizer:
+    """A tokenizer.json, with the markers that files beside it name, else those with the usual names."""
+    from transformers import PreTrainedTokenizerFast
+
+    content = file.read_bytes()
+    try:  # not AutoTokenizer, which builds some tokenizers anew from the vocabulary and ignores the rest of the file
+        hf = PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
+    except Exception as error:  # `tokenizers` raises no narrower class
+        raise ValueError(error) from error
+    if hf.get_added_vocab().keys() - {token["content"] for token in json.loads(content)["added_tokens"]}:
+        content = hf.backend_tokenizer.to_str().encode()  # with the tokens that only tokenizer_config.json adds
+    special = {token.content for token in hf.added_tokens_decoder.values() if token.special}
+    hf.bos_token = hf.bos_token or next((token for token in _BOS if token in special), None)
+    hf.eos_token = hf.eos_token or next((token for token in _EOS if token in special), None)
+    return HubTokenizer(hf, content)
 
 
 def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
@@ -110,7 +223,7 @@ def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
     """BPE on lines of text, deterministic. Raises `UserError` if the text does not allow `vocab_size` tokens."""
     model = io.BytesIO()
     try:
@@ -124,7 +237,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         # The last sentence is the reason; the text before it quotes the trainer's source code.
         reason = str(error).strip().splitlines()[-1].split("]")[-1].strip() or "too small or too large for this text"
         raise UserError(f"data.tokenizer.vocab_size is {vocab_size}: {reason}") from error
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -139,23 +252,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
-    """The `tokenizers` version of a BPE sentencepiece model, which gives the same ids."""
+    """The `tokenizers` version of a sentencepiece model, which gives the same ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
 
     proto = ModelProto.FromString(model)
-    trainer, spec = proto.trainer_spec, proto.normalizer_spec
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
-    # Every split of a token into two others, best token first: sentencepiece merges by the score of the result.
-    merges = [
-        (token[:cut], token[cut:])
-        for token in sorted(scores, key=scores.__getitem__, reverse=True)
-        for cut in range(1, len(token))
-        if token[:cut] in scores and token[cut:] in scores
-    ]
-    bpe = BPE(vocab, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
-    converted = Tokenizer(bpe)
+    spec = proto.normalizer_spec
+    converted = Tokenizer((_unigram if _is_unigram(proto) else _bpe)(proto))
     # What sentencepiece does to text before it looks for tokens, in its order.
     converted.normalizer = normalizers.Sequence([
         *([normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []),
@@ -172,3 +274,35 @@ def to_hugging_face(model: bytes) -> "tokenizers.Tokenizer":
         for piece in proto.pieces if piece.type in (_Piece.CONTROL, _Piece.USER_DEFINED)
     ])  # fmt: skip
     return converted
+
+
+def _bpe(proto: ModelProto) -> "tokenizers.models.Model":
+    from tokenizers.models import BPE
+
+    trainer = proto.trainer_spec
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+    # Every split of a token into two others, best token first: sentencepiece merges by the score of the result.
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted(scores, key=scores.__getitem__, reverse=True)
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    return BPE(vocab, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+
+
+def _unigram(proto: ModelProto) -> "tokenizers.models.Model":
+    from tokenizers.models import Unigram
+
+    # Text that looks like a marker or a byte must not become one, so these score far less than any letters.
+    unlikely = min(piece.score for piece in proto.pieces) - 1000
+    vocab = [(p.piece, p.score if p.type in (_Piece.NORMAL, _Piece.USER_DEFINED) else unlikely) for p in proto.pieces]
+    return Unigram(vocab, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback)
+
+
+def _is_unigram(proto: ModelProto) -> bool:
+    trainer = proto.trainer_spec
+    if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
+        raise ValueError("a model of words or characters")
+    return bool(trainer.model_type == trainer.UNIGRAM)

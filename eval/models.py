@@ -21,6 +21,7 @@ from model.errors import UserError
 from model.windows import LayerSpec
 
 if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
     from training.settings.schema import Settings
 
 
@@ -66,31 +67,13 @@ def nominal_reach(specs: Sequence[LayerSpec], window: int) -> int:
     return len(specs) * (window - 1) if reach is None else reach
 
 
-class HubTokenizer:
-    """A Hugging Face tokenizer with the interface of `data.tokenizer.Tokenizer`. It adds no special tokens."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.hf = tokenizer
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self.eos_id: int | None = tokenizer.eos_token_id
-        self.unk_id: int | None = tokenizer.unk_token_id
-        self.vocab_size = len(tokenizer)
-        self.get_vocab = tokenizer.get_vocab
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.hf.decode(list(ids), clean_up_tokenization_spaces=False))
-
-
 @dataclass
 class Examined:
     """A loaded model and what the evaluations need to know about it."""
 
     name: str
     model: Any  # WindreachForCausalLM, or any causal language model of transformers
-    tokenizer: Any
+    tokenizer: "Tokenizer"
     specs: tuple[LayerSpec, ...]
     folder: Path | None  # holds config.json and the weights
     run_dir: Path | None
@@ -243,20 +226,22 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
         raise UserError(f"MODEL {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _load_tokenizer(folder: Path | None, name: str, run_dir: Path | None, embeddings: int, trained_with: str) -> Any:
-    """The sentencepiece tokenizer of a run, else the tokenizer beside the weights; UserError if it does not fit."""
+def _load_tokenizer(
+    folder: Path | None, name: str, run_dir: Path | None, embeddings: int, trained_with: str
+) -> "Tokenizer":
+    """The tokenizer of a run, else the tokenizer beside the weights; UserError if it does not fit."""
     from transformers import AutoTokenizer
 
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer import FILE, JSON_FILE, HubTokenizer, load_tokenizer
 
     places = (folder, run_dir / "tokenizer") if folder and run_dir else ()
-    tokenizer: Any
-    if place := next((place for place in places if (place / "tokenizer.model").exists()), None):
-        tokenizer = load_tokenizer(str(place))
+    tokenizer: Tokenizer
+    if place := next((place for place in places if any((place / file).exists() for file in (FILE, JSON_FILE))), None):
+        tokenizer = load_tokenizer(place)
         if trained_with not in ("", tokenizer.sha256):
             raise UserError(
                 f"MODEL {name!r}: its tokenizer has the sha256 {tokenizer.sha256[:12]}…, but the run was trained with "
-                f"{trained_with[:12]}…; put back the run's own tokenizer/tokenizer.model"
+                f"{trained_with[:12]}…; put back the files of the run's own tokenizer/"
             )
     else:
         try:

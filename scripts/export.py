@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.models import Examined, HubTokenizer, load_model
+from eval.models import Examined, load_model
 from model.errors import UserError, cli
 
 
@@ -27,10 +27,7 @@ def export(examined: Examined, out: Path, dtype: str) -> str:
     if any(examined.out_dir(str(out)).iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder, nothing is overwritten")
     hub.save_hf(examined.model.to(getattr(torch, dtype)), out)
-    if isinstance(examined.tokenizer, HubTokenizer):
-        examined.tokenizer.hf.save_pretrained(out)
-    else:
-        examined.tokenizer.save(out)
+    examined.tokenizer.save(out)
     return "mistral" if hub.is_mistral(examined.model.config) else "windreach"
 
 

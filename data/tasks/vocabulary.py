@@ -1,8 +1,9 @@
 """The tokens of recall tasks: marker, query, values, keys, and ordinary tokens for random haystacks.
 
 Our own tokenizers reserve tokens for marker, query and values (`RESERVED`). With any other tokenizer, its rarest
-one-token words are used. Keys are always such words: so a tokenizer, and results published with it, don't change when a
-task is added. `data.tasks.layout.clean_filler` removes all of these tokens from the text around a question.
+one-token words are used: lower-case words of four letters or more, with the blank before them. Keys are always such
+words: so a tokenizer, and results published with it, don't change when a task is added.
+`data.tasks.layout.clean_filler` removes all of these tokens from the text around a question.
 """
 
 import re
@@ -63,7 +64,8 @@ def recall_vocabulary(tokenizer: TokenizerLike, n_values: int, n_keys: int = 0) 
     names = list(RESERVED) if has_reserved else words
     if n_values + 2 > len(names):
         few = f"recall.values is {n_values}, but the tokenizer offers {max(0, len(names) - 2)} one-token values"
-        raise UserError(f"{few}; lower it")
+        kinds = "" if has_reserved else f", for it has {len(words)} tokens such as ▁ship or Ġship and no {VALUES[0]}"
+        raise UserError(f"{few}{kinds}; lower it{'' if has_reserved else ', or use another tokenizer'}")
     names = names[: n_values + 2]
     free = [word for word in words if word not in names]
     if n_keys > len(free):

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the harness runs
 
 from data.tasks.layout import RecallItem, item
 from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
+from data.tokenizer import HubTokenizer
 from eval.haystack import read_haystack
-from eval.models import HubTokenizer, smallest_window, specs_of
+from eval.models import smallest_window, specs_of
 from eval.recall.order import default_distances
 from model.errors import UserError
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
+from data.tokenizer import HubTokenizer
 from eval.harness import recall_by_distance as pack
-from eval.models import HubTokenizer, load_model
+from eval.models import load_model
 from model.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

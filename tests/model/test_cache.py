@@ -311,6 +311,7 @@ def test_the_compiled_step_is_one_graph_of_unchanging_shapes_however_often_the_r
         with_norms(tiny_model([{"window": W, "global_tokens": 1}, {"kind": "chunked", "window": 3}])),
         token_ids(2, T),
     )
+    torch._dynamo.utils.counters.clear()
     model.compile_decoding()
     cache = RingCache(model.config)
     through_ring(model, list(ids[:, :2].split(1, 1)), cache)
