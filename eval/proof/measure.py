@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from eval.command import progress
 from eval.proof.weights import FILLER, VALUES
 from eval.reach.cliff import DENSE_LIMIT
 from model import hub, windows
@@ -134,17 +135,21 @@ def prove(
     least 1. `missing` are positions that the value reaches but where it is not read, `leaks` those that it does not
     reach but where it changes a bit; the first ten of each.
     """
-    results = []
+    jobs = []
     for at in plantings(specs):
         length = at + 1 + max(tokens, default_tokens(specs))
         expected = arrivals(specs, at, length)
-        for path, logits in paths(model, length, chosen):
-            start = time.monotonic()
-            recalled, same = carry(logits, at, length)
-            seconds = round(time.monotonic() - start, 1)
-            facts = {"path": path, "value_at": at, "tokens": length, "seconds": seconds}
-            results.append(facts | _compare(recalled, same, expected, at))
-    return results
+        jobs += [(at, expected, path, logits) for path, logits in paths(model, length, chosen)]
+    with progress("proof", len(jobs)) as advance:
+        return [_try(*job, advance) for job in jobs]
+
+
+def _try(at: int, expected: Tensor, path: str, logits: Logits, advance: Callable[[int], None]) -> dict[str, Any]:
+    start = time.monotonic()
+    recalled, same = carry(logits, at, len(expected))
+    advance(1)
+    facts = {"path": path, "value_at": at, "tokens": len(expected), "seconds": round(time.monotonic() - start, 1)}
+    return facts | _compare(recalled, same, expected, at)
 
 
 def _compare(recalled: Tensor, same: Tensor, expected: Tensor, at: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 The residual stream has six features: `ground`, `mark`, and the bits of a value as +1 or -1. A filler token starts with
 ground alone, a value token with mark and bits. Each layer does the same at every token:
 
-1. A query asks for `mark`. A visible token that has it gets a score of at least 25, every other token 0.
+1. A query asks for `mark`. A visible token that has it gets a score of at least 24 in one of the heads. Tokens without
+   it get 0.
 2. Attention copies mark and bits of the marked tokens and adds them to the stream. So the token is marked, too.
 3. If no visible token is marked, attention copies exact zeros, and the stream stays as it is in every bit.
 
@@ -11,9 +12,9 @@ So after l layers exactly those tokens are marked that have a path of l hops fro
 so all marked tokens agree and a query need not choose between them. RMSNorm keeps the scores the same at any depth.
 The MLPs are zero.
 
-RoPE turns a score by an angle that grows with distance, down to minus its size. So four heads ask with four phases,
-90 degrees apart: at any distance the phase of one is at most 45 degrees off. A head that is off by more than 90 degrees
-looks away from marked tokens and copies less, never another value. Without RoPE one of the heads would do.
+RoPE turns a score by an angle that grows with distance, down to minus its size. So three heads ask with three phases,
+120 degrees apart: at any distance the phase of one is at most 60 degrees off. A head that is more than 90 degrees off
+looks away from marked tokens and copies less, never another value. Without RoPE one head would do.
 
 Legend: H heads, D head size, E hidden size.
 """
@@ -28,10 +29,10 @@ from model.decoder import WindreachForCausalLM
 
 BITS = 4
 VALUES = FILLER = 2**BITS  # token ids below FILLER are the values
-HEADS, HEAD_SIZE, HIDDEN_SIZE = 4, 16, 8
+HEADS, HEAD_SIZE, HIDDEN_SIZE = 3, 16, 8
 GROUND, MARK = 0, 1  # features of the stream; the bits follow
 CARRIED = range(MARK, MARK + 1 + BITS)  # features that attention copies
-SHARPNESS = 10.0  # of queries and of keys: scores of 25 and more, so that e^-25 of the weight goes elsewhere
+SHARPNESS = 12.0  # of queries and of keys; gives scores of at least 24, so that a token without mark weighs e^-24
 
 
 def relay_config(config: WindreachConfig) -> WindreachConfig:
