@@ -99,11 +99,11 @@ class SentencePieceTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_bytes(self.model)
-        ids = self.bos_id, self.eos_id, self.unk_id
-        bos, eos, unk = (None if i is None else self.processor.id_to_piece(i) for i in ids)
+        ids = self.bos_id, self.eos_id, self.unk_id, self.processor.pad_id()
+        bos, eos, unk, pad = (None if i in (None, -1) else self.processor.id_to_piece(i) for i in ids)
         PreTrainedTokenizerFast(
-            tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk,
-            clean_up_tokenization_spaces=False,
+            tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad,
+            clean_up_tokenization_spaces=False, add_bos_token=bos is not None,
         ).save_pretrained(folder)  # fmt: skip
 
 
