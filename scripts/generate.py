@@ -87,11 +87,6 @@ class Conversation:
     def __init__(self, examined: Examined, sampler: "Sampler", stops: Sequence[str], block: int = 1) -> None:
         from model.cache import RingCache
 
-        if not examined.ours:
-            raise UserError(
-                f"MODEL {examined.name!r} is a {examined.model.config.model_type} model, which brings its own cache; "
-                "give a Windreach run or a checkpoint of type mistral, ministral, qwen3 or windreach"
-            )
         self.model, self.tokenizer, self.stops = examined.model, examined.tokenizer, stops
         self.sampler, self.block = sampler, block
         self.cache = RingCache(self.model.config)
@@ -228,7 +223,7 @@ def main() -> None:
     text = opening(arguments)
     if arguments.device:
         check_device(arguments.device)
-    examined = load_model(arguments.model, arguments.device)
+    examined = load_model(arguments.model, arguments.device, ours_only=True)
     import torch
 
     from model.decoding import GPU_BLOCK, Sampler

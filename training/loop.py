@@ -346,8 +346,7 @@ class Trainer:
 
     def _write_hf(self, weights: Tensors, folder: Path) -> None:
         """A Hugging Face checkpoint with its tokenizer, without the relay head."""
-        hub.save_hf(self.decoder, folder, weights)
-        self.tokenizer.save(folder)
+        hub.save_hf(self.decoder, folder, weights, self.tokenizer)
 
     # -- 10. export ---------------------------------------------------------------------------------------------------
 
