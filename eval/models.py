@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from model import windows
-from model.errors import UserError
+from model.errors import UserError, printable
 from model.windows import LayerSpec
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def specs_of(config: Any) -> tuple[LayerSpec, ...]:
     elif getattr(config, "layer_types", None) and config.model_type != "mistral":  # whose code ignores layer_types
         layer_types = config.layer_types
     else:
-        uses_window = getattr(config, "use_sliding_window", True) is not False
+        uses_window = getattr(config, "use_sliding_window", True) is not False and config.model_type != "llama"
         layer_types = ["sliding_attention" if uses_window else "full_attention"] * config.num_hidden_layers
     sliding = LayerSpec("sliding", window) if window else LayerSpec("full")
     chunked = LayerSpec("chunked", chunk) if chunk else LayerSpec("full")
@@ -176,7 +176,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto", ours
         for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
             digest.update(np.memmap(file, mode="r").data)
     return Examined(
-        name=run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/"),
+        name=printable(run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/")),
         model=model,
         tokenizer=tokenizer,
         specs=specs_of(model.config),
@@ -255,7 +255,7 @@ def _load_by_library(folder: Path | None, name: str) -> Any:
     except SafetensorError as error:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
     except Exception as error:  # for a wrong config.json `transformers` raises whatever it stumbles over
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"MODEL {name!r}: {reason}") from error
 
 

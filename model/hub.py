@@ -70,11 +70,11 @@ def exported_type(config: WindreachConfig) -> str:
 def save_hf(
     model: PreTrainedModel, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None,
     tokenizer: SavedTokenizer | None = None,
-) -> str:  # fmt: skip
+) -> None:  # fmt: skip
     """Write `config.json` and `model.safetensors`; with a tokenizer also its files and `generation_config.json`.
 
     `state_dict`: the whole weights, where those of `model` are sharded over processes. A tied output matrix is left
-    out, as `transformers` does. Returns the type written. Raises OSError where the disk is full.
+    out, as `transformers` does. Raises OSError where the disk is full.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,6 @@ def save_hf(
     except SafetensorError as error:  # its form of an OSError
         raise OSError(f"{path / _WEIGHTS} can't be written: {error}") from error
     (path / _WEIGHTS).chmod((path / "config.json").stat().st_mode)  # safetensors lets nobody else read it
-    return str(config.model_type)
 
 
 def _exported(config: WindreachConfig) -> PreTrainedConfig:
@@ -114,13 +113,12 @@ def _exported(config: WindreachConfig) -> PreTrainedConfig:
 
 
 def _save_tokenizer(tokenizer: SavedTokenizer, path: Path, config: PreTrainedConfig) -> None:
-    """Write the tokenizer so that `transformers` begins a text with <s>, as training does; its ids go into `config`."""
+    """Write the tokenizer with the lengths of the model and a token for padding; its ids go into `config`."""
     tokenizer.save(path)
     file = path / "tokenizer_config.json"
     described = json.loads(file.read_text())
-    # Never null: batches need it. Labels of padding are left out, and those of <unk> are not missed, as </s> would be.
+    # Batches need one. Trainers ignore the labels of padding: nobody misses <unk>, but a model must learn </s>.
     described["pad_token"] = described.get("pad_token") or described.get("unk_token") or described["eos_token"]
-    described["add_bos_token"] = tokenizer.bos_id is not None
     described["model_max_length"] = config.max_position_embeddings
     described["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 know
     file.write_text(json.dumps(described, indent=2, ensure_ascii=False))

@@ -9,6 +9,7 @@ type windreach.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,13 +22,17 @@ def export(examined: Examined, out: Path, dtype: str) -> str:
     """Write the model and its tokenizer into the folder `out`, all or nothing; returns the model type written."""
     import torch
 
+    from data.tokenizer import HubTokenizer
     from model import hub
     from training.run.checkpoint import replace_folder
 
     if any(examined.out_dir(str(out)).iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder, nothing is overwritten")
-    model = examined.model.to(getattr(torch, dtype))
-    replace_folder(out, lambda folder: hub.save_hf(model, folder, tokenizer=examined.tokenizer))
+    model, tokenizer = examined.model.to(getattr(torch, dtype)), examined.tokenizer
+    if isinstance(tokenizer, HubTokenizer) and tokenizer.bos_id is not None:
+        # As in training, a text begins with <s>. In a run folder a given tokenizer.json stays as it is, for its hash.
+        tokenizer.hf.add_bos_token, tokenizer.content = True, b""
+    replace_folder(out, partial(hub.save_hf, model, tokenizer=tokenizer))
     return hub.exported_type(model.config)
 
 

@@ -176,7 +176,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step: True. Stopped by a signal, after a checkpoint: False."""
         settings, main, step = self.settings.training, self.ranks.is_main_process, self.state.step
-        self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
+        self.metrics = Metrics(self.dir, self.settings, self._described(), step, write=main)
         self.progress = TrainingProgress(settings.max_steps, step, show=main)
         profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
         self._say_how()
@@ -193,6 +193,11 @@ class Trainer:
                 self._step()
                 after_step()
         return True
+
+    def _described(self) -> dict[str, Any]:
+        """Facts of the run for a tracker."""
+        farthest = reach(self.config.specs)
+        return self.facts | {"reach": farthest, "parameters": self.decoder.num_parameters()}
 
     def _attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
         """How each kind of layer is computed if matrix products are in `dtype`."""

@@ -71,7 +71,7 @@ def print_result(result: Result, console: Console) -> None:
         )
     elif others is not None:
         words += f" for global tokens and {others:,} tokens back for all others"
-    console.print(f"[bold]{result['model']}[/]: {result['layers']} layers{words}")
+    console.print(f"{result['model']}: {result['layers']} layers{words}", markup=False)
     if result["cliff_note"]:
         console.print(f"Cliff test: {result['cliff_note']}")
     for table in reach_tables(result).values():
@@ -95,7 +95,7 @@ def main() -> None:
 
         masks.write(examined.specs, out)
         plots.save(plots.reach_figure(result), out / "reach.png")
-    console.print(f"Written: {out / 'reach.json'}")
+    print(f"Written: {out / 'reach.json'}")
     if result["cliff_holds"] is False:
         raise SystemExit("a token beyond the reach changed the output: the attention path that differs is at fault")
 

@@ -74,7 +74,7 @@ def test_with_qk_norm_a_stack_is_a_qwen3_checkpoint_and_back(tmp_path: Path, lay
 def test_what_qwen3_cannot_say_is_saved_under_our_own_type(tmp_path: Path) -> None:
     for layers in ([{"window": W}, {"window": W + 1}], [{"window": W, "sink": True}], [{"window": W, "rope": False}]):
         ours, ids = tiny_model(layers, qk_norm=True), token_ids(1, T)
-        assert save_hf(ours, tmp_path) == "windreach"
+        save_hf(ours, tmp_path)
         assert load_config(tmp_path).model_type == "windreach"
         assert torch.equal(WindreachForCausalLM.from_pretrained(tmp_path)(ids).logits, ours(ids).logits)
 
