@@ -219,7 +219,8 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             raise UserError(f"{file} is missing, or is no regular file; copy the checkpoint again")
         try:
             with safe_open(file, "pt") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+                names = weights.keys()
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} can't be read ({error}); it was cut short, take an older checkpoint") from error
     return shapes
