@@ -162,6 +162,9 @@ def load_model(name: str, device: str | None = None, backend: str = "auto", ours
     `ours_only`: also for a model that our decoder can't run, before its weights are read.
     """
     run_dir, folder = _locate(Path(name))
+    for file in folder.iterdir() if folder else ():
+        if not file.is_file() and not file.is_dir():  # a pipe would be waited for, a device never ends
+            raise UserError(f"MODEL {name!r}: {file} is no regular file; copy the model again")
     import torch
 
     from training.run.folder import read_facts
