@@ -7,7 +7,10 @@ checked before memory is taken.
 Read are these and llama. A plain layer has no sink, no global tokens, and the model's own rotary positions.
 """
 
+import errno
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -91,8 +94,10 @@ def save_hf(
         weights.pop("lm_head.weight")
     try:
         save_file(weights, path / _WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:  # its form of an OSError
-        raise OSError(f"{path / _WEIGHTS} can't be written: {error}") from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # all that is left of an OSError
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path / _WEIGHTS)) from error
     (path / _WEIGHTS).chmod((path / "config.json").stat().st_mode)  # safetensors lets nobody else read it
 
 
