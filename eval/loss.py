@@ -135,11 +135,11 @@ def measure(
     context = context or min(examined.reach or 1024, 1024)
     context = longest // 2 if context + 2 > longest else context
     length = min(longest, 2 * context + 64)
-    result = examined.header() | {"seed": seed, "haystack": haystack.name}
-    result |= bits_per_byte(examined, haystack, length, context)
-    # The curves need stretches of one length: the longest document decides. One of a few tokens has none.
+    result = {"seed": seed, "haystack": haystack.name} | bits_per_byte(examined, haystack, length, context)
+    # The curves need stretches of one length, so the longest document decides. One of a few tokens allows none.
     curves = min(length, max(len(document.tokens) for document in haystack.documents) - TARGETS)
-    return result | {f.__name__: f(examined, haystack, curves, rows, seed) for f in (by_position, by_context)}
+    result |= {f.__name__: f(examined, haystack, curves, rows, seed) for f in (by_position, by_context)}
+    return examined.header() | result
 
 
 def main() -> None:

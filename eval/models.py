@@ -6,7 +6,9 @@ see. Torch and transformers are imported only after the path has been checked, s
 
 import hashlib
 import math
+import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from training.settings.schema import Settings
 
+STARTED = time.monotonic()  # of an evaluation, which imports this module first
 MOST_PER_SAVED = 16  # parameters in memory for each number in the files, which may be packed
 
 
@@ -142,11 +145,14 @@ class Examined:
         import torch
         import transformers
 
+        on_gpu = self.device.type == "cuda"
         libraries = {module.__name__: module.__version__ for module in (torch, transformers)}
         return {
             "model": self.name,
             "checkpoint_sha256": self.sha256,
             "settings": self.settings,
+            "machine": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "seconds": round(time.monotonic() - STARTED),
             "versions": {"python": platform.python_version()} | libraries,
             "window": self.window,
             "layers": self.layers,

@@ -323,7 +323,8 @@ class Trainer:
         with whole(self.wrapped), self.accelerator.autocast():
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         columns = recall.columns()
-        self.state.validation_bits_per_byte, self.state.horizon = bits, columns["horizon"]
+        self.state.validation_bits_per_byte = bits if math.isfinite(bits) else None  # JSON has no NaN
+        self.state.horizon = columns["horizon"]
         self.metrics.write("validation", self.state.step, bits_per_byte=bits)
         if recall:
             self.metrics.write("probe", self.state.step, **columns)

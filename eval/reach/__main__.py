@@ -40,7 +40,7 @@ def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 
     sample = haystack.rows(texts, field_length(examined, max_tokens), seed)
     alphas = residual_shares(examined, sample)
     alpha = float(np.mean(alphas)) if alphas else None
-    rows, note = cliff(examined, seed, max_tokens)
+    field, (rows, note) = gradient_field(examined, sample, seed), cliff(examined, seed, max_tokens)
     return examined.header() | {
         "seed": seed,
         "receptive_field": None if examined.reach is None else examined.reach + 1,
@@ -50,7 +50,7 @@ def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 
         "cliff": rows,
         "cliff_note": note,
         "cliff_holds": cliff_holds(rows) if rows else None,
-        "gradient": gradient_field(examined, sample, seed),
+        "gradient": field,
         "alpha": {
             "residual_share": alpha,
             "attention_share": None if alpha is None else 1 - alpha,

@@ -43,6 +43,7 @@ def of_one(run: Run) -> Contents:
 def page(runs: list[Run]) -> str:
     """The whole report as HTML."""
     from eval.relay import finding as relay_finding  # imports torch
+    from training.planning.dry_run import duration
 
     loader = PackageLoader("eval.report")
     environment = Environment(
@@ -50,7 +51,7 @@ def page(runs: list[Run]) -> str:
     )
     return environment.get_template("report.html").render(
         title=title(runs), runs=runs, shared=shared(runs), contents=[of_one(run) for run in runs],
-        svg=plots.svg, tokens=tokens, identity=identity, relay_finding=relay_finding,
+        svg=plots.svg, tokens=tokens, duration=duration, identity=identity, relay_finding=relay_finding,
     )  # fmt: skip
 
 
