@@ -206,7 +206,7 @@ def weight_files(path: Path) -> list[Path]:
     if not names and (path / _INDEX).exists():
         index = _read_json(path / _INDEX, "copy the checkpoint again").get("weight_map")
         names = set(map(str, index.values())) if isinstance(index, dict) else set()
-        if outside := [name for name in names if name != Path(name).name]:
+        if outside := [name for name in names if name != Path(name).name or not name.endswith(".safetensors")]:
             raise UserError(f"{path / _INDEX} names {outside[0]!r}, which is not in its folder; copy it again")
     others = {file.name for file in path.glob("model*.safetensors")} - names  # not Mistral's consolidated.safetensors
     if not names:

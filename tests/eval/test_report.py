@@ -166,7 +166,7 @@ def test_the_page_says_when_and_how_it_was_measured(run, page):
         assert f"<code>python -m eval.{name} {run}</code>" in page
     day = datetime.fromtimestamp((run / "loss.json").stat().st_mtime).strftime("%Y-%m-%d")
     assert f"Measured on {day}" in page
-    assert re.search(r"eval\.loss \S+</code> in \d+ (s|minutes)\. On \d+ CPU cores, \w+\.</li>", page)
+    assert re.search(r"eval\.heat \S+</code> in \d+ (s|minutes)\. On \d+ CPU cores, \w+\.</li>", page)
     assert f"torch {torch.__version__}" in page
     assert f"python train.py {run}/settings.yaml" in page
 
