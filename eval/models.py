@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from model import windows
 from model.errors import UserError, printable
@@ -174,6 +173,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto", ours
     import torch
 
     from training.run.folder import read_facts
+    from training.settings.config_file import parse_file
 
     facts = read_facts(run_dir) if run_dir else {}
     model = _load_weights(folder, name, backend, ours_only)
@@ -191,7 +191,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto", ours
         specs=specs_of(model.config),
         folder=folder,
         run_dir=run_dir,
-        settings=dict(yaml.safe_load(settings.read_text()) or {}) if settings and settings.exists() else {},
+        settings=parse_file(settings)[0] if settings and settings.exists() else {},
         facts=facts,
         sha256=digest.hexdigest() if folder else "",
     )

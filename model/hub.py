@@ -201,18 +201,16 @@ def _spec_of(layer_type: str, window: int | None) -> dict[str, object]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """`model.safetensors`, or the files that its index names. Raises UserError for none, and for others beside them."""
-    names = {_WEIGHTS} if (path / _WEIGHTS).exists() else set()
-    if not names and (path / _INDEX).exists():
-        index = _read_json(path / _INDEX, "copy the checkpoint again").get("weight_map")
-        names = set(map(str, index.values())) if isinstance(index, dict) else set()
-        if outside := [name for name in names if name != Path(name).name or not name.endswith(".safetensors")]:
-            raise UserError(f"{path / _INDEX} names {outside[0]!r}, which is not in its folder; copy it again")
-    others = {file.name for file in path.glob("model*.safetensors")} - names  # not Mistral's consolidated.safetensors
-    if not names:
-        raise UserError(f"{path} holds no model*.safetensors file; give the folder of a checkpoint")
-    if others:
-        raise UserError(f"{path} also holds {min(others)}, which is not part of the model; move it elsewhere")
+    """The files that hold the weights: one, or those that an index names. Other files beside them may be old copies."""
+    names = {_WEIGHTS}
+    if not (path / _WEIGHTS).exists() and (path / _INDEX).exists():
+        try:
+            names = set(map(str, _read_json(path / _INDEX, "copy it again")["weight_map"].values()))
+        except (KeyError, AttributeError) as error:
+            raise UserError(f"{path / _INDEX} is no index of weights ({error}); copy it again") from error
+    for name in sorted(names):
+        if not (path / name).is_file() or Path(name).name != name:  # a pipe would be waited for
+            raise UserError(f"{path} holds no {name}; give the folder of a checkpoint")
     return [path / name for name in sorted(names)]
 
 
@@ -220,8 +218,6 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each weight, from the headers of the files. Raises UserError for a missing or damaged file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path):
-        if not file.is_file():
-            raise UserError(f"{file} is missing, or is no regular file; copy the checkpoint again")
         try:
             with safe_open(file, "pt") as weights:
                 names = weights.keys()

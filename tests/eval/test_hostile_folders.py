@@ -110,19 +110,12 @@ def test_weights_that_are_not_finite_are_refused(copied: Callable[[str], Path], 
 # --------------------------------------------------------------------------------------------------- names and devices
 
 
-def test_only_the_files_of_the_model_are_read(copied: Callable[[str], Path]) -> None:
-    folder = copied("mistral")
-    shutil.copy(folder / "model.safetensors", folder / "model_old.safetensors")
-    with pytest.raises(UserError, match=r"also holds model_old\.safetensors, which is not part of the model"):
-        WindreachForCausalLM.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/model.safetensors", ".."])
 def test_an_index_that_leads_out_of_its_folder_is_refused(copied: Callable[[str], Path], name: str) -> None:
     folder = copied("mistral")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(UserError, match="which is not in its folder"):
+    with pytest.raises(UserError, match=rf"holds no {name}; give the folder of a checkpoint"):
         weight_files(folder)
 
 
