@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from data.tokenizer import train_tokenizer
 from eval.models import Examined, load_model
+from eval.report.runs import read_run
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError, printable, read_small_file
 from model.hub import load_config, save_hf, weight_files
@@ -178,6 +179,35 @@ def test_any_damage_to_a_model_folder_gives_a_model_or_a_user_error(originals: P
         file.write_bytes(content[:at] + data.draw(st.binary(max_size=3)) + content[at + data.draw(st.integers(0, 3)) :])
     with suppress(UserError):
         assert isinstance(load_model(str(folder), "cpu"), Examined)
+
+
+RESULT = {"model": "x", "settings": {}, "window": 8, "layers": 3, "reach": 21, "parameters": 9}
+STATE = ("settings.yaml", "recall.json", "metrics.jsonl")
+
+
+@settings(
+    max_examples=int(os.environ.get("MUTATED_FOLDERS", 40)), deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(data=st.data())
+def test_any_damage_to_a_run_folder_gives_a_run_or_a_user_error(
+    untrained_run: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(untrained_run, run, dirs_exist_ok=True)
+    (run / "recall.json").write_text(json.dumps(RESULT))
+    (run / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n')
+    for name in data.draw(st.lists(st.sampled_from(STATE), min_size=1, unique=True)):
+        content = (run / name).read_bytes()
+        at, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+        snippet = st.sampled_from(
+            [b"", b"*a", b"&a [", b"!!python/object:x ", b"[[", b'{"', b"\xff", b"1e999", b"\0", b"null"]
+        )
+        (run / name).write_bytes(content[:at] + data.draw(snippet | st.binary(max_size=4)) + content[end:])
+    with suppress(UserError):
+        assert isinstance(load_model(str(run), "cpu").settings, dict)
+    with suppress(UserError):
+        assert all(isinstance(row, dict) for row in read_run(str(run)).metrics)
 
 
 def _json(content: bytes) -> Any:

@@ -81,8 +81,8 @@ def test_ids_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     """Of a sentencepiece model that begins with <pad>, as Gemma's does."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split("birds")), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+        sentence_iterator=iter(TEXT.split("birds")), model_writer=model, model_type="bpe", vocab_size=330,
+        byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip
     save_hf(tiny_model(vocab_size=330), tmp_path, tokenizer=SentencePieceTokenizer(model.getvalue()))
     written = json.loads((tmp_path / "config.json").read_text())
