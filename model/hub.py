@@ -166,7 +166,7 @@ def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
     """The decoder for a checkpoint of one of the types above. UserError for any other, and for what it lacks."""
     file, fields = Path(path) / "config.json", read_config(path)
     kind = fields.pop("model_type", None)
-    if kind != "windreach" and kind not in _THEIRS:
+    if not isinstance(kind, str) or kind not in (*_THEIRS, "windreach"):
         known = ", ".join(sorted(_THEIRS))
         raise UserError(f"{file}: model_type is {kind!r}; this loader knows {known} and windreach")
     try:
