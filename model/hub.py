@@ -43,7 +43,7 @@ _ARCHITECTURES = {
     "windreach": "WindreachForCausalLM",
 }  # fmt: skip
 _THEIRS = {"llama": LlamaConfig, "ministral": MinistralConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
-_COMMON = [field.name for field in dataclass_fields(MistralConfig) if field.name != "architectures"]
+_COMMON = [field.name for field in dataclass_fields(MistralConfig)]
 
 
 class SavedTokenizer(Protocol):
@@ -169,10 +169,12 @@ def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
     if not isinstance(kind, str) or kind not in (*_THEIRS, "windreach"):
         known = ", ".join(sorted(_THEIRS))
         raise UserError(f"{file}: model_type is {kind!r}; this loader knows {known} and windreach")
+    for name in ("architectures", "dtype", "torch_dtype"):  # the decoder's are ours to choose
+        fields.pop(name, None)
     try:
         if kind != "windreach":
             fields = _of_theirs(_THEIRS[kind](**fields))
-        return WindreachConfig(**fields | {"architectures": None, "attention_backend": backend})
+        return WindreachConfig(**fields | {"attention_backend": backend})
     except (UserError, StrictDataclassError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         # `transformers` checks types, and stumbles over other values. It raises whatever the stumble raises.
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -68,7 +68,7 @@ def change(folder: Path, name: str = "config.json", **fields: Any) -> Path:
         *[(name, v) for name in ("num_key_value_heads", "num_attention_heads") for v in (0, -4, 3, "2")],
         ("intermediate_size", 10**12), ("vocab_size", -1), ("vocab_size", 10**12), ("head_dim", 0), ("head_dim", -8),
         ("rope_parameters", "x"), ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
-        ("rms_norm_eps", "small"), ("tie_word_embeddings", "yes"), ("dtype", "evil"),
+        ("rms_norm_eps", "small"), ("tie_word_embeddings", "yes"),
         ("hidden_act", "gelu"), ("attention_dropout", 0.5),
     ],
 )  # fmt: skip

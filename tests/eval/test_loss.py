@@ -28,7 +28,7 @@ def test_stretches_score_each_token_once_and_with_its_context(n_tokens, context,
     assert all(end - start <= context + more for start, _, end in made)
 
 
-@pytest.mark.parametrize(("text", "has_curves"), [("The sea was calm.", True), ("ab", False)])
+@pytest.mark.parametrize(("text", "has_curves"), [("The sea was calm. " * 9, True), ("ab", False)])
 def test_short_documents_have_bits_per_byte_and_the_curves_that_fit(examined, text, has_curves):
     haystack = Haystack("short", encode_documents(examined.tokenizer, [text] * 3, None))
     result = loss.measure(examined, haystack, rows=4)
