@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from html import unescape
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from eval import heat, loss, relay
 from eval.haystack import open_haystack
@@ -25,7 +27,7 @@ from eval.report import __main__ as report
 from eval.report.page import identity, shared, title
 from eval.report.page import page as page_of
 from eval.report.runs import read_metrics, read_run, tell_apart
-from eval.report.tables import settings_table
+from eval.report.tables import settings_table, table
 from model.errors import UserError, cli
 from tests.eval.browser import look, needs_browser
 
@@ -143,6 +145,25 @@ def test_refusals(monkeypatch, capsys, run, tmp_path):
     (broken / "recall.json").write_text('{"model": ')
     assert call(monkeypatch, broken) == 2
     assert "not whole JSON" in capsys.readouterr().err
+
+
+def test_a_page_that_can_not_be_written_whole_leaves_the_old_one(run, tmp_path, monkeypatch, capsys):
+    old = shutil.copytree(run, tmp_path / "run")
+    (old / "report.html").write_text("old")
+    monkeypatch.setattr("eval.report.page.page", lambda runs: "x" * 100_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # then writing fails with EFBIG
+    try:
+        assert call(monkeypatch, old) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "report.html' can't be written: File too large; name another file" in capsys.readouterr().err
+    assert (old / "report.html").read_text() == "old"
+
+
+def test_a_name_with_markup_or_commands_is_printed_as_it_is(capsys):
+    table("gradient", [{"moment": "[/b] \x1b[2J", "share": 0.5}]).print(Console(width=120))
+    assert r"[/b] \x1b[2J" in capsys.readouterr().out
 
 
 def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
