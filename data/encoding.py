@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources import SPLITS, BadRow, Part, is_held_out, text_of
+from data.sources import SPLITS, BadRow, Part, split_of, text_of
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,29 +65,25 @@ class Encoder(NamedTuple):
     share: float
 
     def __call__(self, batch: list[Rows]) -> Batch:
-        ids: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}
-        sizes: dict[str, list[int]] = {split: [] for split in SPLITS}
+        splits: dict[str, list[tuple[NDArray[Any], int]]] = {split: [] for split in SPLITS}
         bad, dtype, tokenizer = [], token_dtype(self.tokenizer), self.tokenizer
         before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
         for (part, first), named, rows in batch:
             for number, row in enumerate(rows, first):
                 try:
-                    text = text_of(row, self.column)
-                    content = text.encode()
-                except (BadRow, UnicodeEncodeError) as error:
-                    bad.append((Position(part, number), str(error)))
+                    text, content = text_of(row, self.column)
+                except BadRow as reason:
+                    bad.append((Position(part, number), str(reason)))
                     continue
-                if content.isspace() or not content:
-                    continue
-                split = named or SPLITS[is_held_out(content, self.share)]
-                ids[split].append(np.array([*before, *tokenizer.encode(text), *after], dtype=dtype))
-                sizes[split].append(len(content))
-        return Batch({split: _joined(ids[split], sizes[split], dtype) for split in SPLITS}, bad)
+                if text.strip():
+                    ids = np.array([*before, *tokenizer.encode(text), *after], dtype=dtype)
+                    splits[named or split_of(content, self.share)].append((ids, len(content)))
+        return Batch({split: _joined(documents, dtype) for split, documents in splits.items()}, bad)
 
 
-def _joined(ids: list[NDArray[Any]], sizes: list[int], dtype: np.dtype[Any]) -> Encoded:
-    lengths = np.array([len(i) for i in ids], dtype=np.int64)
-    return Encoded(np.concatenate([np.zeros(0, dtype), *ids]), lengths, np.array(sizes, dtype=np.int64))
+def _joined(documents: list[tuple[NDArray[Any], int]], dtype: np.dtype[Any]) -> Encoded:
+    lengths, sizes = np.array([(len(ids), n) for ids, n in documents], dtype=np.int64).reshape(-1, 2).T
+    return Encoded(np.concatenate([np.zeros(0, dtype), *(ids for ids, _ in documents)]), lengths, sizes)
 
 
 def token_dtype(tokenizer: "Tokenizer") -> np.dtype[Any]:
@@ -134,7 +130,8 @@ def refuse_unguarded_main() -> None:
 
 
 def _batches(parts: Sequence[Part], start: Position) -> Iterator[tuple[list[Rows], Position, int]]:
-    batch, size = [], 0
+    batch: list[Rows] = []
+    size = 0
     for number, part in enumerate(parts[start.part :], start.part):
         first = row_number = start.row if number == start.part else 0
         rows: list[Any] = []

@@ -7,20 +7,27 @@ Rows are counted over the whole run. The source of a row is such that every sour
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from data.best_fit import PackedRows, best_fit
+from data.folders import written_whole
 from data.order import permuted
-from data.settings import MixtureSource
+from data.settings import DataSettings, RunSettings
 from data.tasks.draws import IntArray
 from data.tasks.question import UNSCORED
-from data.token_store import TokenStore
+from data.token_store import TokenStore, open_tokens, token_folders
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
 
 
 class TextRow(NamedTuple):
-    """All (T,). `labels` are what each position must predict; `documents` the number of the document of each."""
+    """All (T,). `labels` are what each position must predict, `documents` the number of its document in the row."""
 
     tokens: IntArray
     labels: IntArray
@@ -28,10 +35,13 @@ class TextRow(NamedTuple):
 
 
 class Rows(Protocol):
-    """The rows of T tokens that a store is cut into."""
+    """The rows of T tokens that a store is cut into. A row begins in the shard `shard_of`."""
+
+    store: TokenStore
 
     def __len__(self) -> int: ...
     def read(self, row: int) -> TextRow: ...
+    def shard_of(self, row: int) -> int: ...
 
 
 class ConcatRows:
@@ -46,11 +56,14 @@ class ConcatRows:
     def read(self, row: int) -> TextRow:
         return labelled(*self.store.read(row * self.seq_len, self.seq_len + 1))
 
+    def shard_of(self, row: int) -> int:
+        return self.store.shard_at(row * self.seq_len)
+
 
 def labelled(tokens: IntArray, documents: IntArray) -> TextRow:
     """The row of all tokens but the last one, which is only predicted: the next token within the document."""
     labels = np.where(documents[1:] == documents[:-1], tokens[1:], UNSCORED)
-    return TextRow(tokens[:-1], labels, documents[:-1])
+    return TextRow(tokens[:-1], labels, documents[:-1] - documents[0])
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,93 @@ def _rounded(shares: list[float], total: int) -> IntArray:
     return whole
 
 
+class BestFitRows:
+    """Rows of whole documents, with padding at the end. Only documents longer than a row are cut.
+
+    `prepare_best_fit` chose the documents of each row, and `folder` holds its choice.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int, folder: Path):
+        self.store, self.seq_len, self.folder = store, seq_len, folder
+        self.first_rows = np.load(folder / "first_rows.npy")  # (shards + 1,)
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    def read(self, row: int) -> TextRow:
+        shard = self.shard_of(row)
+        packed = _open_packed(self.folder, shard)
+        pieces = slice(*packed.first_pieces[row - self.first_rows[shard] :][:2].tolist())
+        base, starts, ends = int(self.store.first_tokens[shard]), packed.starts[pieces], packed.lengths[pieces].cumsum()
+        padding = len(ends)  # padding is a document of its own, in which nothing is scored
+        result = TextRow(*(np.full(self.seq_len, blank) for blank in (0, UNSCORED, padding)))
+        for number, (start, first, last) in enumerate(zip(starts.tolist(), [0, *ends.tolist()], ends.tolist())):
+            piece = labelled(*self.store.read(base + start, last - first + 1))
+            result.tokens[first:last], result.labels[first:last] = piece.tokens, piece.labels
+            result.documents[first:last] = number
+        return result
+
+    def shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self.first_rows, row, side="right")) - 1
+
+
+@lru_cache(maxsize=64)
+def _open_packed(folder: Path, shard: int) -> PackedRows:
+    return PackedRows(*(np.load(folder / f"{shard:05}-{name}.npy", mmap_mode="r") for name in PackedRows._fields))
+
+
+def prepare_best_fit(store: TokenStore, seq_len: int, folder: Path) -> Path:
+    """The folder in `folder` that says which documents are in which row. It is made now if it is missing."""
+    made = folder / f"best_fit-{seq_len}"
+    if not made.is_dir():
+        with written_whole(made) as aside:
+            rows = [0]
+            for number in range(len(store.shards)):
+                starts, end = store.shard(number).starts, np.diff(store.first_tokens)[number]
+                packed = best_fit(np.diff(starts, append=end), seq_len)
+                for name, array in packed._asdict().items():
+                    np.save(aside / f"{number:05}-{name}.npy", array)
+                rows.append(len(packed.first_pieces) - 1)
+            np.save(aside / "first_rows.npy", np.cumsum(rows))
+    return made
+
+
+class Source(NamedTuple):
+    """The text of a source, and the rows that its training text is cut into."""
+
+    train: TokenStore
+    heldout: TokenStore
+    rows: Rows
+
+
+def prepare_sources(settings: RunSettings, tokenizer: "Tokenizer", workers: int | None = None) -> dict[str, Path]:
+    """The folder with the tokens of each source, by its name. What is missing is made now, by `workers` processes."""
+    folders = token_folders(settings, tokenizer, workers)
+    if settings.data.packing == "best_fit":
+        for folder in folders.values():
+            prepare_best_fit(open_tokens(folder, tokenizer)["train"], settings.data.seq_len, folder)
+    return folders
+
+
+def open_sources(folders: Mapping[str, Path], tokenizer: "Tokenizer", data: DataSettings) -> dict[str, Source]:
+    """What `prepare_sources` has prepared. The text is not needed, so a process on any machine may call this.
+
+    Raises UserError for a source that is shorter than a row.
+    """
+    sources = {}
+    for name, folder in folders.items():
+        train, heldout = open_tokens(folder, tokenizer).values()
+        packed = folder / f"best_fit-{data.seq_len}"
+        rows = (
+            BestFitRows(train, data.seq_len, packed) if data.packing == "best_fit" else ConcatRows(train, data.seq_len)
+        )
+        if not len(rows):
+            has = f"the training text{f' of {name}' if name else ''} has {train.n_tokens:,} tokens"
+            raise UserError(f"data.seq_len is {data.seq_len:,} and {has}; lower it or give more text")
+        sources[name] = Source(train, heldout, rows)
+    return sources
+
+
 class Mixture:
     """The rows of text of a run."""
 
@@ -128,11 +228,22 @@ class Mixture:
 
     def read(self, step: int, rows: range) -> tuple[list[TextRow], IntArray]:
         """The rows `rows` of a step, and (B,) the number of the source of each."""
-        sources, numbers = self.shares.source_of(step, rows)
-        order = np.empty_like(numbers)
+        sources, numbers = self._find(step, rows)
+        return [self.rows[source].read(row) for source, row in zip(sources, numbers.tolist())], sources
+
+    def verify(self, step: int) -> None:
+        """Compare the shards that a step begins to read with their hashes. Raises UserError if one is damaged."""
+        sources, numbers = self._find(step, range(self.shares.rows_per_step))
         for source in np.unique(sources):
-            order[sources == source] = self._ordered(source, numbers[sources == source])
-        return [self.rows[source].read(row) for source, row in zip(sources, order.tolist())], sources
+            rows = self.rows[source]
+            rows.store.verify(map(rows.shard_of, numbers[sources == source].tolist()))
+
+    def _find(self, step: int, rows: range) -> tuple[IntArray, IntArray]:
+        """(B,) the number of the source of each row, and (B,) the number of the row in its source."""
+        sources, numbers = self.shares.source_of(step, rows)
+        for source in np.unique(sources):
+            numbers[sources == source] = self._ordered(source, numbers[sources == source])
+        return sources, numbers
 
     def _ordered(self, source: int, numbers: IntArray) -> IntArray:
         """Which row of the source comes at each of `numbers` of its rows in the run."""

@@ -21,7 +21,7 @@ def permuted(numbers: IntArray, n: int, key: Sequence[int]) -> IntArray:
     [0, 1, 2, 3, 4]
     """
     bits = max(2, (n - 1).bit_length())
-    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).astype(np.uint64)
     result = _feistel(numbers.astype(np.uint64), bits, keys)
     while (outside := result >= n).any():
         result[outside] = _feistel(result[outside], bits, keys)

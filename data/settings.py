@@ -92,8 +92,8 @@ class DataSettings(SourceSettings):
     """The text: where it comes from and how it is packed."""
 
     sources: list[MixtureSource] = Field(default_factory=list)
-    """Several sources of text instead of the one above: each has the settings above, a `name` and a `weight`. An example
-    is in docs/data.md."""
+    """Several sources of text instead of the one above: each has the settings above, a `name` and a `weight`. See
+    docs/data.md for an example."""
     tokenizer: TokenizerSettings = TokenizerSettings()
     cache_dir: str = ".cache/data"
     """Folder for the trained tokenizer and the encoded text. Both are reused while the text stays the same."""

@@ -53,7 +53,7 @@ def parts(source: MixtureSource) -> list[Part]:
     """All parts of a source, in a fixed order. Raises `UserError` for a missing file or data set."""
     shared, column = _splits_by_hash(source), column_of(source)
     if source.source == "novels":
-        return [Part("novels", split, lambda n, split=split: [t for _, t in novels(split)][n:]) for split in SPLITS]
+        return [Part("novels", split, partial(_novel_rows, split)) for split in SPLITS]
     if source.hub:
         names = {None: source.hub.train_split} if shared else {s: getattr(source.hub, f"{s}_split") for s in SPLITS}
         return [Part(f"{source.hub.name}/{name}", s, partial(_hub_rows, source, name)) for s, name in names.items()]
@@ -64,8 +64,8 @@ def parts(source: MixtureSource) -> list[Part]:
     ]
 
 
-def text_of(row: Any, column: str) -> str:
-    """The text of a row. Raises `BadRow` if it has none."""
+def text_of(row: Any, column: str) -> tuple[str, bytes]:
+    """The text of a row, and the same in UTF-8. Raises `BadRow` if it has none."""
     if isinstance(row, JsonLine):
         try:
             row = json.loads(row)
@@ -76,12 +76,16 @@ def text_of(row: Any, column: str) -> str:
         raise row
     if not isinstance(row, str):
         raise BadRow(f"column {column!r} holds {'nothing' if row is None else type(row).__name__}, not text")
-    return row
+    try:
+        return row, row.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"half a character at {error.start} ({error.reason})") from error
 
 
-def is_held_out(text: bytes, share: float) -> bool:
-    """Whether a document in UTF-8 is held out, at this share of all documents. Equal documents stay together."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < share * 2**64
+def split_of(text: bytes, share: float) -> str:
+    """The split of a document in UTF-8 if this share of all documents is held out. Equal documents stay together."""
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+    return "heldout" if number < share * 2**64 else "train"
 
 
 def texts(source: MixtureSource, split: str) -> Iterator[str]:
@@ -93,11 +97,10 @@ def texts(source: MixtureSource, split: str) -> Iterator[str]:
     for part in parts(source):
         for row in part.rows(0) if part.split in (None, split) else ():
             try:
-                text = text_of(row, column_of(source))
+                text, content = text_of(row, column_of(source))
             except BadRow:  # counted when the text is encoded
                 continue
-            held_out = part.split is None and is_held_out(_utf8(text), source.heldout_share)
-            if text.strip() and (part.split or SPLITS[held_out]) == split:
+            if text.strip() and (part.split or split_of(content, source.heldout_share)) == split:
                 empty = False
                 yield text
     if empty:
@@ -111,7 +114,9 @@ def no_text(source: MixtureSource, split: str) -> UserError:
         named, value = f"{at}hub.{split}_split", getattr(source.hub, f"{split}_split")
     else:
         named, value = f"{at}{split}_files", getattr(source, f"{split}_files")
-    more = f", or raise {at}heldout_share, which is {source.heldout_share:g}" if split == "heldout" and not value else ""
+    more = (
+        f", or raise {at}heldout_share, which is {source.heldout_share:g}" if split == "heldout" and not value else ""
+    )
     return UserError(f"{named} {value} has no text; name another with text{more}")
 
 
@@ -171,6 +176,10 @@ def _files(source: MixtureSource, split: str) -> list[Path]:
             raise UserError(f"{where}: no such file: {pattern!r}; paths are relative to the working directory")
         paths += files
     return paths
+
+
+def _novel_rows(split: str, first: int) -> list[str]:
+    return [text for _, text in novels(split)][first:]
 
 
 def _hub_rows(source: MixtureSource, split: str, first: int) -> Iterator[Any]:

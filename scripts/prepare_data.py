@@ -11,6 +11,7 @@ where a killed one stopped. DIR gets tokenizer.model (for data.tokenizer.model_f
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from data.mixture import prepare_sources
 from data.settings import DataSettings
-from data.sources import altered_files
-from data.token_store import fingerprint, prepare_tokens
+from data.sources import SPLITS, altered_files
+from data.token_store import open_tokens
+from data.token_writer import read_index
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError, cli
 from training.settings.config_file import load_settings
@@ -47,15 +50,18 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"--tokenizer {arguments.tokenizer}: can't be written: {error.strerror}") from error
         return console.print(f"{facts}, in {arguments.tokenizer}")
-    train, heldout = prepare_tokens(settings, tokenizer, arguments.workers)
-    table = Table("split", "documents", "tokens", "bytes", "bytes per token")
-    for split, store in {"train": train, "heldout": heldout}.items():
-        n_bytes, tokens = store.bytes_of(0, len(store.tokens)), len(store.tokens)
-        table.add_row(
-            split, f"{len(store.document_starts):,}", f"{tokens:,}", f"{n_bytes:,}", f"{n_bytes / tokens:.3f}"
-        )
-    sources = fingerprint([train.source_sha256, heldout.source_sha256], tokenizer)
-    console.print(table, facts, f"tokens: fingerprint {sources[:16]}, in {settings.data.cache_dir}", sep="\n")
+    folders = prepare_sources(settings, tokenizer, arguments.workers)
+    table = Table("source", "split", "documents", "tokens", "bytes", "bytes per token")
+    for (name, folder), split in product(folders.items(), SPLITS):
+        store = open_tokens(folder, tokenizer)[split]
+        n_bytes, tokens = store.n_bytes, store.n_tokens
+        sizes = f"{store.n_documents:,}", f"{tokens:,}", f"{n_bytes:,}", f"{n_bytes / tokens:.3f}"
+        table.add_row(name or settings.data.source, split, *sizes)
+    console.print(table, facts, sep="\n")
+    for name, folder in folders.items():
+        index = read_index(folder) or {}
+        notes = [f"{n:,} {what}" for what in ("bad_rows", "unused_documents") if (n := index.get(what))]
+        console.print(f"tokens{f' of {name}' if name else ''}: {folder}", *notes, sep=", ", soft_wrap=True)
 
 
 def verify(data: DataSettings) -> None:

@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat
 
 from data.settings import (
-    DataSettings, Fraction, NonNegative, Points, PositiveInt, QuestionSettings, RowSettings, Strict, TaskName,
+    DataSettings,
+    Fraction,
+    NonNegative,
+    Points,
+    PositiveInt,
+    QuestionSettings,
+    RowSettings,
+    Strict,
+    TaskName,
 )  # fmt: skip
 
 
