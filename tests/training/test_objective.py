@@ -33,7 +33,10 @@ def test_relay_positions_are_charged_the_relay_head_and_not_the_vocabulary() -> 
 
 
 def test_the_loss_is_the_mean_over_the_tokens_of_all_ranks_times_the_ranks() -> None:
-    scores = {term: Score(torch.tensor(total), torch.ones(1)) for term, total in (("answer", 6.0), ("text", 8.0))}
+    scores = {
+        term: Score(torch.tensor(total), torch.ones(1), torch.tensor([total]))
+        for term, total in (("answer", 6.0), ("text", 8.0))
+    }
     loss = weighted_loss(scores, torch.tensor([1.0, 0.5]), torch.tensor([3.0, 0.0]), ranks=2)
     assert loss.item() == 2 * (6 / 3 + 0.5 * 8)
 
@@ -41,10 +44,12 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_ranks_times_the_ranks() -> 
 def test_columns_are_means_by_term_and_by_task_where_there_are_several() -> None:
     right = {"answer": 2.0, "text": 0.0, "needle": 1.0, "keys": 1.0}
     count = {"answer": 4.0, "text": 0.0, "needle": 1.0, "keys": 3.0}
-    measured = Measured({"answer": 6.0, "text": 0.0}, right, count, grad_norm=2.0)
+    loss = {"answer": 6.0, "text": 0.0, "needle": 3.0, "keys": 3.0}
+    measured = Measured(loss, right, count, grad_norm=2.0)
     assert measured.columns("recall") == {
         "grad_norm_recall": 2.0, "loss_answer": 1.5, "accuracy_answer": 0.5, "loss_text_of_recall": 0.0,
-        "accuracy_text_of_recall": 0.0, "accuracy_needle": 1.0, "accuracy_keys": pytest.approx(1 / 3),
+        "accuracy_text_of_recall": 0.0, "loss_needle": 3.0, "accuracy_needle": 1.0, "loss_keys": 1.0,
+        "accuracy_keys": pytest.approx(1 / 3),
     }  # fmt: skip
     assert measured.finite
     del right["keys"], count["keys"]

@@ -18,7 +18,7 @@ NAN = Measured({"text": float("nan")}, {"text": 0.0}, {"text": 504.0}, grad_norm
 def both(prepared: Prepared) -> list[Objective]:
     curriculum = Curriculum(prepared.settings.recall.curriculum, window=8, reach=21)
     vocabulary = recall_vocabulary(prepared.tokenizer, prepared.settings.recall.values)
-    return objectives(prepared.settings, prepared.train, vocabulary, curriculum, ranks=1)
+    return objectives(prepared.settings, prepared.sources, vocabulary, curriculum, ranks=1)
 
 
 def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
@@ -33,7 +33,7 @@ def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
     documents = batch.packing.documents
     assert kept["input_ids"] == batch.input_ids.tolist()
     assert kept["documents"] == (None if documents is None else documents.tolist())
-    assert kept["targets"]["text"] == [tensor.tolist() for tensor in batch.targets["text"]]
+    assert kept["targets"]["text"] == [*(tensor.tolist() for tensor in batch.targets["text"][:2]), None]
     assert (facts["step"], facts["objective"], facts["distances"], facts["rows"]) == (13, "text", FAR, [0])
     assert facts["measured"] == {"accuracy_text": "0.0", "grad_norm_text": "inf", "loss_text": "nan"}
     assert facts["text"] == [prepared.tokenizer.decode(row) for row in batch.input_ids.tolist()]
