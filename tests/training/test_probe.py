@@ -81,6 +81,17 @@ def test_text_shorter_than_asked_for_is_read_once(prepared: Prepared, decoder: W
     assert make_probe(prepared, None, validation_tokens=10**9).text(decoder) == all_rows
 
 
+def test_bits_are_told_by_source_and_together(prepared: Prepared, decoder: WindreachForCausalLM) -> None:
+    """The same text twice has the same bits twice, and another text others; all together lie between them."""
+    settings = with_training(prepared.settings, validation_tokens=512)
+    stores = {"web": heldout(prepared), "again": heldout(prepared), "books": prepared.sources[""].train}
+    bits = Probe(settings, stores, None, Curriculum(settings.recall.curriculum, WINDOW, REACH)).text(decoder)
+    assert bits["web"] == bits["again"] != bits["books"]
+    assert min(bits.values()) < bits[""] < max(bits.values())
+    alone = make_probe(prepared, None, validation_tokens=512).text(decoder)
+    assert alone == {"": bits["web"]}
+
+
 # -- recall -----------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,16 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from model.errors import UserError
 from tests.training.conftest import Prepared
 from training.run.checkpoint import save_checkpoint
-from training.run.folder import check_settings, check_start, decide_once, open_run, read_facts, run_dir, settings_hash
+from training.run.folder import (
+    check_settings,
+    check_start,
+    data_hashes,
+    decide_once,
+    open_run,
+    read_facts,
+    run_dir,
+    settings_hash,
+)
 from training.settings.schema import Settings
 
 CPU = torch.device("cpu")
@@ -264,6 +273,13 @@ def test_other_text_is_refused_and_the_split_named(settings: Settings, prepared:
     ) as told:
         decide(settings, prepared, heldout=prepared.sources[""].train)
     assert "train: sha256" not in str(told.value)
+
+
+def test_the_text_of_each_source_is_known_by_its_name(prepared: Prepared) -> None:
+    alone = prepared.sources[""]
+    two = data_hashes({"web": alone, "books": alone._replace(heldout=alone.train)})
+    assert list(two) == ["web train", "web heldout", "books train", "books heldout"]
+    assert two["books heldout"] == two["web train"] == data_hashes(prepared.sources)["train"]
 
 
 def test_another_tokenizer_is_refused(settings: Settings, prepared: Prepared) -> None:
