@@ -170,6 +170,7 @@ def bad_run(make_settings, tmp_path, *lines, **data):
 BAD = [
     (b'{"text": ', r"not JSON in UTF-8 \(.*\)"),
     (b'{"text": "\xe4"}', r"not JSON in UTF-8 \(.*\)"),
+    (b"[" * 100_000, r"not JSON in UTF-8 \(.*\)"),
     (b'{"text": null}', r"column 'text' holds nothing, not text"),
     (b'{"text": 3}', r"column 'text' holds int, not text"),
     (b'{"text": ["a"]}', r"column 'text' holds list, not text"),
