@@ -13,6 +13,7 @@ A folder is written by `data.token_writer` as `tokens-<fingerprint>.part`, and r
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,8 +59,14 @@ class ShardFiles(NamedTuple):
 
 @lru_cache(maxsize=256)  # a mapped file keeps a descriptor open, and a process may have 1,024
 def _open_shard(path: Path, dtype: str) -> Shard:
-    arrays = (np.memmap(f"{path}{suffix}", of, "r") for suffix, of in ((".bin", dtype), (".starts", "<i8")))
-    return Shard(*map(np.asarray, arrays))
+    return Shard(_mapped(f"{path}.bin", dtype), _mapped(f"{path}.starts", "<i8"))
+
+
+def _mapped(file: str, dtype: str) -> NDArray[Any]:
+    """A file in memory, read page by page: a batch needs one short stretch of each of many shards."""
+    array = np.memmap(file, dtype, "r")
+    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return np.asarray(array)
 
 
 class TokenStore:

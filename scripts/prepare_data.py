@@ -2,6 +2,7 @@
 
     python scripts/prepare_data.py CONFIG.yaml [key=value ...]
     python scripts/prepare_data.py CONFIG.yaml --tokenizer DIR      trains the tokenizer alone and saves it
+    python scripts/prepare_data.py CONFIG.yaml --source NAME        encodes one source of a mixture alone
     python scripts/prepare_data.py CONFIG.yaml --verify             reads every file again and says which have changed
 
 The results are cached in data.cache_dir. `train.py` does the same if they are not there yet. The same command goes on
@@ -27,6 +28,7 @@ from data.token_writer import read_index
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError, cli
 from training.settings.config_file import load_settings
+from training.settings.schema import Settings
 
 
 def main() -> None:
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.tokenizer.vocab_size=4096")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="train the tokenizer alone and save it in DIR")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that encode text; default: one a core")
+    parser.add_argument("--source", metavar="NAME", help="only this source of data.sources")
     parser.add_argument("--verify", action="store_true", help="only compare every file with its remembered hash")
     arguments = parser.parse_intermixed_args()
     if arguments.workers is not None and arguments.workers < 1:
@@ -50,6 +53,8 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"--tokenizer {arguments.tokenizer}: can't be written: {error.strerror}") from error
         return console.print(f"{facts}, in {arguments.tokenizer}")
+    if arguments.source:
+        settings = only(settings, arguments.source)
     folders = prepare_sources(settings, tokenizer, arguments.workers)
     table = Table("source", "split", "documents", "tokens", "bytes", "bytes per token")
     for (name, folder), split in product(folders.items(), SPLITS):
@@ -62,6 +67,15 @@ def main() -> None:
         index = read_index(folder) or {}
         notes = [f"{n:,} {what}" for what in ("bad_rows", "unused_documents") if (n := index.get(what))]
         console.print(f"tokens{f' of {name}' if name else ''}: {folder}", *notes, sep=", ", soft_wrap=True)
+
+
+def only(settings: Settings, name: str) -> Settings:
+    """The settings with one source. Raises UserError if there is none of that name."""
+    chosen = [source for source in settings.data.sources if source.name == name]
+    if not chosen:
+        names = ", ".join(source.name for source in settings.data.sources) or "none"
+        raise UserError(f"--source {name}: no such name in data.sources; give one of: {names}")
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": chosen})})
 
 
 def verify(data: DataSettings) -> None:
