@@ -3,27 +3,38 @@
     python scripts/prepare_data.py CONFIG.yaml [key=value ...]
     python scripts/prepare_data.py CONFIG.yaml --tokenizer DIR      trains the tokenizer alone and saves it
     python scripts/prepare_data.py CONFIG.yaml --verify             reads every file again and says which have changed
+    python scripts/prepare_data.py CONFIG.yaml --stats              also says how long the documents are, what packing
+                                                                    cuts, and how many are duplicates
 
 The results are cached in data.cache_dir. `train.py` does the same if they are not there yet. The same command goes on
 where a killed one stopped. DIR gets tokenizer.model (for data.tokenizer.model_file) and the files that
-`AutoTokenizer.from_pretrained` reads. `--verify` ends with exit code 2 if a file has changed.
+`AutoTokenizer.from_pretrained` reads. `--verify` ends with exit code 2 if a file has changed. `--stats` prints a table
+and writes statistics.json and statistics.png.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from data.settings import DataSettings
 from data.sources import altered_files
-from data.token_store import fingerprint, prepare_tokens
+from data.statistics import Shard, Statistics, statistics
+from data.token_store import IntArray, fingerprint, prepare_tokens
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError, cli
+from model.windows import LayerSpec, reach
+from training.settings.build import layer_dicts
 from training.settings.config_file import load_settings
+from training.settings.schema import Settings
 
 
 def main() -> None:
@@ -33,7 +44,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="train the tokenizer alone and save it in DIR")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that encode text; default: one a core")
     parser.add_argument("--verify", action="store_true", help="only compare every file with its remembered hash")
+    parser.add_argument("--stats", action="store_true", help="also write and print what the sources consist of")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for --stats; default: statistics in data.cache_dir")
     arguments = parser.parse_intermixed_args()
+    if arguments.out and not arguments.stats:
+        parser.error("--out is the folder of the statistics; add --stats")
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; give at least 1, or leave it out for one a core")
     settings = load_settings(arguments.config, arguments.overrides)
@@ -56,6 +71,70 @@ def main() -> None:
         )
     sources = fingerprint([train.source_sha256, heldout.source_sha256], tokenizer)
     console.print(table, facts, f"tokens: fingerprint {sources[:16]}, in {settings.data.cache_dir}", sep="\n")
+    if arguments.stats:
+        shards = {name: [(s.tokens, s.document_starts)] for name, s in {"train": train, "heldout": heldout}.items()}
+        folder = arguments.out or Path(settings.data.cache_dir) / "statistics"
+        write_statistics(settings, shards, tokenizer.token_bytes(), folder, console)
+
+
+def write_statistics(
+    settings: Settings, sources: Mapping[str, Iterable[Shard]], token_bytes: IntArray, folder: Path, console: Console
+) -> None:
+    """Print a table of each source, and write it and its picture into `folder`."""
+    limits = named_lengths(settings)
+    figures = {
+        name: statistics(
+            track(shards, name, console=console, transient=True, disable=not console.is_terminal),
+            token_bytes, settings.data.seq_len, limits,
+        )
+        for name, shards in sources.items()
+    }  # fmt: skip
+    console.print(statistics_table(figures, limits))
+    from eval.plots.canvas import save  # imports matplotlib
+    from eval.plots.lengths import lengths_figure
+
+    result = {"name": settings.name, "limits": limits, "sources": {n: asdict(figure) for n, figure in figures.items()}}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "statistics.json").write_text(json.dumps(result, indent=1))
+        save(lengths_figure(figures, limits), folder / "statistics.png")
+    except OSError as error:
+        raise UserError(f"--out {folder}: can't be written: {error.strerror}; name another folder") from error
+    console.print(f"Written: {folder}/statistics.json, statistics.png")
+
+
+def named_lengths(settings: Settings) -> dict[str, int]:
+    """W, R and the row, in tokens. W is the smallest window. A stack with full layers has no R."""
+    from eval.models import smallest_window
+
+    layers = [LayerSpec(**layer) for layer in layer_dicts(settings.model)]
+    named = {"W": smallest_window(layers), "R": reach(layers), "seq_len": settings.data.seq_len}
+    return {name: tokens for name, tokens in named.items() if tokens}
+
+
+def statistics_table(sources: Mapping[str, Statistics], limits: Mapping[str, int]) -> Table:
+    """One column for each source. Shares of tokens are shares of all tokens of the source."""
+    table = Table("", *sources)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    columns = [statistics_cells(source, limits) for source in sources.values()]
+    for label in columns[0]:
+        table.add_row(label, *(column[label] for column in columns))
+    return table
+
+
+def statistics_cells(source: Statistics, limits: Mapping[str, int]) -> dict[str, str]:
+    total = source.total
+    cells = {"documents": f"{total.documents:,}", "tokens": f"{total.tokens:,}"}
+    cells["bytes per token"] = f"{source.bytes_per_token:.3f}"
+    for name, size in source.longer.items():
+        longer = f"longer than {name} = {limits[name]:,}"
+        cells[f"documents {longer}"] = f"{size.documents / total.documents:.2%}"
+        cells[f"tokens in documents {longer}"] = f"{size.tokens / total.tokens:.2%}"
+    for packing, loss in source.packings.items():
+        cells[f"documents cut by {packing}"] = f"{loss.cut:.2%}"
+        cells[f"padding with {packing}"] = f"{loss.padding:.2%}"
+    return cells | {"documents equal to an earlier one": f"{source.duplicates:.2%}"}
 
 
 def verify(data: DataSettings) -> None:
