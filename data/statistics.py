@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.best_fit import IntArray, Packing, waste
+from data.token_store import Shard
 
-Shard = tuple[NDArray[Any], IntArray]  # tokens (n,), and the position of the first token of each document (documents,)
 BINS = 63  # lengths are below 2^63
-TOKENS_AT_ONCE = 1 << 20  # whose bytes are looked up, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,22 @@ class Statistics:
     duplicates: float  # share of the documents whose tokens are those of an earlier one
 
 
-def statistics(shards: Iterable[Shard], token_bytes: IntArray, seq_len: int, limits: Mapping[str, int]) -> Statistics:
-    """Figures of the documents in `shards`, each of which is packed by itself into rows of `seq_len` tokens.
+def statistics(shards: Iterable[Shard], text_bytes: int, seq_len: int, limits: Mapping[str, int]) -> Statistics:
+    """Figures of the documents in `shards`, which hold `text_bytes` bytes of text.
 
-    `token_bytes` (vocab,) are the UTF-8 bytes of each token. `limits` are lengths in tokens.
+    Rows of `seq_len` tokens may reach from one shard into the next with `concat`, not with `best_fit`. `limits` are
+    lengths in tokens.
     """
-    packings, text_bytes, hashes = get_args(Packing), 0, bytearray()
+    packings, position, hashes = get_args(Packing), 0, bytearray()
     by_length, longer = np.zeros((BINS, 2), dtype=np.int64), np.zeros((len(limits), 2), dtype=np.int64)
     wasted = np.zeros((len(packings), 2), dtype=np.int64)
     for tokens, starts in shards:
         lengths = np.diff(starts, append=len(tokens))
         by_length += _by_length(lengths)
         longer += _longer(lengths, np.array([*limits.values()], dtype=np.int64))
-        wasted += [waste(lengths, seq_len, packing) for packing in packings]
-        text_bytes += _text_bytes(tokens, token_bytes)
+        wasted += [waste(lengths, seq_len, packing, position) for packing in packings]
         hashes += _hashes(tokens, starts, lengths)
+        position += len(tokens)
     total = Size(*by_length.sum(axis=0).tolist())
     occupied = np.flatnonzero(by_length[:, 0]).tolist()
     return Statistics(
@@ -87,11 +87,6 @@ def _longer(lengths: IntArray, limits: IntArray) -> IntArray:
     """(limits, 2) documents and tokens above each limit."""
     above = lengths > limits[:, None]
     return np.stack((above.sum(axis=1), above @ lengths), axis=1)
-
-
-def _text_bytes(tokens: NDArray[Any], token_bytes: IntArray) -> int:
-    parts = range(0, len(tokens), TOKENS_AT_ONCE)
-    return sum(int(token_bytes[tokens[i : i + TOKENS_AT_ONCE]].sum()) for i in parts)
 
 
 def _hashes(tokens: NDArray[Any], starts: IntArray, lengths: IntArray) -> bytes:

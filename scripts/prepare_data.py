@@ -2,6 +2,7 @@
 
     python scripts/prepare_data.py CONFIG.yaml [key=value ...]
     python scripts/prepare_data.py CONFIG.yaml --tokenizer DIR      trains the tokenizer alone and saves it
+    python scripts/prepare_data.py CONFIG.yaml --source NAME        encodes one source of a mixture alone
     python scripts/prepare_data.py CONFIG.yaml --verify             reads every file again and says which have changed
     python scripts/prepare_data.py CONFIG.yaml --stats              also says how long the documents are, what packing
                                                                     cuts, and how many are duplicates
@@ -15,8 +16,9 @@ and writes statistics.json and statistics.png.
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,10 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data.mixture import open_sources, prepare_sources
 from data.settings import DataSettings
-from data.sources import altered_files
-from data.statistics import Shard, Statistics, statistics
-from data.token_store import IntArray, fingerprint, prepare_tokens
+from data.sources import SPLITS, altered_files
+from data.statistics import Statistics, statistics
+from data.token_store import TokenStore, open_tokens
+from data.token_writer import read_index
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError, cli
 from model.windows import LayerSpec, reach
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.tokenizer.vocab_size=4096")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="train the tokenizer alone and save it in DIR")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that encode text; default: one a core")
+    parser.add_argument("--source", metavar="NAME", help="only this source of data.sources")
     parser.add_argument("--verify", action="store_true", help="only compare every file with its remembered hash")
     parser.add_argument("--stats", action="store_true", help="also write and print what the sources consist of")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for --stats; default: statistics in data.cache_dir")
@@ -62,33 +67,35 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"--tokenizer {arguments.tokenizer}: can't be written: {error.strerror}") from error
         return console.print(f"{facts}, in {arguments.tokenizer}")
-    train, heldout = prepare_tokens(settings, tokenizer, arguments.workers)
-    table = Table("split", "documents", "tokens", "bytes", "bytes per token")
-    for split, store in {"train": train, "heldout": heldout}.items():
-        n_bytes, tokens = store.bytes_of(0, len(store.tokens)), len(store.tokens)
-        table.add_row(
-            split, f"{len(store.document_starts):,}", f"{tokens:,}", f"{n_bytes:,}", f"{n_bytes / tokens:.3f}"
-        )
-    sources = fingerprint([train.source_sha256, heldout.source_sha256], tokenizer)
-    console.print(table, facts, f"tokens: fingerprint {sources[:16]}, in {settings.data.cache_dir}", sep="\n")
+    if arguments.source:
+        settings = only(settings, arguments.source)
+    folders = prepare_sources(settings, tokenizer, arguments.workers)
+    table, stores = Table("source", "split", "documents", "tokens", "bytes", "bytes per token"), {}
+    for (name, folder), split in product(folders.items(), SPLITS):
+        store = open_tokens(folder, tokenizer)[split]
+        n_bytes, tokens = store.n_bytes, store.n_tokens
+        sizes = f"{store.n_documents:,}", f"{tokens:,}", f"{n_bytes:,}", f"{n_bytes / tokens:.3f}"
+        table.add_row(name or settings.data.source, split, *sizes)
+        stores[f"{name or settings.data.source}, {split}"] = store
+    console.print(table, facts, sep="\n")
+    for name, folder in folders.items():
+        index = read_index(folder) or {}
+        notes = [f"{n:,} {what}" for what in ("bad_rows", "unused_documents") if (n := index.get(what))]
+        console.print(f"tokens{f' of {name}' if name else ''}: {folder}", *notes, sep=", ", soft_wrap=True)
+    if settings.data.packing == "best_fit":
+        for name, source in open_sources(folders, tokenizer, settings.data).items():
+            padding = 1 - source.train.n_tokens / (len(source.rows) * settings.data.seq_len)
+            console.print(f"best_fit{f' of {name}' if name else ''}: {padding:.2%} of the training rows is padding")
     if arguments.stats:
-        shards = {name: [(s.tokens, s.document_starts)] for name, s in {"train": train, "heldout": heldout}.items()}
-        folder = arguments.out or Path(settings.data.cache_dir) / "statistics"
-        write_statistics(settings, shards, tokenizer.token_bytes(), folder, console)
+        write_statistics(settings, stores, arguments.out or Path(settings.data.cache_dir) / "statistics", console)
 
 
-def write_statistics(
-    settings: Settings, sources: Mapping[str, Iterable[Shard]], token_bytes: IntArray, folder: Path, console: Console
-) -> None:
-    """Print a table of each source, and write it and its picture into `folder`."""
-    limits = named_lengths(settings)
-    figures = {
-        name: statistics(
-            track(shards, name, console=console, transient=True, disable=not console.is_terminal),
-            token_bytes, settings.data.seq_len, limits,
-        )
-        for name, shards in sources.items()
-    }  # fmt: skip
+def write_statistics(settings: Settings, stores: Mapping[str, TokenStore], folder: Path, console: Console) -> None:
+    """Print what each of `stores` consists of, and write it and a picture into `folder`."""
+    limits, figures = named_lengths(settings), {}
+    for name, store in stores.items():
+        numbers = track(range(len(store.shards)), name, console=console, transient=True)
+        figures[name] = statistics(map(store.shard, numbers), store.n_bytes, settings.data.seq_len, limits)
     console.print(statistics_table(figures, limits))
     from eval.plots.canvas import save  # imports matplotlib
     from eval.plots.lengths import lengths_figure
@@ -124,9 +131,7 @@ def statistics_table(sources: Mapping[str, Statistics], limits: Mapping[str, int
 
 
 def statistics_cells(source: Statistics, limits: Mapping[str, int]) -> dict[str, str]:
-    total = source.total
-    cells = {"documents": f"{total.documents:,}", "tokens": f"{total.tokens:,}"}
-    cells["bytes per token"] = f"{source.bytes_per_token:.3f}"
+    cells, total = {}, source.total
     for name, size in source.longer.items():
         longer = f"longer than {name} = {limits[name]:,}"
         cells[f"documents {longer}"] = f"{size.documents / total.documents:.2%}"
@@ -135,6 +140,15 @@ def statistics_cells(source: Statistics, limits: Mapping[str, int]) -> dict[str,
         cells[f"documents cut by {packing}"] = f"{loss.cut:.2%}"
         cells[f"padding with {packing}"] = f"{loss.padding:.2%}"
     return cells | {"documents equal to an earlier one": f"{source.duplicates:.2%}"}
+
+
+def only(settings: Settings, name: str) -> Settings:
+    """The settings with one source. Raises UserError if there is none of that name."""
+    chosen = [source for source in settings.data.sources if source.name == name]
+    if not chosen:
+        names = ", ".join(source.name for source in settings.data.sources) or "none"
+        raise UserError(f"--source {name}: no such name in data.sources; give one of: {names}")
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": chosen})})
 
 
 def verify(data: DataSettings) -> None:

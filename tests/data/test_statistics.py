@@ -1,25 +1,23 @@
 """Figures of a source: the same as counted by hand, and the same however the documents are split into shards."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import statistics as module
 from data.statistics import Loss, Size, statistics
+from data.token_store import Shard
 
-TOKEN_BYTES = np.array([0, 3, 5, 2])
 DOCUMENT = st.lists(st.integers(1, 3), min_size=1, max_size=12)
 
 
 def shard(documents, dtype=np.uint16):
     lengths = np.array([len(d) for d in documents], dtype=np.int64)
-    return np.concatenate(documents).astype(dtype), np.cumsum(lengths) - lengths
+    return Shard(np.concatenate(documents).astype(dtype), np.cumsum(lengths) - lengths)
 
 
 def test_figures_of_a_small_source():
     documents = [[3, 3], [1, 2, 3], [0, 2, 2, 2, 0], [1, 2, 3], [3, 3], [1, 2, 3], [3] + [1] * 16]
-    figures = statistics([shard(documents)], TOKEN_BYTES, 8, {"W": 2, "R": 5, "seq_len": 17})
+    figures = statistics([shard(documents)], 103, 8, {"W": 2, "R": 5, "seq_len": 17})
     assert figures.total == Size(7, 35)
     assert figures.bytes_per_token == 103 / 35
     assert figures.by_length == {2: Size(5, 13), 4: Size(1, 5), 8: Size(0, 0), 16: Size(1, 17)}
@@ -32,24 +30,16 @@ def test_figures_of_a_small_source():
 def test_shards_do_not_change_the_figures_of_documents(shards):
     everything = [document for documents in shards for document in documents]
     one, many = (
-        statistics([shard(documents) for documents in split], TOKEN_BYTES, 4, {"W": 3})
-        for split in ([everything], shards)
+        statistics([shard(documents) for documents in split], 99, 4, {"W": 3}) for split in ([everything], shards)
     )
     assert (one.total, one.by_length, one.longer) == (many.total, many.by_length, many.longer)
-    assert one.bytes_per_token == many.bytes_per_token
+    assert one.packings["concat"] == many.packings["concat"]
     assert one.packings["best_fit"].cut == many.packings["best_fit"].cut
     copies = len(everything) - len(set(map(tuple, everything)))
     assert one.duplicates == many.duplicates == copies / len(everything)
 
 
-@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
-def test_bytes_are_counted_in_parts_of_any_size(dtype, monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 3)
-    assert statistics([shard([[1, 2, 3, 1, 2]] * 3, dtype)], TOKEN_BYTES, 8, {}).bytes_per_token == 18 / 5
-
-
-def test_a_mapped_file_is_read_as_an_array_is(tmp_path):
-    tokens, starts = shard([[1, 2, 3], [1, 2], [1, 2, 3]])
-    tokens.tofile(tmp_path / "tokens")
-    mapped = np.memmap(tmp_path / "tokens", dtype="<u2", mode="r")
-    assert statistics([(mapped, starts)], TOKEN_BYTES, 8, {}) == statistics([(tokens, starts)], TOKEN_BYTES, 8, {})
+def test_documents_are_equal_only_if_all_their_tokens_are():
+    documents = [[1, 2], [2, 1], [1], [1, 2, 0], [0, 1, 2], [258], [2, 1]]
+    for dtype in ("<u2", "<u4"):
+        assert statistics([shard(documents, dtype)], 1, 8, {}).duplicates == 1 / 7

@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.patches import StepPatch
 
 from data.statistics import statistics
+from data.token_store import Shard
 from eval.plots.lengths import lengths_figure
 
 LIMITS = {"seq_len": 32, "W": 4, "R": 12}
@@ -11,7 +12,7 @@ LIMITS = {"seq_len": 32, "W": 4, "R": 12}
 
 def source(lengths):
     starts = np.cumsum(lengths) - lengths
-    return statistics([(np.zeros(sum(lengths), dtype=np.uint16), starts)], np.array([1]), 32, LIMITS)
+    return statistics([Shard(np.zeros(sum(lengths), dtype=np.uint16), starts)], 1, 32, LIMITS)
 
 
 def test_lengths_are_shown_as_shares_of_documents_and_of_tokens():

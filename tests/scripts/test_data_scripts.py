@@ -1,6 +1,7 @@
 """The data script, on a small corpus."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -76,7 +77,7 @@ def test_statistics_are_a_table_a_file_and_a_picture(config, monkeypatch, capsys
     out = capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "statistics.json").read_text())
     assert written["limits"] == {"W": 4, "R": 3, "seq_len": 512}
-    train = written["sources"]["train"]
+    train = written["sources"]["files, train"]
     assert train["longer"]["seq_len"] == train["total"]
     assert train["packings"]["best_fit"]["padding"] == pytest.approx(1 - train["total"]["tokens"] / 2048)
     for shown in ("documents longer than R = 3", "100.00%", "documents cut by best_fit", "equal to an earlier one"):
@@ -100,3 +101,10 @@ def test_a_folder_for_no_statistics_is_refused(config, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         prepare_data.main()
     assert "--out is the folder of the statistics; add --stats" in capsys.readouterr().err
+
+
+def test_best_fit_says_how_much_is_padding(config, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "data.packing=best_fit"])
+    prepare_data.main()
+    (share,) = re.findall(r"^best_fit: (.*)% of the training rows is padding$", capsys.readouterr().out, re.MULTILINE)
+    assert 0 < float(share) < 100 * 511 / 2048
