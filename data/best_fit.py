@@ -9,13 +9,14 @@ shortest. Each goes into the row with the least free space that still holds it.
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.settings import Packing
+
 IntArray = NDArray[np.int64]
-Packing = Literal["concat", "best_fit"]
 
 
 class PackedRows(NamedTuple):

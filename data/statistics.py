@@ -11,7 +11,8 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from data.best_fit import IntArray, Packing, waste
+from data.best_fit import IntArray, waste
+from data.settings import Packing
 from data.token_store import Shard
 
 BINS = 63  # lengths are below 2^63
