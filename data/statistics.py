@@ -27,11 +27,11 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Shares that a packing loses: of the documents those that are cut, and of the rows' tokens those of padding."""
+class WasteShares:
+    """What a packing loses, as shares."""
 
-    cut: float
-    padding: float
+    cut: float  # of the documents
+    padding: float  # of the tokens that the rows have room for
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Statistics:
     bytes_per_token: float  # UTF-8
     by_length: dict[int, Size]  # by a power of two n: documents of n to 2n - 1 tokens
     longer: dict[str, Size]  # by the name of each limit
-    packings: dict[Packing, Loss]
+    packings: dict[Packing, WasteShares]
     duplicates: float  # share of the documents whose tokens are those of an earlier one
 
 
@@ -70,7 +70,7 @@ def statistics(shards: Iterable[Shard], text_bytes: int, seq_len: int, limits: M
         by_length={1 << i: Size(*by_length[i].tolist()) for i in range(occupied[0], occupied[-1] + 1)},
         longer={name: Size(*row) for name, row in zip(limits, longer.tolist())},
         packings={
-            packing: Loss(cut / total.documents, padding / (total.tokens + padding))
+            packing: WasteShares(cut / total.documents, padding / (total.tokens + padding))
             for packing, (cut, padding) in zip(packings, wasted.tolist())
         },
         duplicates=_copies(hashes) / total.documents,

@@ -136,9 +136,9 @@ def statistics_cells(source: Statistics, limits: Mapping[str, int]) -> dict[str,
         longer = f"longer than {name} = {limits[name]:,}"
         cells[f"documents {longer}"] = f"{size.documents / total.documents:.2%}"
         cells[f"tokens in documents {longer}"] = f"{size.tokens / total.tokens:.2%}"
-    for packing, loss in source.packings.items():
-        cells[f"documents cut by {packing}"] = f"{loss.cut:.2%}"
-        cells[f"padding with {packing}"] = f"{loss.padding:.2%}"
+    for packing, wasted in source.packings.items():
+        cells[f"documents cut by {packing}"] = f"{wasted.cut:.2%}"
+        cells[f"padding with {packing}"] = f"{wasted.padding:.2%}"
     return cells | {"documents equal to an earlier one": f"{source.duplicates:.2%}"}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.statistics import Loss, Size, statistics
+from data.statistics import WasteShares, Size, statistics
 from data.token_store import Shard
 
 DOCUMENT = st.lists(st.integers(1, 3), min_size=1, max_size=12)
@@ -22,7 +22,7 @@ def test_figures_of_a_small_source():
     assert figures.bytes_per_token == 103 / 35
     assert figures.by_length == {2: Size(5, 13), 4: Size(1, 5), 8: Size(0, 0), 16: Size(1, 17)}
     assert figures.longer == {"W": Size(5, 31), "R": Size(1, 17), "seq_len": Size(0, 0)}
-    assert figures.packings == {"concat": Loss(3 / 7, 0), "best_fit": Loss(1 / 7, 5 / 40)}
+    assert figures.packings == {"concat": WasteShares(3 / 7, 0), "best_fit": WasteShares(1 / 7, 5 / 40)}
     assert figures.duplicates == 3 / 7
 
 
