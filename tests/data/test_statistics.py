@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.statistics import WasteShares, Size, statistics
+from data.statistics import Size, WasteShares, statistics
 from data.token_store import Shard
 
 DOCUMENT = st.lists(st.integers(1, 3), min_size=1, max_size=12)
