@@ -76,11 +76,11 @@ def test_statistics_are_a_table_a_file_and_a_picture(config, monkeypatch, capsys
     prepare_data.main()
     out = capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "statistics.json").read_text())
-    assert written["limits"] == {"W": 4, "R": 3, "seq_len": 512}
+    assert written["limits"] == {"W": 4, "R": 96, "seq_len": 512}
     train = written["sources"]["files, train"]
     assert train["longer"]["seq_len"] == train["total"]
     assert train["packings"]["best_fit"]["padding"] == pytest.approx(1 - train["total"]["tokens"] / 2048)
-    for shown in ("documents longer than R = 3", "100.00%", "documents cut by best_fit", "equal to an earlier one"):
+    for shown in ("documents longer than R = 96", "100.00%", "documents cut by best_fit", "equal to an earlier one"):
         assert shown in out
     assert (tmp_path / "out" / "statistics.png").read_bytes().startswith(b"\x89PNG")
 
