@@ -94,8 +94,9 @@ def write_statistics(settings: Settings, stores: Mapping[str, TokenStore], folde
     """Print what each of `stores` consists of, and write it and a picture into `folder`."""
     limits, figures = named_lengths(settings), {}
     for name, store in stores.items():
-        numbers = track(range(len(store.shards)), name, console=console, transient=True)
-        figures[name] = statistics(map(store.shard, numbers), store.n_bytes, settings.data.seq_len, limits)
+        numbers = range(len(store.shards))
+        shown = track(numbers, name, console=console, transient=True, disable=not console.is_terminal)
+        figures[name] = statistics(map(store.shard, shown), store.n_bytes, settings.data.seq_len, limits)
     console.print(statistics_table(figures, limits))
     from eval.plots.canvas import save  # imports matplotlib
     from eval.plots.lengths import lengths_figure
@@ -133,9 +134,8 @@ def statistics_table(sources: Mapping[str, Statistics], limits: Mapping[str, int
 def statistics_cells(source: Statistics, limits: Mapping[str, int]) -> dict[str, str]:
     cells, total = {}, source.total
     for name, size in source.longer.items():
-        longer = f"longer than {name} = {limits[name]:,}"
-        cells[f"documents {longer}"] = f"{size.documents / total.documents:.2%}"
-        cells[f"tokens in documents {longer}"] = f"{size.tokens / total.tokens:.2%}"
+        cells[f"documents longer than {name} = {limits[name]:,}"] = f"{size.documents / total.documents:.2%}"
+        cells[f"tokens in documents longer than {name}"] = f"{size.tokens / total.tokens:.2%}"
     for packing, wasted in source.packings.items():
         cells[f"documents cut by {packing}"] = f"{wasted.cut:.2%}"
         cells[f"padding with {packing}"] = f"{wasted.padding:.2%}"
