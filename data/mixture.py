@@ -99,7 +99,7 @@ class Shares:
 
     def _stages(self) -> list[tuple[int, int, list[float]]]:
         """First and last step (exclusive), and the share of each source."""
-        points = [[(0.0, w)] if isinstance(w, (int, float)) else w for w in self.weights]
+        points = [[(0.0, w)] if isinstance(w, (int, float)) else sorted(w) for w in self.weights]
         starts = sorted({0, *(round(at * self.max_steps) for source in points for at, _ in source)} - {self.max_steps})
         stages = []
         for first, last in zip(starts, [*starts[1:], self.max_steps], strict=True):

@@ -69,7 +69,7 @@ def text_of(row: Any, column: str) -> tuple[str, bytes]:
     if isinstance(row, JsonLine):
         try:
             row = json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow(f"not JSON in UTF-8 ({error})") from error
         row = _cell(row, column)
     if isinstance(row, BadRow):

@@ -80,7 +80,9 @@ def main() -> None:
     console.print(table, facts, sep="\n")
     for name, folder in folders.items():
         index = read_index(folder) or {}
-        notes = [f"{n:,} {what}" for what in ("bad_rows", "unused_documents") if (n := index.get(what))]
+        notes = [
+            f"{n:,} {what.replace('_', ' ')}" for what in ("bad_rows", "unused_documents") if (n := index.get(what))
+        ]
         console.print(f"tokens{f' of {name}' if name else ''}: {folder}", *notes, sep=", ", soft_wrap=True)
     if settings.data.packing == "best_fit":
         for name, source in open_sources(folders, tokenizer, settings.data).items():

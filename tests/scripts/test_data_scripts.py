@@ -1,7 +1,9 @@
 """The data script, on a small corpus."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,6 +38,37 @@ def test_prepare_data_shows_documents_tokens_and_bytes(config, monkeypatch, caps
     assert "6,600" in out
     assert "660" in out
     assert "tokenizer: 320 tokens" in out
+
+
+def of_two_sources(config, tmp_path):
+    """The config with a mixture of its text and a table with one bad row."""
+    described = yaml.safe_load(Path(config).read_text())
+    data = described["data"]
+    web = {name: data.pop(name) for name in ("source", "train_files", "heldout_files")} | {"name": "web"}
+    (tmp_path / "rows.jsonl").write_text('{"text": "A ship."}\n{"text": null}\n')
+    rows = {"name": "rows", "train_files": [str(tmp_path / "rows.jsonl")], "max_bad_rows": 1}
+    data["sources"] = [web, web | rows]
+    Path(config).write_text(json.dumps(described))  # JSON is YAML without aliases
+
+
+def test_prepare_data_shows_each_source_and_counts_its_bad_rows(config, monkeypatch, capsys, tmp_path):
+    of_two_sources(config, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config])
+    prepare_data.main()
+    out = capsys.readouterr().out
+    assert re.search(r"tokens of web: \S+$", out, re.M)
+    assert re.search(r"tokens of rows: \S+, 1 bad rows$", out, re.M)
+
+
+def test_one_source_of_a_mixture_is_prepared_alone(config, monkeypatch, capsys, tmp_path):
+    of_two_sources(config, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "--source", "rows"])
+    prepare_data.main()
+    assert "tokens of web" not in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("tokens-*/"))) == 1
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, "--source", "row"])
+    with pytest.raises(UserError, match=r"--source row: no such name in data\.sources; give one of: web, rows$"):
+        prepare_data.main()
 
 
 def test_a_tokenizer_alone_is_saved_and_loads(config, monkeypatch, capsys, tmp_path):
