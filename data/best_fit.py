@@ -9,13 +9,14 @@ shortest. Each goes into the row with the least free space that still holds it.
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.settings import Packing
+
 IntArray = NDArray[np.int64]
-Packing = Literal["concat", "best_fit"]
 
 
 class PackedRows(NamedTuple):
@@ -52,10 +53,11 @@ def best_fit(lengths: IntArray, row: int) -> PackedRows:
     return PackedRows(starts[by_row], lengths[by_row], first_pieces)
 
 
-def waste(lengths: IntArray, row: int, packing: Packing) -> Waste:
+def waste(lengths: IntArray, row: int, packing: Packing, position: int = 0) -> Waste:
     """What rows of `row` tokens from documents of `lengths` (documents,) tokens lose. All lengths are at least 1.
 
-    `concat` joins the documents and cuts at every multiple of `row`. It leaves out the last tokens that fill no row.
+    `concat` joins the documents, the first of which starts at token `position`, and cuts at every multiple of `row`. It
+    leaves out the last tokens that fill no row.
 
     >>> waste(np.array([3, 9, 5]), 8, "concat"), waste(np.array([3, 9, 5]), 8, "best_fit")
     (Waste(cut=2, padding=0), Waste(cut=1, padding=7))
@@ -63,7 +65,7 @@ def waste(lengths: IntArray, row: int, packing: Packing) -> Waste:
     if packing == "best_fit":
         rows = len(best_fit(lengths, row).first_pieces) - 1
         return Waste(int(np.count_nonzero(lengths > row)), rows * row - int(lengths.sum()))
-    ends = np.cumsum(lengths)
+    ends = position + np.cumsum(lengths)
     return Waste(int(np.count_nonzero((ends - lengths) // row != (ends - 1) // row)), 0)
 
 

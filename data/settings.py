@@ -13,6 +13,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Point = Annotated[tuple[Fraction, NonNegative], Field(strict=False)]  # YAML has lists, no tuples
 Points = Annotated[list[Point], Field(min_length=1)]
+Packing = Literal["concat", "best_fit"]
 TaskName = Literal["needle", "needle-noise", "keys", "induction", "variable-tracking", "instruction"]
 
 
@@ -99,7 +100,7 @@ class DataSettings(SourceSettings):
     """Folder for the trained tokenizer and the encoded text. Both are reused while the text stays the same."""
     seq_len: PositiveInt = 512
     """Length of a text row in tokens. Documents are packed into rows of this length. Use more than one window."""
-    packing: Literal["concat", "best_fit"] = "concat"
+    packing: Packing = "concat"
     """How documents fill rows. concat: one after another, cut at the end of each row. best_fit: only documents longer
     than a row are cut, and the rest of a row is padding. Documents in one row never see each other."""
 

@@ -87,13 +87,13 @@ def test_many_documents_leave_almost_no_padding():
     assert waste(lengths, 2048, "best_fit").padding < 2048
 
 
-@given(LENGTHS, ROW_SIZES)
-def test_waste_is_what_the_rows_show(lengths, row):
+@given(LENGTHS, ROW_SIZES, st.integers(0, 100))
+def test_waste_is_what_the_rows_show(lengths, row, position):
     array, rows = np.array(lengths, dtype=np.int64), packed(lengths, row)
-    ends, multiples = np.cumsum(array), set(range(0, sum(lengths), row))
+    ends, multiples = position + np.cumsum(array), set(range(0, position + sum(lengths), row))
     assert waste(array, row, "best_fit") == (sum(n > row for n in lengths), len(rows) * row - sum(lengths))
     cut = sum(any(token in multiples for token in range(end - n + 1, end)) for end, n in zip(ends, lengths))
-    assert waste(array, row, "concat") == (cut, 0)
+    assert waste(array, row, "concat", position) == (cut, 0)
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
