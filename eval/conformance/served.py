@@ -280,7 +280,9 @@ class Reach:
     def _measure(self, start: int, alone: bool) -> Iterator[Effect]:
         for i, (sequence, answer) in enumerate(zip(self.sequences, self.answers)):
             changed = self.prompts.change(sequence, start if alone else 1, start + 1, i, start)
-            yield compare(answer, self.prompts.ask(changed))
+            yield (effect := compare(answer, self.prompts.ask(changed)))
+            if effect.prefill and not answer.steps:
+                return  # texts differ or not: more of them show no more
 
     def search(self, last: int) -> int:
         """Bisection for the largest distance up to `last` with an effect; 0 if there is none."""
@@ -365,8 +367,8 @@ def reach_faults(result: dict[str, Any]) -> list[str]:
             cause = "each layer sees W + 1 tokens: W does not count the current one"
         return [f"Tokens up to {seen:,} back have an influence, and R is {asked:,}. Likely cause: {cause}."]
     at_edge = max(max(row[k]) for row in result["profile"] if row["distance"] == seen for k in EFFECTS) if seen else 0
-    if at_edge < CLEAR * result["tolerance"]:
-        return []
+    if at_edge < CLEAR * result["tolerance"] or result["compared"] == "text":
+        return []  # it may have faded
     cause = "each layer sees W - 1 tokens" if seen == asked - layers else "the window is smaller than asked"
     return [
         f"Influence ends at {seen:,} tokens back, where it is {at_edge:.2g} nats, {at_edge / result['tolerance']:,.0f} "
