@@ -50,6 +50,7 @@ REPEAT_CAUSES = {
     "after a different prompt": "state of one request is left for the next",
     "asked again at once": "the cached prompt is not what was computed",
     "after a prompt with the same beginning": "the prefix cache keeps tokens that are not shared, or loses some",
+    "after a longer prompt with the same beginning": "the prefix cache has dropped tokens that are still in the window",
     "after its own beginning": "prefill in chunks, or from the prefix cache, differs from prefill at once",
 }
 
@@ -241,24 +242,28 @@ def check_repeats(prompts: Prompts, sequence: Symbols) -> list[dict[str, Any]]:
     `shared` is how many tokens the prompt before had in common. `difference` is in nats, and `share` is its part of
     what an entirely different prompt changes. Rounding explains a small share; a large one is a fault.
     """
-    length, first = len(sequence), prompts.ask(sequence)
+    length, half, first = len(sequence), len(sequence) // 2, prompts.ask(sequence)
     other = prompts.draw(length, 1, length)
     signal = max(compare(first, prompts.ask(other)))
     if signal <= ROUNDING:
         raise UserError(f"{prompts.endpoint.url}: two different prompts get the same answer; is this a language model?")
+    first_half = prompts.ask(sequence[:half])
 
-    def again(test: str, shared: int) -> dict[str, Any]:
-        difference = max(compare(first, prompts.ask(sequence)))
-        share = difference / signal
-        return {"test": test, "shared": shared, "difference": difference, "share": share, "fault": share > FAULT_SHARE}
+    def again(test: str, shared: int, *before: Symbols, subject: Symbols = sequence, answer: Answer = first) -> None:
+        for prompt in before:
+            prompts.ask(prompt)
+        difference = max(compare(answer, prompts.ask(subject)))
+        row = {"test": test, "shared": shared, "difference": difference, "share": difference / signal}
+        results.append(row | {"fault": difference > FAULT_SHARE * signal})
 
-    results = [again("after a different prompt", 0), again("asked again at once", length)]
-    for shared in (length // 4 + 1, length // 2 + 1, length - 2):
-        prompts.ask(prompts.change(sequence, shared, length, shared))
-        results.append(again("after a prompt with the same beginning", shared))
-        prompts.ask(other)
-        prompts.ask(sequence[:shared])
-        results.append(again("after its own beginning", shared))
+    results: list[dict[str, Any]] = []
+    again("after a different prompt", 0, other)
+    again("asked again at once", length)
+    for shared in (half + 1, length - 9, length - 2):
+        again("after its own beginning", shared, other, sequence[:shared])
+        again("after a prompt with the same beginning", shared, prompts.change(sequence, shared, length, shared))
+    longer = prompts.change(sequence, half - 2, length, half)
+    again("after a longer prompt with the same beginning", half - 2, longer, subject=sequence[:half], answer=first_half)
     return results
 
 
