@@ -16,6 +16,7 @@ The environment variable WINDREACH_API_KEY holds the key, if the server wants on
 
 import argparse
 import json
+import math
 import os
 import sys
 import urllib.error
@@ -45,7 +46,6 @@ ROUNDING = 1e-6  # nats: float32 keeps no more of a log-probability
 MARGIN = 3  # the tolerance is so many times the largest difference between repeats
 FAULT_SHARE = 0.05  # a repeat that differs by more than this share of what another prompt changes is a fault
 CLEAR = 100  # times the tolerance: an influence that ends so large is cut off, it has not faded
-EFFECTS = ("one_token", "from_here_back")
 REPEAT_CAUSES = {
     "after a different prompt": "state of one request is left for the next",
     "asked again at once": "the cached prompt is not what was computed",
@@ -106,19 +106,20 @@ class Endpoint:
         reply = self._send("completions", body)
         try:
             choice, prompt_tokens = reply["choices"][0], int(reply["usage"]["prompt_tokens"])
-            if self.compare == "text":
-                return Answer((str(choice["text"]),), (), prompt_tokens)
-            tokens, steps = _read_logprobs(choice.get("logprobs") or {})
+            text, logprobs = str(choice["text"]), choice.get("logprobs")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.url}/completions: the answer lacks choices or usage.prompt_tokens: {error!r}"
+                f"{self.url}/completions: no choices, text or usage.prompt_tokens in {reply!r:.200}"
             ) from error
-        if not steps:
+        if self.compare == "text":
+            return Answer((text,), (), prompt_tokens)
+        if logprobs is None:
             raise UserError(
                 f"{self.url}/completions: the answer has no log-probabilities; switch them on in the server, "
                 "or give --compare text to compare generated text, which shows fewer changes"
             )
-        return Answer(tokens, steps, prompt_tokens)
+        tokens, steps = _read_logprobs(logprobs)
+        return Answer(tokens or ("",), steps or ({},), prompt_tokens)  # nothing to compare if the model ends at once
 
     def models(self) -> list[str]:
         """The names of the models that the server lists; none if it has no such list."""
@@ -130,7 +131,7 @@ class Endpoint:
     def _send(self, path: str, body: dict[str, Any] | None = None) -> Any:
         self.requests += 1
         if self.requests > self.most_requests:
-            raise UserError(f"stopped after {self.most_requests} requests; raise --max-requests or lower --prompts")
+            raise UserError(f"stopped after {self.most_requests} requests; raise --max-requests or lower --texts")
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("WINDREACH_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -141,7 +142,8 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(500).decode(errors="replace").strip()
-            raise _Refused(f"{url}: HTTP {error.code} {error.reason}: {said}") from error
+            remedy = "; the key is read from WINDREACH_API_KEY" if error.code in (401, 403) else ""
+            raise _Refused(f"{url}: HTTP {error.code} {error.reason}{remedy}: {said}") from error
         except (OSError, HTTPException) as error:
             raise UserError(
                 f"{url}: no answer ({error}); is the server up, and is {self.timeout:g} s enough?"
@@ -157,19 +159,29 @@ class _Refused(UserError):
 def _read_logprobs(logprobs: dict[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, float], ...]]:
     """Tokens and log-probabilities of both forms: that of completions, and the `content` of chat, which some use."""
     if content := logprobs.get("content"):
-        listed = [{entry["token"]: entry["logprob"] for entry in step["top_logprobs"]} for step in content]
-        return tuple(step["token"] for step in content), tuple(listed)
-    return tuple(logprobs.get("tokens") or ()), tuple(logprobs.get("top_logprobs") or ())
+        listed = [[(entry["token"], entry["logprob"]) for entry in step["top_logprobs"]] for step in content]
+        tokens = [step["token"] for step in content]
+    else:
+        tokens, listed = logprobs.get("tokens") or [], [step.items() for step in logprobs.get("top_logprobs") or []]
+    steps = (
+        {token: p for token, p in step if _is_clear(token) and p is not None and math.isfinite(p)} for step in listed
+    )
+    return tuple(tokens), tuple(steps)
+
+
+def _is_clear(token: str) -> bool:
+    """Whether a token's text names it. Parts of a character do not: many are written as nothing or as U+FFFD."""
+    return bool(token) and "\ufffd" not in token
 
 
 def compare(one: Answer, other: Answer) -> Effect:
-    """How far two answers differ. Tokens after the first that differs have other contexts and are not compared."""
+    """How far two answers differ. Tokens after the first that may differ have other contexts and are not compared."""
     if not one.steps:
         return Effect(float(one.tokens != other.tokens), 0.0)
     nats = []
-    for token, other_token, step, other_step in zip(one.tokens, other.tokens, one.steps, other.steps, strict=False):
+    for token, other_token, step, other_step in zip(one.tokens, other.tokens, one.steps, other.steps):
         nats.append(_distance(step, other_step))
-        if token != other_token:
+        if token != other_token or not _is_clear(token):
             break
     return Effect(nats[0], max(nats[1:], default=0.0))
 
@@ -181,8 +193,9 @@ def _distance(one: dict[str, float], other: dict[str, float]) -> float:
     0.5
     """
     common = [abs(one[token] - other[token]) for token in one.keys() & other.keys()]
-    missing = [one[token] - min(other.values()) for token in one.keys() - other.keys()]
-    missing += [other[token] - min(one.values()) for token in other.keys() - one.keys()]
+    least, other_least = (min(step.values(), default=math.inf) for step in (one, other))
+    missing = [one[token] - other_least for token in one.keys() - other.keys()]
+    missing += [other[token] - least for token in other.keys() - one.keys()]
     return max(0.0, *common, *missing)
 
 
@@ -301,11 +314,15 @@ class Reach:
         """The largest distance measured so far at which a number of the effect is above the tolerance; 0 if none."""
         return max((d for (d, _), effect in self.effects.items() if of(effect) > self.tolerance), default=0)
 
+    def largest(self, distance: int) -> float:
+        """The largest effect measured at a distance, 0 if none was."""
+        return max((max(effect) for (d, _), effect in self.effects.items() if d == distance), default=0.0)
+
     def profile(self, last: int, edges: Iterable[int]) -> list[dict[str, Any]]:
         """Effects at powers of two, around the edges and at `last`: of one token, and of it and all before."""
         near = {edge + step for edge in edges for step in (-2, -1, 0, 1, 2)} | {2**n for n in range(last.bit_length())}
         return [
-            {"distance": d, "one_token": self.effect(d, alone=True), "from_here_back": self.effect(d)}
+            {"distance": d, "one_token": self.effect(d, alone=True)._asdict(), "and_before": self.effect(d)._asdict()}
             for d in sorted(near | {last})
             if 1 <= d <= last
         ]
@@ -335,13 +352,15 @@ def examine_endpoint(
     rounding = max((row["difference"] for row in repeats if not row["fault"]), default=0.0)
     measured = Reach(prompts, sequences, max(ROUNDING, MARGIN * rounding))
     edge = measured.search(last)
+    profile = measured.profile(last, (edge, asked or edge))
+    seen = measured.farthest(max)
     result = {
         "endpoint": endpoint.url, "model": endpoint.model, "models_listed": endpoint.models(),
         "prompts_of": "words" if prompts.words else "token ids", "compared": endpoint.compare, "length": length,
         "generated": endpoint.generate, "texts": texts, "seed": seed, "window": window, "layers": layers,
-        "reach": asked, "tolerance": measured.tolerance, "longest_distance": last, "repeats": repeats,
-        "profile": measured.profile(last, (edge, asked or edge)), "seen": measured.farthest(max),
-        "seen_by_prefill": measured.farthest(lambda effect: effect.prefill), "requests": endpoint.requests,
+        "reach": asked, "tolerance": measured.tolerance, "longest_distance": last, "seen": seen,
+        "seen_by_prefill": measured.farthest(lambda effect: effect.prefill), "effect_at_seen": measured.largest(seen),
+        "repeats": repeats, "profile": profile, "requests": endpoint.requests,
     }  # fmt: skip
     return result | {"faults": [*repeat_faults(repeats), *reach_faults(result)]}
 
@@ -350,7 +369,7 @@ def repeat_faults(repeats: Iterable[dict[str, Any]]) -> list[str]:
     """A sentence for each repeat that got another answer."""
     return [
         f"The same prompt gets another answer {row['test']} ({row['shared']:,} tokens in common): "
-        f"{row['difference']:.2g} nats, {row['share']:.0%} of what another prompt changes. "
+        f"the difference is {row['share']:.0%} of what another prompt changes. "
         f"Likely cause: {REPEAT_CAUSES[row['test']]}."
         for row in repeats
         if row["fault"]
@@ -371,57 +390,51 @@ def reach_faults(result: dict[str, Any]) -> list[str]:
         elif seen == asked + layers:
             cause = "each layer sees W + 1 tokens: W does not count the current one"
         return [f"Tokens up to {seen:,} back have an influence, and R is {asked:,}. Likely cause: {cause}."]
-    at_edge = max(max(row[k]) for row in result["profile"] if row["distance"] == seen for k in EFFECTS) if seen else 0
-    if at_edge < CLEAR * result["tolerance"] or result["compared"] == "text":
+    clear = result["effect_at_seen"] / result["tolerance"]
+    if clear < CLEAR or result["compared"] == "text":
         return []  # it may have faded
     cause = "each layer sees W - 1 tokens" if seen == asked - layers else "the window is smaller than asked"
     return [
-        f"Influence ends at {seen:,} tokens back, where it is {at_edge:.2g} nats, {at_edge / result['tolerance']:,.0f} "
-        f"times the tolerance, and R is {asked:,}. Likely cause: {cause}."
+        f"Influence ends at {seen:,} tokens back, where it is {clear:,.0f} times the tolerance, and R is {asked:,}. "
+        f"Likely cause: {cause}."
     ]
 
 
 def verdict(result: dict[str, Any]) -> str:
     """What was seen of the reach, and no more than that."""
-    seen, asked, tolerance = result["seen"], result["reach"], f"tolerance {result['tolerance']:.1g} nats"
-    if seen == result["longest_distance"]:
-        return f"Reach at least {seen:,} tokens, the longest distance tested ({tolerance})."
-    words = (
-        f"Reach at least {seen:,} tokens; no influence seen beyond, up to {result['longest_distance']:,} ({tolerance})."
-    )
-    if asked is None or seen > asked:
+    seen, asked, longest = result["seen"], result["reach"], result["longest_distance"]
+    how = "generated text" if result["compared"] == "text" else f"tolerance {result['tolerance']:.1g} nats"
+    if seen == longest:
+        return f"Reach at least {seen:,} tokens, the longest distance tested ({how})."
+    words = f"Reach at least {seen:,} tokens; no influence seen beyond, up to {longest:,} ({how})."
+    if asked == seen:
+        return f"{words} R = {asked:,} is met."
+    if asked is None or reach_faults(result):
         return words
-    return f"{words} R = {asked:,} is " + (
-        "met." if seen == asked else "not contradicted: influence may fade before it."
-    )
+    return f"{words} R = {asked:,} is not contradicted: influence may fade before it."
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
-    repeats = Table("prompt", "tokens in common", "difference, nats", "share of another prompt's", title="Repeats")
+    unit = "1: other text" if result["compared"] == "text" else "nats"
+    repeats = Table("prompt", "tokens in common", "difference", "share of another prompt's", title=f"Repeats, {unit}")
     for row in result["repeats"]:
         repeats.add_row(row["test"], f"{row['shared']:,}", f"{row['difference']:.2g}", f"{row['share']:.2%}")
-    profile = Table(
-        "distance, tokens", "this token", "and all before", "while decoding", title="Effect of a change, nats"
-    )
+    profile = Table("distance", "this token", "and all before", "while decoding", title=f"Effect of a change, {unit}")
     for row in result["profile"]:
-        one, back = (row[k] for k in EFFECTS)
-        cells = one.prefill, back.prefill, max(one.decoding, back.decoding)
+        one, back = row["one_token"], row["and_before"]
+        cells = one["prefill"], back["prefill"], max(one["decoding"], back["decoding"])
         profile.add_row(f"{row['distance']:,}", *(f"{n:.2g}" if n > result["tolerance"] else "–" for n in cells))
-    for table in (repeats, profile):
-        console.print(table)
+    console.print(repeats, profile)
     if result["models_listed"] and result["model"] not in result["models_listed"]:
-        console.print(
-            f"Note: the server lists {', '.join(result['models_listed'])}, not {result['model']}.", markup=False
-        )
+        console.print(f"Note: {result['model']} is not in the server's list: {result['models_listed']}", markup=False)
     console.print(f"{verdict(result)} {result['requests']} requests.", markup=False)
     for fault in result["faults"]:
         console.print(f"FAULT: {fault}", markup=False)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.conformance.served", description=(__doc__ or "").split("\n\n")[0]
-    )
+    description = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m eval.conformance.served", description=description)
     add = parser.add_argument
     add("--endpoint", required=True, metavar="URL", help="an OpenAI-compatible server, such as http://127.0.0.1:8000")
     add("--model", required=True, metavar="NAME", help="the model's name at that server")
@@ -431,12 +444,7 @@ def main() -> int:
     add("--length", type=at_least(32), help="tokens of a prompt; default: 2 R + 64, and 2048 without R")
     add("--generate", type=at_least(1), default=4, help="tokens to generate and compare; default %(default)s")
     add("--texts", type=at_least(1), default=3, help="random prompts for each distance; default %(default)s")
-    add(
-        "--compare",
-        choices=("logprobs", "text"),
-        default="logprobs",
-        help="text: for servers without log-probabilities",
-    )
+    add("--compare", choices=("logprobs", "text"), default="logprobs", help="text: where there are no logprobs")
     add("--timeout", type=at_least(1), default=120, help="seconds to wait for an answer; default %(default)s")
     add("--max-requests", type=at_least(1), default=1000, help="stop after so many; default %(default)s")
     add("--seed", type=int, default=0, help="seed of the prompts; default %(default)s")

@@ -1,6 +1,7 @@
 """Claims about `eval.conformance.served`, against a real model behind a real HTTP server on the loopback interface."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from eval.conformance.served import WORDS, Endpoint, examine_endpoint, verdict
+from eval.conformance.served import WORDS, Endpoint, compare, examine_endpoint, verdict
 from model.errors import UserError
 
 WINDOW, LAYERS, VOCABULARY = 6, 2, 2048
@@ -40,6 +41,7 @@ class Server(HTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model = self.decoding_model = mistral()
         self.takes_ids = self.gives_logprobs = True
+        self.chat_form = False
         self.context = 4096
         self.prefilled: Callable[[Ids, Ids], Ids] = lambda ids, before: ids  # what is computed after another prompt
         self.before: Ids = []
@@ -70,7 +72,12 @@ class Server(HTTPServer):
         ids = ids[-self.context :]
         computed, self.before = self.prefilled(ids, self.before), ids
         tokens, top = zip(*self.generate(computed, body["max_tokens"]))
-        logprobs = {"tokens": tokens, "top_logprobs": top} if self.gives_logprobs and "logprobs" in body else None
+        logprobs: Any = {"tokens": tokens, "top_logprobs": top}
+        if self.chat_form:
+            listed = ([{"token": token, "logprob": p} for token, p in step.items()] for step in top)
+            logprobs = {"content": [{"token": t, "top_logprobs": step} for t, step in zip(tokens, listed)]}
+        if not self.gives_logprobs or "logprobs" not in body:
+            logprobs = None
         return 200, {
             "choices": [{"text": "".join(tokens), "logprobs": logprobs}],
             "usage": {"prompt_tokens": len(ids)},
@@ -119,9 +126,9 @@ def examine(server: Server, **settings: Any) -> dict[str, Any]:
     return examine_endpoint(endpoint, **{"window": WINDOW, "layers": LAYERS, "texts": 2} | settings)
 
 
-@pytest.mark.parametrize("takes_ids", [True, False], ids=["token ids", "words"])
-def test_the_reach_of_a_right_server_is_met_exactly(server: Server, takes_ids: bool) -> None:
-    server.takes_ids = takes_ids
+@pytest.mark.parametrize(("takes_ids", "chat_form"), [(True, False), (False, False), (True, True)])
+def test_the_reach_of_a_right_server_is_met_exactly(server: Server, takes_ids: bool, chat_form: bool) -> None:
+    server.takes_ids, server.chat_form = takes_ids, chat_form
     result = examine(server)
     assert result["prompts_of"] == ("token ids" if takes_ids else "words")
     assert (result["seen"], result["faults"]) == (REACH, [])
@@ -170,6 +177,18 @@ def test_a_prefix_cache_that_keeps_one_token_too_many_is_found(server: Server) -
     assert any("after a prompt with the same beginning (82 tokens in common)" in fault for fault in faults)
 
 
+def test_a_prefix_cache_that_has_dropped_a_part_of_the_window_is_found(server: Server) -> None:
+    def keeps_what_the_longer_prompt_needed(ids: Ids, before: Ids) -> Ids:
+        lost = shared(ids, before) if len(before) >= len(ids) + WINDOW else 0
+        return [0] * lost + ids[lost:]
+
+    server.prefilled = keeps_what_the_longer_prompt_needed
+    faults = examine(server)["faults"]
+    assert ["after a longer prompt with the same beginning (40 tokens in common)" in fault for fault in faults] == [
+        True
+    ]
+
+
 def test_a_second_chunk_that_does_not_see_the_first_is_found(server: Server) -> None:
     server.prefilled = lambda ids, before: ids[min(shared(ids, before), len(ids) - 1) :]
     faults = examine(server)["faults"]
@@ -188,6 +207,20 @@ def test_rounding_widens_the_tolerance_and_is_no_fault(server: Server) -> None:
     result = examine(server)
     assert 1e-4 < result["tolerance"] < 0.1
     assert result["faults"] == []
+
+
+@pytest.mark.parametrize(("token", "effect"), [("\ufffd", (0.0, 0.0)), ("", (0.0, 0.0)), ("c", (1.0, 1.0))])
+def test_tokens_whose_text_does_not_name_them_are_not_compared(
+    server: Server, monkeypatch: pytest.MonkeyPatch, token: str, effect: tuple[float, float]
+) -> None:
+    def complete(body: dict[str, Any]) -> tuple[int, Any]:
+        p = -float(body["prompt"][0])
+        logprobs = {"tokens": [token, "x"], "top_logprobs": [{token: p, "a": -1.0, "b": -math.inf}, {"x": p}]}
+        return 200, {"choices": [{"text": "", "logprobs": logprobs}], "usage": {"prompt_tokens": 1}}
+
+    monkeypatch.setattr(server, "complete", complete)
+    endpoint = Endpoint(server.url, "tiny")
+    assert compare(endpoint.complete([1]), endpoint.complete([2])) == effect
 
 
 def test_the_key_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +258,9 @@ def test_a_prompt_that_is_cut_is_refused(server: Server) -> None:
     ("status", "content", "words"),
     [
         (200, "<html>", "the answer is not JSON"),
-        (200, {"choices": []}, "the answer lacks choices or usage.prompt_tokens"),
+        (200, {"choices": []}, "no choices, text or usage.prompt_tokens in"),
         (307, "http://127.0.0.1:1/stolen", "HTTP 307"),
+        (401, "no", "HTTP 401 Unauthorized; the key is read from WINDREACH_API_KEY: no"),
     ],
 )
 def test_a_strange_answer_is_refused(
