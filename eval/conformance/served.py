@@ -452,11 +452,15 @@ def main() -> int:
     args = parser.parse_args()
     if (args.window is None) != (args.layers is None) or (args.window and args.reach):
         parser.error("give --window and --layers together, or --reach alone")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
     endpoint = Endpoint(args.endpoint, args.model, args.generate, args.compare, args.timeout, args.max_requests)
-    result = examine_endpoint(endpoint, args.window, args.layers, args.reach, args.length, args.texts, args.seed)
+    with console.status(f"Asking {endpoint.url}"):
+        result = examine_endpoint(endpoint, args.window, args.layers, args.reach, args.length, args.texts, args.seed)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
-    print_result(result, Console(width=None if sys.stdout.isatty() else 120))
+    print_result(result, console)
     return int(bool(result["faults"]))
 
 

@@ -12,13 +12,13 @@ PYTHONPATH=$SITE "$python" results/conformance/served/make_models.py "$models" |
 examine() {
     local name=$1 arguments=$2 log=$models/$1.log
     shift 2
-    touch "$log"
     (cd "$models" && PYTHONPATH=$SITE HF_HUB_OFFLINE=1 exec "$@" --host 127.0.0.1 --port $port) >"$log" 2>&1 &
     local server=$!
-    until grep -qE "Uvicorn running|server is listening" "$log"; do
+    until (: </dev/tcp/127.0.0.1/$port) 2>/dev/null; do
         kill -0 $server || return 1
         sleep 0.5
     done
+    sleep 3 # llama.cpp's server listens before its model is loaded
     echo "== $name"
     # shellcheck disable=SC2086
     "$python" -m eval.conformance.served --endpoint http://127.0.0.1:$port --json "$out/$name.json" \

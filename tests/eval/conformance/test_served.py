@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from eval.conformance.served import WORDS, Endpoint, compare, examine_endpoint, verdict
+from eval.conformance.served import WORDS, Endpoint, compare, examine_endpoint, main, verdict
 from model.errors import UserError
 
 WINDOW, LAYERS, VOCABULARY = 6, 2, 2048
@@ -284,3 +284,20 @@ def test_the_command_writes_json_and_its_exit_code_tells_of_faults(
     assert done.returncode == code, done.stderr
     assert ("FAULT:" in done.stdout) == bool(code)
     assert json.loads((tmp_path / "served.json").read_text())["seen"] == LAYERS * (window - 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--window", "8"], "give --window and --layers together"),
+        (["--reach", "8", "--window", "8", "--layers", "2"], "or --reach alone"),
+        (["--json", "nowhere/served.json"], "there is no folder nowhere"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["served", "--endpoint", "http://127.0.0.1:1", "--model", "tiny", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert words in capsys.readouterr().err
