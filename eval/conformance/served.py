@@ -34,7 +34,7 @@ from rich.table import Table
 from eval.command import at_least
 from model.errors import UserError, cli
 
-Symbols = NDArray[np.int64]  # (T,) indices into the symbols of an alphabet, one for each token of a prompt
+Symbols = NDArray[np.int64]  # (T,) for each token of a prompt, which of the ids or words below it is
 TOKEN_IDS = range(1000, 2000)  # ordinary tokens in the vocabularies that are common: special ones come before or after
 WORDS = (
     "the of and to in is was for on that with as by at from be an or are not this but have had they you which one "
@@ -447,7 +447,7 @@ def main() -> int:
     add("--compare", choices=("logprobs", "text"), default="logprobs", help="text: where there are no logprobs")
     add("--timeout", type=at_least(1), default=120, help="seconds to wait for an answer; default %(default)s")
     add("--max-requests", type=at_least(1), default=1000, help="stop after so many; default %(default)s")
-    add("--seed", type=int, default=0, help="seed of the prompts; default %(default)s")
+    add("--seed", type=at_least(0), default=0, help="seed of the prompts; default %(default)s")
     add("--json", type=Path, metavar="FILE", help="write the result to this file")
     args = parser.parse_args()
     if (args.window is None) != (args.layers is None) or (args.window and args.reach):
