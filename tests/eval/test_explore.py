@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -34,7 +35,8 @@ NUMBERS = """cases => cases.map(({m, layers}) => {
   const refused = f => { try { return f(layers); } catch (error) { return error.message; } };
   return {
     reach: refused(reach), other: refused(reachOfOtherTokens), quoted: windowTimesLayers(layers),
-    flops: forwardFlops(m, layers), cache: cacheBytes(m, layers), keys: layers.map(layer => keysPerQuery(layer, m.length)),
+    flops: forwardFlops(m, layers), cache: cacheBytes(m, layers),
+    keys: layers.map(layer => keysPerQuery(layer, m.length)),
   };
 })"""
 PICTURES = """cases => cases.map(({m, layers}) => {
@@ -132,11 +134,14 @@ def test_cones_paths_and_masks_are_those_of_the_code_on_random_stacks(tmp_path):
 
 
 def assert_allowed(way: list[list[int]], specs: tuple[LayerSpec, ...], length: int) -> None:
-    """From the input to the last token at the output; every hop is through one layer that sees the token."""
+    """From the input to the last token at the output, upwards; every hop is through one layer that sees the token."""
     assert (way[0][0], way[-1]) == (len(specs), [0, length - 1])
-    for (below, key), (above, query) in zip(way, way[1:]):
-        seen = windows.visible(specs[-below], torch.tensor(query), torch.tensor(key))
-        assert key == query or (above == below - 1 and bool(seen))
+    for (below, key), (above, query) in pairwise(way):
+        if key == query:
+            assert above <= below
+        else:
+            assert above == below - 1
+            assert windows.visible(specs[-below], torch.tensor(query), torch.tensor(key))
 
 
 @needs_script
@@ -156,7 +161,6 @@ def presets() -> dict[str, str]:
 
 
 def without_length(settings: str) -> dict[str, list[str]]:
-    """Python writes a pattern once for the depth, and one repeated layer as so many in a row."""
     return {key: value for key, value in parse_qs(settings).items() if key != "length"}
 
 
@@ -215,8 +219,8 @@ USE = """(page, view) => {
   const seen = {width: view.innerWidth, opened: numbers(), overflow: []};
   const check = () => {
     if (page.documentElement.scrollWidth > view.innerWidth) seen.overflow.push(view.location.hash);
-    const inside = [...page.querySelectorAll("input, select, button, canvas, dd, td")].filter(e => !e.closest(".scroll"));
-    for (const e of inside) if (e.getBoundingClientRect().right > view.innerWidth) seen.overflow.push(e.outerHTML);
+    for (const e of page.querySelectorAll("input, select, button, canvas, dd, td"))
+      if (e.getBoundingClientRect().right > view.innerWidth) seen.overflow.push(e.outerHTML);
   };
   check();
   seen.colours = [...page.querySelectorAll("canvas")].map(drawn);
@@ -248,6 +252,14 @@ USE = """(page, view) => {
   $("add").click();
   seen.added = numbers();
   seen.focus = page.activeElement.dataset.key;
+  const follow = hash => {
+    view.location.hash = hash;
+    view.dispatchEvent(new view.Event("hashchange"));
+  };
+  follow("layers=4&pattern=dilated:1:3:2:0&length=40");
+  seen.linked = numbers();
+  follow("pattern=round:1:16");
+  seen.problems.push(text("problem"));
   check();
   return seen;
 }"""
@@ -275,15 +287,16 @@ def test_a_browser_shows_the_numbers_with_units_and_nothing_overflows(tmp_path, 
 @needs_browser
 def test_a_browser_follows_what_is_changed_and_names_what_is_wrong(tmp_path):
     seen, _ = look(EXPLORER, USE, 900, tmp_path)
-    assert (
-        seen["answer"] == "16 tokens back: this token can influence the last one, in 2 hops through the top 2 layers."
-    )
+    near = "16 tokens back: this token can influence the last one, in 2 hops through the top 2 layers."
+    assert seen["answer"] == near
     assert seen["unreached"].startswith("481 tokens back: no path leads from this token to the last one.")
     assert seen["shallow"]["reach"] == "120 tokens"
     assert seen["problems"] == [
         "Layers k: give a whole number from 1 to 1,024.",
         "Query heads: 3 is not a multiple of 2 key/value heads. Change one of them.",
+        "Kind: choose one from the list.",
     ]
+    assert seen["linked"]["reach"] == "16 tokens"
     assert seen["solved"]
     assert (seen["chunked"]["reach"], seen["chunked"]["quoted"]) == ("15 tokens", "128 tokens")
     assert seen["global"]["summary"].startswith("The global tokens influence all later ones. Every other token can")

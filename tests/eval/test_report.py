@@ -273,6 +273,22 @@ def test_a_browser_shows_a_comparison_on_a_phone(comparison, tmp_path):
 
 
 @needs_browser
+def test_the_report_holds_the_explorer_with_the_layers_of_the_run(page, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    script = """page => {
+      const explorer = page.querySelector("iframe").contentDocument;
+      return [explorer.querySelector("[aria-pressed=true]").textContent, explorer.getElementById("reach").textContent];
+    }"""
+    assert look(file, script, 900, tmp_path) == (["This run", "21 tokens"], [])
+
+
+def test_a_run_without_its_model_has_no_explorer(run, tmp_path):
+    results = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("hf"))
+    assert "<iframe" not in page_of([read_run(str(results))])
+
+
+@needs_browser
 def test_complaints_of_the_browser_are_heard(tmp_path):
     file = tmp_path / "broken.html"
     file.write_text("<p>text</p><script>missing.call()</script>")
