@@ -157,7 +157,8 @@ def test_windows_whose_borders_never_meet_are_refused_as_in_the_code(tmp_path):
 
 
 def presets() -> dict[str, str]:
-    return dict(re.findall(r'^  "(.+)":\s+"(layers=.+)",$', PAGE, re.MULTILINE))
+    written = re.findall(r'^  "(.+)":\s+"(layers=.+)" \+\s+"(.+)",$', PAGE, re.MULTILINE)
+    return {name: first + second for name, first, second in written}
 
 
 def without_length(settings: str) -> dict[str, list[str]]:
