@@ -15,6 +15,7 @@ from eval import plots
 from eval.report import tables
 from eval.report.runs import Result, Run
 from model.config import WindreachConfig
+from model.hub import load_config
 
 EXPLORER = Path(__file__).parents[2] / "docs" / "explore.html"
 LONGEST_EXPLORED = 1 << 20  # tokens; docs/explore.html draws no longer sequence
@@ -63,8 +64,6 @@ def page(runs: list[Run]) -> str:
 
 def stack_of(run: Run) -> str:
     """The model of a run in the form of `explorer_settings`; empty for a folder of results without the model."""
-    from model.hub import load_config  # imports torch
-
     folder = run.folder / "hf"
     return explorer_settings(load_config(folder)) if (folder / "config.json").exists() else ""
 

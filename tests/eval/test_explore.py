@@ -237,6 +237,10 @@ USE = """(page, view) => {
   seen.answer = text("answer");
   set($("distance"), 481);
   seen.unreached = text("answer");
+  const {right, top} = $("cone").getBoundingClientRect();
+  const mouse = {clientX: right - .2, clientY: top, pointerType: "mouse"};
+  $("cone").dispatchEvent(new view.PointerEvent("pointermove", mouse));
+  seen.pointed = text("answer");
   set(field("layers"), 8);
   seen.shallow = numbers();
   set(field("layers"), "");
@@ -291,6 +295,7 @@ def test_a_browser_follows_what_is_changed_and_names_what_is_wrong(tmp_path):
     near = "16 tokens back: this token can influence the last one, in 2 hops through the top 2 layers."
     assert seen["answer"] == near
     assert seen["unreached"].startswith("481 tokens back: no path leads from this token to the last one.")
+    assert seen["pointed"] == "This is the last token itself."
     assert seen["shallow"]["reach"] == "120 tokens"
     assert seen["problems"] == [
         "Layers k: give a whole number from 1 to 1,024.",
