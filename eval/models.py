@@ -156,8 +156,24 @@ class Examined:
 
 
 def load_model(name: str, device: str | None = None, backend: str = "auto") -> Examined:
-    """Load MODEL in float32 and evaluation mode; UserError if it is missing or damaged or has a wrong tokenizer."""
+    """Load MODEL in float32 and evaluation mode; UserError if it is missing or damaged or has a wrong tokenizer.
+
+    If training deletes the checkpoint meanwhile, the next one is loaded.
+    """
     run_dir, folder = _locate(Path(name))
+    try:
+        return _loaded(name, run_dir, folder, device, backend)
+    except (OSError, UserError):
+        if folder is None or folder.exists():
+            raise
+        return load_model(name, device, backend)
+
+
+def _loaded(name: str, run_dir: Path | None, folder: Path | None, device: str | None, backend: str) -> Examined:
+    if folder:
+        from training.run.checkpoint import refuse_damaged
+
+        refuse_damaged(folder)
     import torch
 
     from training.run.folder import read_facts

@@ -106,10 +106,7 @@ def read_checkpoint(path: str | Path, backend: str) -> tuple[WindreachConfig, di
     path = Path(path)
     config = load_config(path, backend)
     weights: dict[str, torch.Tensor] = {}
-    files = sorted(path.glob("model*.safetensors"))  # not Mistral's own consolidated.safetensors
-    if not files:
-        raise UserError(f"{path} holds no model*.safetensors file; give the folder of a checkpoint")
-    for file in files:
+    for file in _weight_files(path):
         try:
             weights |= load_file(file)
         except SafetensorError as error:
@@ -117,3 +114,19 @@ def read_checkpoint(path: str | Path, backend: str) -> tuple[WindreachConfig, di
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     return config, weights
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights: one, or those that an index names. Other files beside them may be old copies."""
+    index = path / f"{_WEIGHTS}.index.json"
+    if (path / _WEIGHTS).is_file() or not index.is_file():
+        names = {_WEIGHTS}
+    else:
+        try:
+            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is no index of weights ({error}); copy it again") from error
+    for name in sorted(names):
+        if not (path / name).is_file() or Path(name).name != name:
+            raise UserError(f"{path} holds no {name}; give the folder of a checkpoint")
+    return [path / name for name in sorted(names)]

@@ -9,6 +9,7 @@ checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "step-"
+OURS = re.compile(PREFIX + "([0-9]+)")  # a user's own copy, step-000010-good, is no checkpoint and is never deleted
+LEFTOVER = re.compile(rf"\.(writing|deleting|shards)-{PREFIX}[0-9]+")
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
 Write = Callable[[Path], None]  # writes files into an existing folder
@@ -69,42 +72,87 @@ def replace_folder(path: Path, write: Write) -> None:
     write(aside)
     for file in [*aside.rglob("*"), aside]:
         _sync(file)
-    shutil.rmtree(path, ignore_errors=True)
+    _delete(path)
     aside.rename(path)
     _sync(path.parent)
 
 
+def _delete(path: Path) -> None:
+    """Delete a folder, or a file; of a link only the link."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def problem_with(path: Path) -> str | None:
-    """Why the checkpoint can't be trusted; None if every file has its size and hash in the manifest."""
+    """Why the checkpoint can't be trusted; None if it is complete and each file has its size and hash in the manifest.
+
+    A file of weights or settings that is not in the manifest is a problem too: a loader could take it for one of ours.
+    """
     try:
+        if not (path / MANIFEST).is_file():
+            return f"{MANIFEST} can't be read (no such file)"
         files = json.loads((path / MANIFEST).read_text())["files"]
-        expected = {path / name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+        there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+        return _difference(path, expected, there)
+    except OSError as problem:
+        return f"{Path(problem.filename or path).name} can't be read ({problem.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
-    for file, size_and_hash in expected.items():
-        if not file.is_file():
-            return f"{file.relative_to(path)} is missing"
-        if (file.stat().st_size, file_sha256(file)) != size_and_hash:
-            return f"{file.relative_to(path)} has another size or sha256 than when it was written"
+
+
+def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[str]) -> str | None:
+    """What tells the files of a checkpoint from those of its manifest."""
+    tensors = {str(Path(name).parent) for name in expected if name.endswith(".safetensors")}
+    if {"state.json", "hf/config.json"} - expected.keys() or {".", "hf"} - tensors:
+        return f"{MANIFEST} lists no complete checkpoint"
+    if missing := sorted(expected.keys() - there):
+        return f"{missing[0]} is missing"
+    unlisted = [name for name in sorted(there - expected.keys()) if name.startswith("hf/") or name.endswith("tensors")]
+    if unlisted:
+        return f"{unlisted[0]} is not in {MANIFEST}; move it elsewhere"
+    for name, size_and_hash in expected.items():
+        if ((path / name).stat().st_size, file_sha256(path / name)) != size_and_hash:
+            return f"{name} has another size or sha256 than when it was written"
     return None
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raises UserError if `folder` is a checkpoint, or the `hf` of one, whose files are not those of its manifest."""
+    for path in (folder, folder.parent):
+        if (path / MANIFEST).exists() and OURS.fullmatch(path.resolve().name) and (problem := problem_with(path)):
+            raise UserError(f"{path}: {problem}\n  take another checkpoint, or restore this one from a backup")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, newest first, not verified."""
-    steps = {path.name.removeprefix(PREFIX): path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")}
-    return [steps[step] for step in sorted(filter(str.isdigit, steps), key=int, reverse=True)]
+    steps = {path: OURS.fullmatch(path.name) for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")}
+    return sorted((path for path, step in steps.items() if step), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest valid checkpoint; None if there is none at all. Reports invalid ones; UserError if all are invalid."""
-    problems = ""
-    for path in checkpoints(run_dir):
-        problem = problem_with(path)
-        if problem is None:
-            return path
-        problems += f"{path}: {problem}\n  "
-        say(f"checkpoint passed over: {path}: {problem}")
-    if problems:
+    """The newest valid checkpoint; None if there is none at all. Reports invalid ones; UserError if all are invalid.
+
+    If the training deletes checkpoints while they are looked at, those that it wrote meanwhile are looked at too.
+    """
+    listed: list[Path] = []
+    while listed != (listed := checkpoints(run_dir)):
+        problems = ""
+        for path in listed:
+            problem = problem_with(path)
+            if problem is None:
+                return path
+            if path.exists():
+                problems += f"{path}: {problem}\n  "
+                say(f"checkpoint passed over: {path}: {problem}")
+    if listed:
         remedy = "restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
         raise UserError(f"no valid checkpoint is left to resume from:\n  {problems}{remedy}")
     return None
@@ -121,16 +169,20 @@ def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep`, and leftovers."""
-    for path in checkpoints(run_dir)[keep:]:
+    """Delete all checkpoints but the newest `keep`, and leftovers.
+
+    At least two stay: no step has shown yet that the weights of the newest one are good.
+    """
+    for path in checkpoints(run_dir)[max(2, keep) :]:
         path.rename(path.with_name(f".deleting-{path.name}"))
     clear_leftovers(run_dir)
 
 
 def clear_leftovers(run_dir: Path) -> None:
     """Delete what interrupted writes and deletions left: it takes room and is no checkpoint."""
-    for leftover in (run_dir / "checkpoints").glob(".*-step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for path in (run_dir / "checkpoints").glob(f".*-{PREFIX}*"):
+        if LEFTOVER.fullmatch(path.name):
+            _delete(path)
 
 
 def write_json(path: Path, value: Any) -> None:
