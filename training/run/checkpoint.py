@@ -6,6 +6,7 @@ checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json
                         state.json           step, token counts, curriculum, RNG states, settings hash, wandb id
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -58,22 +59,27 @@ def save_checkpoint(
 
     try:
         replace_folder(path, write)  # an invalid one that the last resume passed over may be there
-    except (OSError, SafetensorError) as problem:  # safetensors reports a full disk as an error of its own
+    except OSError as problem:
         clear_leftovers(run_dir)
         what = f"the checkpoint of step {step} could not be written"
-        raise UserError(f"{path}: {what}: {problem}\n{MAKE_ROOM}") from problem
+        raise UserError(f"{path}: {what}: {problem.strerror}\n{MAKE_ROOM}") from problem
 
 
 def replace_folder(path: Path, write: Write) -> None:
-    """Write a new folder, which replaces the one at `path` once everything is synced."""
+    """Write a new folder, which replaces the one at `path` once everything is synced. Raises OSError."""
     aside = path.with_name(f".writing-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    for file in [*aside.rglob("*"), aside]:
-        _sync(file)
-    _delete(path)
-    aside.rename(path)
+    _delete(aside)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        for file in [*aside.rglob("*"), aside]:
+            _sync(file)
+        _delete(path)
+        aside.rename(path)
+    except SafetensorError as problem:  # safetensors reports a full disk as an error of its own
+        raise OSError(errno.EIO, str(problem), str(path)) from problem
+    finally:
+        _delete(aside)
     _sync(path.parent)
 
 
@@ -165,7 +171,10 @@ def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple
     from training.processes.parallel import read_shards
 
     state, whole = json.loads((path / "state.json").read_text()), path / "trainer.safetensors"
-    return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
+    try:
+        return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
+    except SafetensorError as problem:
+        raise UserError(f"{whole} can't be read ({problem})\n  run the same command again") from problem
 
 
 def prune(run_dir: Path, keep: int) -> None:
