@@ -20,7 +20,7 @@ class UserError(Exception):
 def cli(main: Callable[[], int | None]) -> int:
     """Run an entry point and return its exit code: 2 with a message for a `UserError`, or a full or failing disk.
 
-    130 for Ctrl-C. 141 without a message if the reader of the output has closed it (`... | head`), as other programs do.
+    130 for Ctrl-C. 141 without a message if the reader of the output has closed it (`... | head`), as is usual.
     """
     try:
         code = main() or 0

@@ -141,9 +141,7 @@ def test_a_batch_that_gives_nan_is_skipped_counted_and_kept_and_the_run_goes_on(
         assert "nan" in facts["measured"].values()
         assert any(MARK in row for row in facts["text"])
     whole, log = losses(tmp_path), (tmp_path / "run/metrics.jsonl").read_text()
-    path = (
-        tmp_path / f"run/checkpoints/step-{skipped[0] + 1:06d}"
-    )  # it holds the skipped step, which does not count yet
+    path = tmp_path / f"run/checkpoints/step-{skipped[0] + 1:06d}"  # the skipped step does not count yet
     assert not json.loads((path / "state.json").read_text())["progress"]["skipped"]
     run(config, "--resume", str(path))
     assert losses(tmp_path) == whole

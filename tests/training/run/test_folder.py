@@ -405,10 +405,8 @@ def test_a_damaged_run_json_is_written_anew_from_the_newest_checkpoint(
     path = save(settings, 1, **{name: facts[name] for name in FACTS_SAVED})
     (run_dir(settings) / "run.json").write_bytes(damaged)
     assert opened(settings, "auto") == path
-    assert (
-        decide(settings, prepared, path)["wandb_id"] == facts["wandb_id"]
+    assert decide(settings, prepared, path)["wandb_id"] == facts["wandb_id"]
     assert read_facts(run_dir(settings)) == {k: v for k, v in facts.items() if k != "matmul_rate"}
-    )
 
 
 def test_a_run_that_goes_on_from_another_s_checkpoint_takes_its_precision(
