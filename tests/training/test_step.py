@@ -144,6 +144,14 @@ def test_a_curriculum_hears_of_a_step_two_steps_later(tmp_path: Path) -> None:
     assert distances[0] == distances[1] < distances[2] < distances[3]
 
 
+def test_a_rate_that_training_exceeds_is_not_believed(tmp_path: Path) -> None:
+    """The machine was busy when its matrix products were timed."""
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.facts["matmul_rate"] = 1.0  # FLOP/s
+    assert trainer.run()
+    assert max(row["mfu"] for row in tiny_run.metrics(tmp_path).values()) == 1.0
+
+
 def test_out_of_memory_says_what_to_lower_and_that_the_run_goes_on(tmp_path: Path, capsys: Any) -> None:
     from training.processes.precision import lack_of_memory_is_fault
     from training.processes.signals import TrainingFault

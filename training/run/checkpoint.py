@@ -6,7 +6,6 @@ checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json
                         state.json           step, token counts, curriculum, RNG states, settings hash, wandb id
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -76,8 +75,11 @@ def replace_folder(path: Path, write: Write) -> None:
             _sync(file)
         _delete(path)
         aside.rename(path)
-    except SafetensorError as problem:  # safetensors reports a full disk as an error of its own
-        raise OSError(errno.EIO, str(problem), str(path)) from problem
+    except Exception as problem:  # safetensors and tokenizers report a full disk as an error of their own
+        number = re.search(r"\(os error ([0-9]+)\)", str(problem))
+        if isinstance(problem, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), str(problem), str(path)) from problem
     finally:
         _delete(aside)
     _sync(path.parent)
@@ -199,9 +201,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
     aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
+    aside.write_bytes(content)
     _sync(aside)
     aside.replace(path)
 

@@ -19,7 +19,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from model.errors import UserError
-from training.run.checkpoint import checkpoints, clear_leftovers, newest_valid, problem_with, write_json, write_text
+from training.run.checkpoint import (
+    checkpoints,
+    clear_leftovers,
+    newest_valid,
+    problem_with,
+    replace_folder,
+    write_json,
+    write_text,
+)  # fmt: skip
 from training.run.writer import LOCK, Writer
 from training.settings.schema import Settings
 
@@ -113,6 +121,14 @@ def open_run(settings: Settings, resume: str) -> tuple[Path | None, Writer]:
         writer = _become_writer(folder, anew=resume == "never")
     except OSError as problem:
         raise _not_writable(folder, problem) from problem
+    try:
+        return _choose_checkpoint(folder, settings, resume), writer
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _choose_checkpoint(folder: Path, settings: Settings, resume: str) -> Path | None:
     for key in check_settings(folder, settings):
         print(f"{folder / 'settings.yaml'}: {key} is ignored, because this version has no such setting")
     clear_leftovers(folder)
@@ -123,7 +139,7 @@ def open_run(settings: Settings, resume: str) -> tuple[Path | None, Writer]:
     (folder / "checkpoints").mkdir(exist_ok=True)
     for path in _not_resumed(folder, chosen):  # or the next start would resume them
         print(f"{path} is not resumed and is now {_set_aside(path, f'not-resumed-{path.name}').name}")
-    return chosen, writer
+    return chosen
 
 
 def _not_resumed(folder: Path, chosen: Path | None) -> Iterable[Path]:
@@ -179,7 +195,7 @@ def decide_once(
         raise UserError(f"{folder}: precision is {facts['precision']}, but {now['precision']} in {where}\n  {remedy}")
     check_same_data(folder, facts, now)
     write_json(folder / "run.json", facts)
-    tokenizer.save(folder / "tokenizer")
+    replace_folder(folder / "tokenizer", tokenizer.save)
     rates = f"fp32 {machine.fp32_flops / 1e9:.0f}, bf16 {machine.bf16_flops / 1e9:.0f} GFLOP/s"
     print(f"matmul: {rates} -> {facts['precision']} (training.precision={settings.training.precision})")
     return facts | {"matmul_rate": machine.rate(facts["precision"])}
