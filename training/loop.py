@@ -197,7 +197,6 @@ class Trainer:
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
                     return False
                 self._step()
-                self.stop.training = True
                 after_step()
         return True
 
@@ -235,6 +234,7 @@ class Trainer:
         first, last = step == self.progress.first_step + 1, step == settings.max_steps
         if first:
             shorten_timeout()
+            self.stop.training = True
         if step % settings.log_every_steps == 0 or last or first:
             self._log(outcome, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
         if last:

@@ -173,5 +173,5 @@ def test_resume_from_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -
 def test_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = run(write_config(tmp_path), f"run_dir={tmp_path}/file/run", expect=2)
-    assert "can't be written" in output
+    assert "can't be read, written or set aside" in output
     assert "run_dir=PATH" in output

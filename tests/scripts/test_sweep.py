@@ -52,9 +52,6 @@ def test_a_sweep_is_interrupted_goes_on_and_is_put_side_by_side(tmp_path: Path) 
     eight, four = tmp_path / "out" / "window=8,seed=0", tmp_path / "out" / "window=4,seed=0"
     process = start(*asked)
     wait_for(lambda: '"kind": "train"' in text_of(eight / "metrics.jsonl"), process)
-    assert f"{tmp_path / 'out'}: process {process.pid} on {socket.gethostname()} is writing here" in run_sweep(
-        *asked, expect=2
-    )
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 75, out
@@ -80,11 +77,13 @@ def test_a_sweep_is_interrupted_goes_on_and_is_put_side_by_side(tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
-def test_when_a_sweep_is_killed_its_trainings_write_a_checkpoint_and_end(tmp_path: Path) -> None:
+def test_a_second_sweep_is_refused_and_the_trainings_of_a_killed_one_write_a_checkpoint_and_end(tmp_path: Path) -> None:
     out, cache = tmp_path / "out", f"data.cache_dir={tmp_path / 'cache'}"
-    process = start(str(sweep_file(tmp_path, SMALL)), "--out", str(out), cache, "training.max_steps=2000")
+    asked = [str(sweep_file(tmp_path, SMALL)), "--out", str(out), cache, "training.max_steps=5000"]
+    process = start(*asked)
     run = out / "window=8,seed=0"
     wait_for(lambda: '"kind": "train"' in text_of(run / "metrics.jsonl"), process)
+    assert f"{out}: process {process.pid} on {socket.gethostname()} is writing here" in run_sweep(*asked, expect=2)
     process.kill()
     wait_for(lambda: "stopped at step" in text_of(run / "train.log"))
     assert "SIGTERM: finishing this step, then a checkpoint" in text_of(run / "train.log")
