@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import yaml
 
 from model.errors import cli
-from tests.integration.template import Forked
+from tests.integration.template import ROOT, Forked
 from tests.integration.tiny_run import losses, write_config
 from training.run.checkpoint import checkpoints, file_sha256, problem_with, write_json
 
@@ -122,9 +122,9 @@ def whole(path: Path) -> bool:
         return False
 
 
-def every_fault(trials: Trials, every: int) -> Iterator[tuple[str, Fault, list[str]]]:
+def every_fault(trials: Trials, commands: Sequence[str], every: int) -> Iterator[tuple[str, Fault, list[str]]]:
     """Each `every`-th call of each kind, until a command makes no more."""
-    for command, (call, kinds) in itertools.product(COMMANDS, FAULTS.items()):
+    for command, (call, kinds) in itertools.product(commands, FAULTS.items()):
         for what in kinds:
             for nth in itertools.count(1, every):
                 fault = Fault(call, nth, what)
@@ -136,17 +136,19 @@ def every_fault(trials: Trials, every: int) -> Iterator[tuple[str, Fault, list[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", default=COMMANDS, metavar="COMMAND", help=f"of {', '.join(COMMANDS)}")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="try each N-th call only")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
     tried, lost = Counter[str](), {}
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        for command, fault, problems in every_fault(Trials(Path(folder)), arguments.every):
+        for command, fault, problems in every_fault(Trials(Path(folder)), arguments.commands, arguments.every):
             tried[f"{command} {fault.call}"] += 1
             print(f"{command}: {fault}", *problems, sep="\n  ", flush=True)
             if problems:
                 lost[f"{command}: {fault}"] = problems
-    summary = {"tried": dict(tried), "lost": lost, "every": arguments.every}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT)
+    summary = {"commit": commit.stdout.strip(), "every": arguments.every, "tried": dict(tried), "lost": lost}
     print(f"{tried.total()} faults, {len(lost)} lost something")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
