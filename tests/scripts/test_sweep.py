@@ -85,6 +85,7 @@ def test_a_second_sweep_is_refused_and_the_trainings_of_a_killed_one_write_a_che
     wait_for(lambda: '"kind": "train"' in text_of(run / "metrics.jsonl"), process)
     assert f"{out}: process {process.pid} on {socket.gethostname()} is writing here" in run_sweep(*asked, expect=2)
     process.kill()
+    process.communicate()
     wait_for(lambda: "stopped at step" in text_of(run / "train.log"))
     assert "SIGTERM: finishing this step, then a checkpoint" in text_of(run / "train.log")
     assert list((run / "checkpoints").glob("step-*"))
