@@ -93,10 +93,10 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def problem_with(path: Path) -> str | None:
+def problem_with(path: Path, below: str = "") -> str | None:
     """Why the checkpoint can't be trusted; None if it is complete and each file has its size and hash in the manifest.
 
-    A file of weights or settings that is not in the manifest is a problem too: a loader could take it for one of ours.
+    Only files whose names begin with `below` are read. A file of weights or settings that is not in the manifest is a problem too: a loader could take it for one of ours.
     """
     try:
         if not (path / MANIFEST).is_file():
@@ -104,14 +104,14 @@ def problem_with(path: Path) -> str | None:
         files = json.loads((path / MANIFEST).read_text())["files"]
         expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
         there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-        return _difference(path, expected, there)
+        return _difference(path, expected, there, below)
     except OSError as problem:
         return f"{Path(problem.filename or path).name} can't be read ({problem.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
 
 
-def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[str]) -> str | None:
+def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[str], below: str) -> str | None:
     """What tells the files of a checkpoint from those of its manifest."""
     tensors = {str(Path(name).parent) for name in expected if name.endswith(".safetensors")}
     if {"state.json", "hf/config.json"} - expected.keys() or {".", "hf"} - tensors:
@@ -122,15 +122,16 @@ def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[
     if unlisted:
         return f"{unlisted[0]} is not in {MANIFEST}; move it elsewhere"
     for name, size_and_hash in expected.items():
-        if ((path / name).stat().st_size, file_sha256(path / name)) != size_and_hash:
+        if name.startswith(below) and ((path / name).stat().st_size, file_sha256(path / name)) != size_and_hash:
             return f"{name} has another size or sha256 than when it was written"
     return None
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raises UserError if `folder` is a checkpoint, or the `hf` of one, whose files are not those of its manifest."""
+    """Raises UserError if `folder` is a checkpoint, or the `hf` of one, whose `hf` is not that of its manifest."""
     for path in (folder, folder.parent):
-        if (path / MANIFEST).exists() and OURS.fullmatch(path.resolve().name) and (problem := problem_with(path)):
+        ours = (path / MANIFEST).exists() and OURS.fullmatch(path.resolve().name)
+        if ours and (problem := problem_with(path, "hf/")):
             raise UserError(f"{path}: {problem}\n  take another checkpoint, or restore this one from a backup")
 
 
