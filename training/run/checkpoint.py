@@ -96,7 +96,8 @@ def _delete(path: Path) -> None:
 def problem_with(path: Path, below: str = "") -> str | None:
     """Why the checkpoint can't be trusted; None if it is complete and each file has its size and hash in the manifest.
 
-    Only files whose names begin with `below` are read. A file of weights or settings that is not in the manifest is a problem too: a loader could take it for one of ours.
+    A file of weights or settings that is not in the manifest is a problem too: a loader could take it for one of ours.
+    Only files whose names begin with `below` are read.
     """
     try:
         if not (path / MANIFEST).is_file():
@@ -130,8 +131,7 @@ def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[
 def refuse_damaged(folder: Path) -> None:
     """Raises UserError if `folder` is a checkpoint, or the `hf` of one, whose `hf` is not that of its manifest."""
     for path in (folder, folder.parent):
-        ours = (path / MANIFEST).exists() and OURS.fullmatch(path.resolve().name)
-        if ours and (problem := problem_with(path, "hf/")):
+        if (path / MANIFEST).exists() and (path / "hf").is_dir() and (problem := problem_with(path, "hf/")):
             raise UserError(f"{path}: {problem}\n  take another checkpoint, or restore this one from a backup")
 
 
