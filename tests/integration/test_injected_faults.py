@@ -25,6 +25,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
         ("fresh", Fault("rename", 4, KILL)),
         ("resumed", Fault("read", 2, errno.EIO)),
         ("resumed", Fault("read", 12, errno.EIO)),
+        ("resumed", Fault("read", 65, errno.EIO)),
         ("resumed", Fault("open", 6, errno.EACCES)),
         ("resumed", Fault("rename", 3, errno.EACCES)),
         ("loss", Fault("write", 1, errno.EIO)),

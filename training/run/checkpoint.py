@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ def replace_folder(path: Path, write: Write) -> None:
             raise
         raise OSError(int(number[1]), str(problem), str(path)) from problem
     finally:
-        _delete(aside)
+        with suppress(OSError):
+            _delete(aside)
     _sync(path.parent)
 
 
@@ -90,7 +92,7 @@ def _delete(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
 
 
 def problem_with(path: Path, below: str = "") -> str | None:
@@ -194,7 +196,8 @@ def clear_leftovers(run_dir: Path) -> None:
     """Delete what interrupted writes and deletions left: it takes room and is no checkpoint."""
     for path in (run_dir / "checkpoints").glob(f".*-{PREFIX}*"):
         if LEFTOVER.fullmatch(path.name):
-            _delete(path)
+            with suppress(OSError):
+                _delete(path)
 
 
 def write_json(path: Path, value: Any) -> None:
