@@ -85,7 +85,7 @@ def call(monkeypatch, *arguments):
 
 def test_a_report_fetches_nothing(page, comparison):
     for html in (page, comparison):
-        assert not re.search(r"https?:|//[a-z]|@import|<link|<iframe|<img", html)
+        assert not re.search(r"https?:|//[a-z]|@import|<link|<img", html)
         assert not re.search(r"\bsrc=", html)
         assert not re.search(r"""href=["'](?!#)""", html)
         assert not re.search(r"url\((?!#)", html)
@@ -270,6 +270,22 @@ def test_a_browser_shows_a_comparison_on_a_phone(comparison, tmp_path):
     assert found["content"] <= 390
     assert found["after"] == sorted(found["before"], reverse=True)
     assert {"the-twin", "Settings that differ."} <= set(re.split(r"\n|\t", found["text"]))
+
+
+@needs_browser
+def test_the_report_holds_the_explorer_with_the_layers_of_the_run(page, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    script = """page => {
+      const explorer = page.querySelector("iframe").contentDocument;
+      return [explorer.querySelector("[aria-pressed=true]").textContent, explorer.getElementById("reach").textContent];
+    }"""
+    assert look(file, script, 900, tmp_path) == (["This run", "21 tokens"], [])
+
+
+def test_a_run_without_its_model_has_no_explorer(run, tmp_path):
+    results = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("hf"))
+    assert "<iframe" not in page_of([read_run(str(results))])
 
 
 @needs_browser
