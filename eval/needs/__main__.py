@@ -76,16 +76,21 @@ def measure(examined: Examined, texts: list[tuple[str, list[str]]], args: Namesp
     """Everything that needs.json holds."""
     contexts = contexts_of(examined, args.contexts, args.tokens)
     length, shape = excerpt_length(contexts, args.tokens), shape_of(examined, args.plan)
-    encoded = [encode_documents(examined.tokenizer, documents, MOST_BYTES) for _, documents in texts]
-    drawn = [draw_excerpts(documents, length, args.tokens, args.seed) for documents in encoded]
-    read = sum(end - start for e in drawn for c in contexts for _, start, _, end in windows_of(e, c))
+    excerpts = []
+    for i, (_, documents) in enumerate(texts):
+        encoded = encode_documents(examined.tokenizer, documents, MOST_BYTES)
+        excerpts.append(draw_excerpts(encoded, length, args.tokens, [args.seed, i]))
+    read = sum(end - start for e in excerpts for c in contexts for _, start, _, end in windows_of(e, c))
     with progress("needs", read) as advance:
-        scored = [score(examined, name, e, contexts, advance) for (name, _), e in zip(texts, drawn, strict=True)]
-    everything = together(scored).result(contexts, args.seed)
+        scored = [
+            score(examined, name, e, contexts, [args.seed, i], advance)
+            for i, ((name, _), e) in enumerate(zip(texts, excerpts, strict=True))
+        ]
+    everything = together(scored).result(contexts)
     return examined.header() | {
         "seed": args.seed,
         "excerpt_tokens": length,
-        "texts": [text.result(contexts, args.seed) for text in scored],
+        "texts": [text.result(contexts) for text in scored],
         "together": everything,
         "shape": args.plan or examined.name,
         "serve_tokens": args.serve,

@@ -35,7 +35,7 @@ class Excerpt(NamedTuple):
     end: int
 
 
-def draw_excerpts(documents: Sequence[HeldOutDocument], length: int, budget: int, seed: int) -> list[Excerpt]:
+def draw_excerpts(documents: Sequence[HeldOutDocument], length: int, budget: int, seed: Sequence[int]) -> list[Excerpt]:
     """Excerpts of `length` scored tokens in random order, until `budget` tokens are scored or no text is left.
 
     A document ends with a shorter excerpt. Its first token has no context and is never scored.
@@ -90,7 +90,7 @@ def nats_with_context(
     return np.concatenate(nats)
 
 
-def bootstrap(values: FloatArray, units: IntArray, seed: int) -> FloatArray:
+def bootstrap(values: FloatArray, units: IntArray, seed: Sequence[int]) -> FloatArray:
     """(1 + S, C) means of values (N, C): row 0 of all tokens, each other row of U units drawn with replacement.
 
     `units` (N,) names the unit of each token. Tokens of one unit depend on each other, so they are drawn together.
@@ -120,15 +120,19 @@ def needs_more(nats: FloatArray) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     return (nats - longest > ALPHA) & (-longest > BETA), (longest - nats > ALPHA) & (-nats > BETA)
 
 
-def summary(nats: FloatArray, units: IntArray, contexts: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """One row for each context, from nats (N, C): figures as [value, low, high], bits and shares of tokens.
+def curves_of(nats: FloatArray, units: IntArray, seed: Sequence[int]) -> FloatArray:
+    """(1 + S, 3, C) from nats (N, C): bits per token, and the two shares of tokens of `needs_more`."""
+    figures = np.hstack([nats / np.log(2), *needs_more(nats)])
+    return bootstrap(figures, units, seed).reshape(1 + RESAMPLES, 3, -1)
+
+
+def summary(curves: FloatArray, contexts: Sequence[int]) -> list[dict[str, Any]]:
+    """One row for each context, from curves (1 + S, 3, C). Figures are [value, low, high].
 
     gain: bits gained over the context before. share: of the gain from the first context to the last one, None if that
     gain is not above 0 in its whole interval. need, by_chance: see `needs_more`.
     """
-    need, by_chance = needs_more(nats)
-    curves = np.split(bootstrap(np.hstack([nats / np.log(2), need, by_chance]), units, seed), 3, axis=1)
-    bits = curves[0]
+    bits, need, by_chance = curves.swapaxes(0, 1)
     gained = bits[:, :1] - bits
     some_gain = interval(gained[:, -1])[1] > 0
     return [
@@ -137,26 +141,27 @@ def summary(nats: FloatArray, units: IntArray, contexts: Sequence[int], seed: in
             "bits": interval(bits[:, i]),
             "gain": interval(bits[:, i - 1] - bits[:, i]) if i else None,
             "share": interval(gained[:, i] / gained[:, -1]) if some_gain else None,
-            "need": interval(curves[1][:, i]),
-            "by_chance": interval(curves[2][:, i]),
+            "need": interval(need[:, i]),
+            "by_chance": interval(by_chance[:, i]),
         }
         for i, context in enumerate(contexts)
     ]
 
 
-class Scored(NamedTuple):
-    """The scored tokens of one text: nats (N, C), the unit of each token (N,), and what a unit is."""
+class Text(NamedTuple):
+    """What was measured of one text: how much of it, `units` units of the kind `unit`, and curves (1 + S, 3, C)."""
 
-    name: str
-    nats: FloatArray
-    units: IntArray
-    unit: str
+    text: str
     documents: int
+    tokens: int
+    unit: str
+    units: int
+    curves: FloatArray
 
-    def result(self, contexts: Sequence[int], seed: int) -> dict[str, Any]:
-        facts = {"text": self.name, "documents": self.documents, "tokens": len(self.nats), "unit": self.unit}
-        rows = summary(self.nats, self.units, contexts, seed)
-        return facts | {"units": len(np.unique(self.units)), "contexts": rows}
+    def result(self, contexts: Sequence[int]) -> dict[str, Any]:
+        facts = self._asdict()
+        curves = facts.pop("curves")
+        return facts | {"contexts": summary(curves, contexts)}
 
 
 def units_of(name: str, excerpts: Sequence[Excerpt]) -> tuple[str, IntArray]:
@@ -165,7 +170,7 @@ def units_of(name: str, excerpts: Sequence[Excerpt]) -> tuple[str, IntArray]:
     Raises UserError if there are too few excerpts as well.
     """
     documents, numbers = [excerpt.document for excerpt in excerpts], list(range(len(excerpts)))
-    unit, ids = ("document", documents) if len(set(documents)) >= LEAST_UNITS else ("excerpt", numbers)
+    unit, ids = ("documents", documents) if len(set(documents)) >= LEAST_UNITS else ("excerpts", numbers)
     if len(set(ids)) < LEAST_UNITS:
         raise UserError(
             f"TEXT {name!r} gives only {len(excerpts)} excerpts, and an interval needs at least {LEAST_UNITS}; "
@@ -175,20 +180,19 @@ def units_of(name: str, excerpts: Sequence[Excerpt]) -> tuple[str, IntArray]:
 
 
 def score(
-    examined: Examined, name: str, excerpts: Sequence[Excerpt], contexts: Sequence[int], advance: Callable[[int], None]
-) -> Scored:
+    examined: Examined, name: str, excerpts: Sequence[Excerpt], contexts: Sequence[int], seed: Sequence[int],
+    advance: Callable[[int], None],
+) -> Text:  # fmt: skip
     """The excerpts of one text with every context."""
     unit, units = units_of(name, excerpts)
-    nats = [nats_with_context(examined, excerpts, context, advance) for context in contexts]
-    return Scored(name, np.stack(nats, axis=1), units, unit, len({excerpt.document for excerpt in excerpts}))
+    nats = np.stack([nats_with_context(examined, excerpts, context, advance) for context in contexts], axis=1)
+    documents = len({excerpt.document for excerpt in excerpts})
+    return Text(name, documents, len(nats), unit, len(np.unique(units)), curves_of(nats, units, seed))
 
 
-def together(texts: Sequence[Scored]) -> Scored:
-    """All texts as one, with their units kept apart."""
-    if len(texts) == 1:
-        return texts[0]
-    offsets = np.cumsum([0, *(text.units.max() + 1 for text in texts)])
-    units = np.concatenate([text.units + offset for text, offset in zip(texts, offsets[:-1], strict=True)])
-    unit = " or ".join(sorted({text.unit for text in texts}))
-    nats = np.concatenate([text.nats for text in texts])
-    return Scored("all texts", nats, units, unit, sum(text.documents for text in texts))
+def together(texts: Sequence[Text]) -> Text:
+    """All texts as one. Their shares of the tokens are the same in every resample."""
+    _, documents, tokens, units, counts, curves = zip(*texts, strict=True)
+    unit = " and ".join(sorted(set(units)))
+    mean = np.average(curves, axis=0, weights=tokens)
+    return Text("all texts", sum(documents), sum(tokens), unit, sum(counts), mean)

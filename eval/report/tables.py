@@ -56,7 +56,7 @@ TABLES = {  # name: caption, columns "heading = key of a row : format of a numbe
     ),
     "needs": (
         "{text}: {tokens:,} tokens of {documents:,} documents, predicted from fewer and from more tokens before them. "
-        "95 % intervals are over {units:,} {unit}s.",
+        "95 % intervals are over {units:,} {unit}.",
         "context = context : ,d | bits per token = bits : | bits gained = gain : | share of gain = share : | "
         "need more = need : | by chance = by_chance :",
     ),
