@@ -55,7 +55,7 @@ TABLES = {  # name: caption, columns "heading = key of a row : format of a numbe
         "position, tokens = label : | bits per token = bits_per_token : .3f | ± 95 % = margin : .3f",
     ),
     "needs": (
-        "{text}: {tokens:,} tokens of {documents:,} documents, predicted from fewer and from more tokens before them. "
+        "{text}: {tokens:,} tokens, predicted from fewer and from more tokens before them. Documents: {documents:,}. "
         "95 % intervals are over {units:,} {unit}.",
         "context = context : ,d | bits per token = bits : | bits gained = gain : | share of gain = share : | "
         "need more = need : | by chance = by_chance :",

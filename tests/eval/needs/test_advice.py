@@ -48,7 +48,7 @@ def test_shares_reach_and_cache_of_each_pattern(llama):
 
 
 def test_the_front_is_what_no_other_pattern_betters(llama):
-    table = advice.advice(advice.shape_of(llama, None), ROWS, 4096)
+    table = advice.advice(advice.shape_of(llama, None), ROWS, 32_768)
     front = [row for row in table if row["pareto"]]
     assert not any(advice.dominates(a, b) for a in table for b in front)
     assert all(any(advice.dominates(a, b) for a in front) for b in table if not b["pareto"])
