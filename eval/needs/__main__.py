@@ -23,9 +23,9 @@ CONTEXTS = (16, 64, 256, 1024)
 MOST_BYTES = 1 << 24  # of a text; the excerpts are drawn from its first 16 MiB
 
 
-def parser() -> ArgumentParser:
-    made = ArgumentParser(prog="python -m eval.needs", description=(__doc__ or "").split("\n\n")[0])
-    add = made.add_argument
+def arguments() -> Namespace:
+    parser = ArgumentParser(prog="python -m eval.needs", description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
     add("texts", nargs="+", metavar="TEXT", help="[NAME=] and a file, 'a pattern in quotes', or the YAML of a run")
     add("--model", required=True, help="run folder, checkpoint, or Hugging Face causal model, with full attention")
     add("--contexts", type=numbers, help="tokens; default: those of 16,64,256,1024 that MODEL was trained to read")
@@ -36,7 +36,7 @@ def parser() -> ArgumentParser:
     add("--out", metavar="DIR", help="folder for needs.json and needs.png; default: the run folder, else this one")
     add("--seed", type=int, default=0, help="of the excerpts and the intervals; default %(default)s")
     add("--device", help="cpu or cuda; default: cuda if there is one")
-    return made
+    return parser.parse_args()
 
 
 def read_text(text: str, column: str) -> tuple[str, list[str]]:
@@ -99,7 +99,7 @@ def measure(examined: Examined, texts: list[tuple[str, list[str]]], args: Namesp
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = arguments()
     texts = [read_text(text, args.text_column) for text in args.texts]
     examined = load_model(args.model, args.device)
     result = measure(examined, texts, args)

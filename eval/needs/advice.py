@@ -77,8 +77,8 @@ def share_within(context: int | None, rows: Sequence[dict[str, Any]]) -> float:
     >>> share_within(32, rows), share_within(None, rows)
     (0.375, 1.0)
     """
-    measured = [(np.log2(row["context"]), row["share"][0]) for row in rows]
-    return float(np.interp(np.inf if context is None else np.log2(context), *zip(*measured, strict=True)))
+    measured = [np.log2(row["context"]) for row in rows]
+    return float(np.interp(np.log2(context or np.inf), measured, [row["share"][0] for row in rows]))
 
 
 def advice(shape: Any, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
@@ -90,8 +90,8 @@ def advice(shape: Any, rows: Sequence[dict[str, Any]], length: int) -> list[dict
         return []
     table = []
     for window, every, specs in patterns(shape.num_hidden_layers, [row["context"] for row in rows]):
-        row = {"window": window, "full_every": every, "full_layers": sum(spec.kind == "full" for spec in specs)}
-        row |= priced(shape, specs, length)
+        row = priced(shape, specs, length) | {"window": window, "full_every": every}
+        row["full_layers"] = sum(spec.kind == "full" for spec in specs)
         row["in_window"] = share_within(window, rows)
         row["in_one_hop"] = share_within(None if every else window, rows)
         row["in_reach"] = share_within(None if row["reach"] is None else row["reach"] + 1, rows)

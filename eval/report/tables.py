@@ -131,7 +131,7 @@ def tables_of(run: Run) -> dict[str, Table]:
 def needs_tables(needs: Result) -> dict[str, Table]:
     """What each text gains from context, and the patterns of layers with their costs."""
     texts = needs["texts"] + [needs["together"]] * (len(needs["texts"]) > 1)
-    tables = {f"needs_{text['text']}": table("needs", map(with_intervals, text["contexts"]), text) for text in texts}
+    tables = {f"needs_{i}": table("needs", map(with_intervals, t["contexts"]), t) for i, t in enumerate(texts)}
     rows = [
         row
         | {"front": "●" * row["pareto"], "cache": row["cache_bytes"] / 2**20, "mflops": row["flops_per_token"] / 1e6}
