@@ -55,15 +55,33 @@ def excerpt_length(contexts: Sequence[int], budget: int) -> int:
     return max(1, min(contexts[-1] // 4, budget // EXCERPTS))
 
 
-def windows_of(excerpts: Sequence[Excerpt], context: int) -> list[tuple[Excerpt, int, int, int]]:
-    """(excerpt, start, scored, end): its tokens [start, end) go into the model, and [scored, end) are scored.
+class Window(NamedTuple):
+    """The tokens [start, end) of the excerpt's document go into the model, and [scored, end) are scored."""
+
+    excerpt: Excerpt
+    start: int
+    scored: int
+    end: int
+
+    @property
+    def ids(self) -> IntArray:
+        return self.excerpt.tokens[self.start : self.end]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens that are read, and tokens that are scored."""
+        return self.end - self.start, self.end - self.scored
+
+
+def windows_of(excerpts: Sequence[Excerpt], context: int) -> list[Window]:
+    """What the model reads to score the excerpts with a context of `context` tokens.
 
     >>> [window[1:] for window in windows_of([Excerpt(0, np.arange(40), 17, 25)], context=16)]
     [(1, 17, 21), (5, 21, 25)]
     """
     stride = max(1, context // 4)
     return [
-        (excerpt, max(0, scored - context), scored, min(scored + stride, excerpt.end))
+        Window(excerpt, max(0, scored - context), scored, min(scored + stride, excerpt.end))
         for excerpt in excerpts
         for scored in range(excerpt.first, excerpt.end, stride)
     ]
@@ -78,15 +96,15 @@ def nats_with_context(
     from eval.forward import batch_rows, token_nats
 
     windows = windows_of(excerpts, context)
-    shapes = [(end - start, end - scored) for _, start, scored, end in windows]
+    shapes = [window.shape for window in windows]
     nats: list[Any] = [None] * len(windows)
     for (size, scored), group in groupby(sorted(range(len(windows)), key=shapes.__getitem__), shapes.__getitem__):
         members, rows = list(group), batch_rows(examined, size)
         for batch in (members[i : i + rows] for i in range(0, len(members), rows)):
-            ids = np.stack([windows[i][0].tokens[windows[i][1] : windows[i][3]] for i in batch])
-            for i, row in zip(batch, token_nats(examined, torch.from_numpy(ids), scored), strict=True):
+            ids = torch.from_numpy(np.stack([windows[i].ids for i in batch]))
+            for i, row in zip(batch, token_nats(examined, ids, scored), strict=True):
                 nats[i] = row
-            advance(ids.size)
+            advance(ids.numel())
     return np.concatenate(nats)
 
 
