@@ -142,6 +142,13 @@ def test_few_documents_are_resampled_by_excerpt_and_too_short_texts_are_refused(
         measure.units_of("note", measure.draw_excerpts(documents[:2], 50, 10**9, [0]))
 
 
+def test_a_token_needs_more_where_the_longest_context_makes_it_likely_and_the_shorter_one_does_not():
+    nats = np.array([[5.0, 1.0], [3.0, 1.5], [6.0, 3.0], [1.0, 5.0], [3.0, 6.0]])
+    need, by_chance = measure.needs_more(nats)
+    assert need.tolist() == [[True, False]] + 4 * [[False, False]]
+    assert by_chance.tolist() == 3 * [[False, False]] + [[True, False], [False, False]]
+
+
 def test_a_text_without_gain_has_no_shares():
     nats = np.random.default_rng(0).normal(4, 1, size=(640, 2))
     table = measure.summary(measure.curves_of(nats, np.repeat(np.arange(32), 20), [0]), (16, 64))
