@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +24,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from data.folders import written_whole
 from data.settings import RunSettings
-from data.sources import documents, source_fingerprint
+from data.sources import source_fingerprint, texts
 from data.tasks.vocabulary import RESERVED
 from model.errors import UserError
 
@@ -212,12 +213,13 @@ def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
     data = settings.data
     if data.tokenizer.model_file is not None:
         return load_tokenizer(data.tokenizer.model_file)
-    inputs = [VERSION, source_fingerprint(data, "train"), data.tokenizer.vocab_size, sentencepiece.__version__]
+    sources = [source_fingerprint(source, "train", data.cache_dir) for source in data.mixture]
+    inputs = [VERSION, sources, data.tokenizer.vocab_size, sentencepiece.__version__]
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     folder = Path(data.cache_dir) / f"tokenizer-{fingerprint[:16]}"
     if not (folder / FILE).is_file():
-        texts = (document.text for document in documents(data, "train"))
-        tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size)
+        in_turns = zip_longest(*(texts(source, "train") for source in data.mixture))
+        tokenizer = train_tokenizer(filter(None, chain.from_iterable(in_turns)), data.tokenizer.vocab_size)
         with written_whole(folder) as aside:
             (aside / FILE).write_bytes(tokenizer.model)
     return load_tokenizer(folder)

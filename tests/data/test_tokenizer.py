@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.tasks.vocabulary import RESERVED, recall_vocabulary
-from data.token_store import prepare_tokens
+from data.token_store import open_tokens, token_folders
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer, prepare_tokenizer, to_hugging_face, train_tokenizer
 from model.errors import UserError
 
@@ -262,10 +262,15 @@ def test_bytes_of_the_tokens_of_a_tokenizer_json(tokenizer_json):
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode()) + prefix
 
 
+def train_tokens(settings, tokenizer):
+    """The stored tokens of the training text, in one shard."""
+    return open_tokens(token_folders(settings, tokenizer)[""], tokenizer)["train"].shard(0).tokens
+
+
 def test_markers_of_a_document_are_there_once(tokenizer_json, make_settings):
     tokenizer = load_tokenizer(tokenizer_json)
-    train, _ = prepare_tokens(make_settings(tokenizer={"model_file": str(tokenizer_json)}), tokenizer)
-    first, *between, last = train.tokens.tolist()
+    tokens = train_tokens(make_settings(tokenizer={"model_file": str(tokenizer_json)}), tokenizer)
+    first, *between, last = tokens.tolist()
     assert (first, last) == (tokenizer.bos_id, tokenizer.eos_id)
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(between)
 
@@ -336,9 +341,9 @@ def test_ids_beyond_65535_are_stored(make_settings, tmp_path):
     backend.add_tokens(["ship"])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
-    train, _ = prepare_tokens(make_settings(tokenizer={"model_file": str(tmp_path)}), tokenizer)
-    assert train.tokens.dtype == np.uint32
+    tokens = train_tokens(make_settings(tokenizer={"model_file": str(tmp_path)}), tokenizer)
+    assert tokens.dtype == np.uint32
     assert tokenizer.get_vocab()["ship"] > 1 << 16
-    text = tokenizer.decode(train.tokens[1:-1])
+    text = tokenizer.decode(tokens[1:-1])
     assert text == (tmp_path / "train.txt").read_text()
-    assert train.bytes_of(0, len(train.tokens)) == len(text)
+    assert tokenizer.token_bytes()[tokens].sum() == len(text)

@@ -4,9 +4,11 @@ import json
 import sys
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from eval.models import Examined, specs_of
 from eval.needs import __main__ as needs
-from model.errors import cli
+from model.errors import UserError, cli
 
 
 @pytest.fixture
@@ -58,3 +60,12 @@ def test_mistakes_are_answered_with_a_remedy(run, untrained_run, tmp_path, text,
     code, _, errors = run(text, "--model", untrained_run, "--out", tmp_path, *options)
     assert code == 2
     assert sentence in errors
+
+
+def test_contexts_beyond_the_training_length_of_a_model_with_full_attention_are_refused():
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, max_position_embeddings=320)
+    model = LlamaForCausalLM(config)
+    examined = Examined("peer", model, tokenizer=None, specs=specs_of(config), folder=None, run_dir=None)
+    assert needs.contexts_of(examined, None, 8192) == (16, 64, 256)
+    with pytest.raises(UserError, match=r"--contexts 512: peer reads 320 tokens .*; give contexts up to 256"):
+        needs.contexts_of(examined, (16, 512), 8192)

@@ -212,6 +212,28 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
         (["data.source=hub"], "data.source is hub, but no data set is named; add a section such as hub:"),
         (["data.hub={name: wikitext}"], "data.source is novels, so it has no effect; remove it, or use data.source"),
         (["data.train_files=[a.txt]"], "data.source is novels, so it has no effect; remove it, or use"),
+        (
+            ["data.sources=[{name: a}]", "data.train_files=[a.txt]"],
+            "data.train_files = ['a.txt']  (override data.train_files=[a.txt])\n"
+            "    data.sources is given, so it has no effect; move it to the sources",
+        ),
+        (["data.sources=[{name: a}]", "data.source=files"], "data.source = 'files'"),
+        (["data.sources=[{name: a}]", "data.heldout_share=0.1"], "data.heldout_share = 0.1"),
+        (["data.sources=[{name: a}, {name: b}, {name: a}]"], "data.sources.2.name = 'a'"),
+        (["data.sources=[{name: a}, {name: a}]"], "another source has this name; give each source its own"),
+        (
+            ["data.sources=[{name: a, source: files}]"],
+            "data.sources.0.source is files, but none is given; add train_files: [texts/*.txt]",
+        ),
+        (
+            ["data.sources=[{name: a}, {name: b, hub: {name: wikitext}}]"],
+            "data.sources.1.source is novels, so it has no effect; remove it, or use data.sources.1.source: hub",
+        ),
+        (
+            ["data.sources=[{name: a, weight: [[0.5, 0], [0, 1]]}, {name: b, weight: [[0.7, 1]]}]"],
+            "from 0.5 of all steps on, no source has a weight; give one of them a weight above 0",
+        ),
+        (["data.sources=[{name: a, weight: [[0.1, 1]]}]"], "from 0 of all steps on, no source has a weight"),
         (["model.layers=[{kind: full, window: 3}]"], "model.layers.0.window = 3"),
         (["model.layers=[{dilation: 2}]"], "a sliding layer has no dilation; remove it, or use kind: dilated"),
         (["model.layers=[{rope: false, rope_theta: 9}]"], "rope is false on this layer, so it has no effect"),
@@ -222,6 +244,11 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(good: Path, overrides: list[str], expected: str) -> None:
     assert expected in refusal(good, *overrides)
+
+
+def test_a_mixture_with_a_weight_at_every_step_is_fine(good: Path) -> None:
+    sources = "data.sources=[{name: a, weight: [[0, 1], [0.5, 0]]}, {name: b, weight: [[0.5, 2], [1, 0]]}]"
+    assert [source.name for source in load_settings(good, [sources]).data.mixture] == ["a", "b"]
 
 
 def test_text_alone_may_have_rows_within_one_window(good: Path) -> None:

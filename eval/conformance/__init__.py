@@ -1,0 +1,1 @@
+"""Is the window that was asked for the window that runs?"""
