@@ -42,7 +42,7 @@ def arguments() -> Namespace:
 def read_text(text: str, column: str) -> tuple[str, list[str]]:
     """(name, documents) of a TEXT of the command line. Raises UserError if it can't be read."""
     from data.settings import DataSettings
-    from data.sources import documents
+    from data.sources import texts
     from training.settings.config_file import load_settings
 
     name, _, files = text.rpartition("=")
@@ -51,7 +51,7 @@ def read_text(text: str, column: str) -> tuple[str, list[str]]:
             data = load_settings(files).data
         else:
             data = DataSettings(source="files", heldout_files=[files], text_column=column)
-        return name or files, [document.text for document in documents(data, "heldout")]
+        return name or files, [document for source in data.mixture for document in texts(source, "heldout")]
     except UserError as error:
         raise UserError(f"TEXT {text!r}: {error}; or name a file, or a pattern such as 'docs/**/*.md'") from error
 
