@@ -88,7 +88,12 @@ def bits_per_byte(examined: Examined, haystack: Haystack, length: int, context: 
 
 
 def by_position(examined: Examined, haystack: Haystack, length: int, rows: int, seed: int) -> list[dict[str, Any]]:
-    """Bits per token by position in a stretch, in buckets that end half as far again as the last."""
+    """Bits per token by position in a stretch, in buckets that end half as far again as the last.
+
+    Empty for stretches of a single token.
+    """
+    if length < 2:
+        return []
     from eval.forward import token_nats
 
     batches = haystack.rows(rows, length, seed).split(max(1, BATCH_TOKENS // length))
@@ -108,8 +113,10 @@ def by_context(examined: Examined, haystack: Haystack, length: int, rows: int, s
 
     from eval.forward import last_logits
 
+    table: list[dict[str, Any]] = []
+    if length < 2:
+        return table
     sample = haystack.rows(rows, length + TARGETS, seed + 1)
-    table = []
     for context in (2**i for i in range(32) if 2**i < length):
         views = [sample[:, -t - context - 1 : sample.shape[1] - t] for t in range(TARGETS)]
         batches = torch.cat(views).split(max(1, BATCH_TOKENS // (context + 1)))
@@ -134,9 +141,11 @@ def measure(
     context = context or min(examined.reach or 1024, 1024)
     context = longest // 2 if context + 2 > longest else context
     length = min(longest, 2 * context + 64)
-    result = examined.header() | {"seed": seed, "haystack": haystack.name}
-    result |= bits_per_byte(examined, haystack, length, context)
-    return result | {f.__name__: f(examined, haystack, length, rows, seed) for f in (by_position, by_context)}
+    result = {"seed": seed, "haystack": haystack.name} | bits_per_byte(examined, haystack, length, context)
+    # The curves need stretches of one length, so the longest document decides. One of a few tokens allows none.
+    curves = min(length, max(len(document.tokens) for document in haystack.documents) - TARGETS)
+    result |= {f.__name__: f(examined, haystack, curves, rows, seed) for f in (by_position, by_context)}
+    return examined.header() | result
 
 
 def main() -> None:

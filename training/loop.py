@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -188,7 +189,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step: True. Stopped by a signal, after a checkpoint: False."""
         settings, main, step = self.settings.training, self.ranks.is_main_process, self.state.step
-        self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
+        self.metrics = Metrics(self.dir, self.settings, self._described(), step, write=main)
         self.progress = TrainingProgress(settings.max_steps, step, show=main)
         profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
         self._say_how()
@@ -205,6 +206,11 @@ class Trainer:
                 self._step()
                 after_step()
         return True
+
+    def _described(self) -> dict[str, Any]:
+        """Facts of the run for a tracker."""
+        farthest = reach(self.config.specs)
+        return self.facts | {"reach": farthest, "parameters": self.decoder.num_parameters()}
 
     def _attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
         """How each kind of layer is computed if matrix products are in `dtype`."""
@@ -330,7 +336,8 @@ class Trainer:
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         columns = recall.columns()
         total = bits.pop("")
-        self.state.validation_bits_per_byte, self.state.horizon = total, columns["horizon"]
+        self.state.validation_bits_per_byte = total if math.isfinite(total) else None  # JSON has no NaN
+        self.state.horizon = columns["horizon"]
         by_source = {f"bits_per_byte_{name}": figure for name, figure in bits.items()}
         self.metrics.write("validation", self.state.step, bits_per_byte=total, **by_source)
         if recall:
@@ -361,8 +368,7 @@ class Trainer:
 
     def _write_hf(self, weights: Tensors, folder: Path) -> None:
         """A Hugging Face checkpoint with its tokenizer, without the relay head."""
-        hub.save_hf(self.decoder, folder, weights)
-        self.tokenizer.save(folder)
+        hub.save_hf(self.decoder, folder, weights, self.tokenizer)
 
     # -- 10. export ---------------------------------------------------------------------------------------------------
 

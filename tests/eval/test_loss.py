@@ -15,6 +15,7 @@ from eval import loss
 from eval.forward import token_nats
 from eval.haystack import Haystack, HeldOutDocument, encode_documents, open_haystack
 from eval.models import load_model
+from eval.plots import loss_figure
 from model.errors import UserError
 from training.run.folder import data_hashes
 from training.settings.schema import Settings
@@ -32,6 +33,16 @@ def test_stretches_score_each_token_once_and_with_its_context(n_tokens, context,
     assert scored == list(range(1, n_tokens))
     assert all(first - start == min(context, first) for start, first, _ in made)
     assert all(end - start <= context + more for start, _, end in made)
+
+
+@pytest.mark.parametrize(("text", "has_curves"), [("The sea was calm. " * 9, True), ("ab", False)])
+def test_short_documents_have_bits_per_byte_and_the_curves_that_fit(examined, text, has_curves):
+    haystack = Haystack("short", encode_documents(examined.tokenizer, [text] * 3, None))
+    result = loss.measure(examined, haystack, rows=4)
+    assert 0 < result["bits_per_byte"] < 30
+    assert result["tokens"] == sum(len(document.tokens) - 1 for document in haystack.documents)
+    assert bool(result["by_position"]) == bool(result["by_context"]) == has_curves
+    loss_figure([result])
 
 
 def test_bytes_of_the_held_out_text_are_exact(examined, untrained_run):
