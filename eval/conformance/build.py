@@ -19,10 +19,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def build(name: str, layers: int | None = None) -> Any:
+def build(name: str, changes: dict[str, Any] | None = None) -> Any:
     """A small model with random weights. name: a folder with config.json, or a model type such as `gemma3_text`.
 
-    It has the windows' pattern of the config, W = 8, and as few layers as show all kinds of them.
+    It has the windows' pattern of the config, W = 8, and as few layers as show all kinds of them. changes: settings
+    that differ from the config.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,13 +34,13 @@ def build(name: str, layers: int | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"--config {name!r}: {str(error).splitlines()[0]}; give a folder with config.json") from error
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(shrunk(config.get_text_config()), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(shrunk(config.get_text_config(), changes or {}), dtype=torch.float32)
 
 
-def shrunk(config: Any) -> Any:
+def shrunk(config: Any, other: dict[str, Any]) -> Any:
     """The same architecture in small."""
-    described = config.to_dict()
-    total, count = config.num_hidden_layers, layers_needed(getattr(config, "layer_types", None) or [])
+    described = config.to_dict() | other
+    total, count = config.num_hidden_layers, layers_needed(described.get("layer_types") or [])
     lists = {k: v[:count] for k, v in described.items() if isinstance(v, list) and len(v) == total}
     changes = {name: size for name, size in SMALL.items() if described.get(name) is not None}
     return type(config)(**described | lists | changes | {"num_hidden_layers": count})
@@ -51,7 +52,7 @@ def layers_needed(layer_types: list[str]) -> int:
     >>> layers_needed(["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])
     3
     """
-    return max(2, *(layer_types.index(kind) + 1 for kind in {*layer_types}), 2)
+    return max([2, *(layer_types.index(kind) + 1 for kind in {*layer_types})])
 
 
 def load(name: str, window: int | None = None) -> Any:

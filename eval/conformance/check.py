@@ -45,16 +45,20 @@ def check(
     sizes = sorted({layer.spec.ring_slots for layer in asked if layer.spec.ring_slots}) or [8]
     text = _text(model, text_length(sizes[-1]), seed)
     plan = list(ways(modes, text, (sizes[0], sizes[-1])))
-    rows, before, reference = [], _implementation(model), None
+    rows, before, reference, trusted = [], _implementation(model), None, True
     for name in attention or [before]:
         try:
             _choose(model, name)
-            reference = reference or reference_of(model, text)
+            if reference is None:
+                reference = reference_of(model, text)
+                plain = next(ways(["eval"], text, sizes))
+                trusted = not summary(asked, plain, measure(model, plain, reference), trusted)["faults"]
         except REFUSALS as error:
             rows.append({"attention": name, "mode": "all", "refused": str(error).splitlines()[0], "faults": []})
             continue
         for mode in modes:
-            rows.append({"attention": name} | _row(model, mode, [w for w in plan if w.mode == mode], asked, reference))
+            in_mode = [way for way in plan if way.mode == mode]
+            rows.append({"attention": name, "mode": mode} | _row(model, in_mode, asked, reference, trusted))
     _choose(model, before)
     return {
         "model": type(unwrapped(model)).__name__,
@@ -67,17 +71,17 @@ def check(
     }
 
 
-def _row(model: Any, mode: str, plan: list[Way], asked: list[Asked], reference: Reference) -> dict[str, Any]:
+def _row(model: Any, plan: list[Way], asked: list[Asked], reference: Reference, trusted: bool) -> dict[str, Any]:
     """One mode: the measurements of all ways to feed the model in it, and every fault once."""
     try:
-        measured = [summary(asked, way, measure(model, way, reference)) for way in plan]
+        measured = [summary(asked, way, measure(model, way, reference), trusted) for way in plan]
     except REFUSALS as error:
-        return {"mode": mode, "refused": str(error).splitlines()[0], "faults": []}
+        return {"refused": str(error).splitlines()[0], "faults": []}
     except Exception as error:  # of any model: what does not run is reported as a fault
         sentence = f"it does not run: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return {"mode": mode, "ways": [], "faults": [asdict(Fault("does not run", sentence, ()))]}
+        return {"ways": [], "faults": [asdict(Fault("does not run", sentence, ()))]}
     faults = {fault["sentence"]: fault for way in reversed(measured) for fault in way["faults"]}
-    return {"mode": mode, "ways": measured, "faults": list(faults.values())}
+    return {"ways": measured, "faults": list(faults.values())}
 
 
 def _text(model: Any, length: int, seed: int) -> Tensor:

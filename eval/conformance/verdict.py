@@ -132,8 +132,11 @@ class Influences:
         return {"query": query, "key": int(self.batch.columns[row])}
 
 
-def faults_of(asked: Sequence[Asked], way: Way, measured: Measured) -> list[Fault]:
-    """Everything that is not as asked, each with its likely cause and the layers where it was seen."""
+def faults_of(asked: Sequence[Asked], way: Way, measured: Measured, trusted: bool) -> list[Fault]:
+    """Everything that is not as asked, each with its likely cause and the layers where it was seen.
+
+    trusted: whether the reference itself is as asked, so that other values are a fault.
+    """
     listed: list[Fault] = []
     for n, (layer, changes, error) in enumerate(zip(asked, measured.layers, measured.errors)):
         influences = Influences(changes, expected_changes(layer.spec, way.batch)[:, : changes.shape[1]], way.batch)
@@ -141,9 +144,9 @@ def faults_of(asked: Sequence[Asked], way: Way, measured: Measured) -> list[Faul
         listed += [replace(fault, layers=(n,)) for fault in in_mask]
         if n in measured.dead_sinks:
             listed.append(Fault("sinks dropped", "the learned attention sinks change nothing", (n,)))
-        elif not in_mask:
+        elif trusted and not in_mask:
             listed += [replace(fault, layers=(n,)) for fault in _value_faults(way, error)]
-    return _merge([replace(fault, label=way.label) for fault in listed or _stack_faults(asked, way, measured)])
+    return _merge([replace(fault, label=way.label) for fault in listed or _stack_faults(asked, way, measured, trusted)])
 
 
 def _merge(faults: Sequence[Fault]) -> list[Fault]:
@@ -226,7 +229,7 @@ def _value_faults(way: Way, error: Tensor) -> Iterator[Fault]:
     yield Fault("values differ", sentence, (), query=query)
 
 
-def _stack_faults(asked: Sequence[Asked], way: Way, measured: Measured) -> Iterator[Fault]:
+def _stack_faults(asked: Sequence[Asked], way: Way, measured: Measured, trusted: bool) -> Iterator[Fault]:
     """What the layers don't show: tokens that are mixed outside of attention."""
     changes, fed = measured.stack, measured.layers[0].shape[1]
     columns = slice(fed - changes.shape[1], fed)
@@ -237,12 +240,12 @@ def _stack_faults(asked: Sequence[Asked], way: Way, measured: Measured) -> Itera
         everywhere = tuple(range(len(asked)))
         key = int(way.batch.columns[row])
         yield Fault("stack sees too far", sentence, everywhere, query + columns.start, key)
-    elif measured.logits_error > ROUNDING:
+    elif trusted and measured.logits_error > ROUNDING:
         sentence = f"each layer is as asked, but the logits differ by {measured.logits_error:.1e} from the reference's"
         yield Fault("logits differ", sentence, tuple(range(len(asked))))
 
 
-def summary(asked: Sequence[Asked], way: Way, measured: Measured) -> dict[str, Any]:
+def summary(asked: Sequence[Asked], way: Way, measured: Measured, trusted: bool) -> dict[str, Any]:
     """One way as it stands in the JSON file."""
     windows = []
     for layer, changes in zip(asked, measured.layers):
@@ -259,7 +262,7 @@ def summary(asked: Sequence[Asked], way: Way, measured: Measured) -> dict[str, A
         "stack_as_asked": not bool((stack.extra | stack.missing).any()),
         "largest_layer_error": max(float(e[way.batch.documents[:, :fed] >= 0].max()) for e in measured.errors),
         "logits_error": measured.logits_error,
-        "faults": [asdict(fault) for fault in faults_of(asked, way, measured)],
+        "faults": [asdict(fault) for fault in faults_of(asked, way, measured, trusted)],
     }
 
 
