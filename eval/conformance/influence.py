@@ -44,7 +44,7 @@ class Measured:
     stack: the same for the logits, bool (B, n): the last n of the columns that were fed.
     errors: for each layer, the relative error (B, S') of its output against the reference, which has the same input.
     logits_error: the largest relative error of the logits against the reference.
-    dead_sinks: layers with attention sinks which the output does not depend on.
+    dead_sinks: layers with attention sinks on which some output does not depend.
     """
 
     layers: list[Tensor]
@@ -73,7 +73,8 @@ def measure(model: Any, way: Way, reference: Reference) -> Measured:
         dead = []
         if sinks:
             with _raised(parameter for listed in sinks.values() for parameter in listed):
-                dead = [n for n, (x, y) in enumerate(zip(plain, run())) if n in sinks and torch.equal(x, y)]
+                same = [(x == y).all(-1) & (batch.documents[:, : x.shape[1]] >= 0) for x, y in zip(plain, run())]
+            dead = [n for n in sinks if same[n].any()]
         logits = way.feed(model, batch, batch.input_ids).detach()
         stack = (logits != way.feed(model, batch, batch.changed_ids()).detach()).any(-1)
     errors = [_error(x, y[0][batch.positions[:, : x.shape[1]]]) for x, y in zip(plain, reference.outputs)]
@@ -155,11 +156,11 @@ def _sinks_of(attention: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def _raised(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
-    """With the logits of attention sinks raised by 3."""
+    """With the logits of attention sinks raised far above all scores' usual size."""
     listed = list(parameters)
     before = [parameter.data for parameter in listed]
     for parameter in listed:
-        parameter.data = parameter.data + 3.0
+        parameter.data = parameter.data.clamp_min(0.0) + 8.0
     try:
         yield
     finally:

@@ -123,9 +123,10 @@ class Influences:
         counted = self.measured & self.within & (self._key(self.batch.positions) >= global_tokens)
         return int(self.age[counted].max()) + 1 if counted.any() else 0
 
-    def is_causal_everywhere(self) -> bool:
-        """Whether every query sees all earlier tokens of its document."""
-        return bool(self.measured[self.within].all())
+    def everything_is_seen(self, where: Tensor) -> bool:
+        """Whether the queries in the columns of `where` see all earlier tokens of their documents."""
+        queries = where.any(0) & self.within
+        return bool(self.measured[queries].all())
 
     def example(self, where: Tensor) -> dict[str, int]:
         row, query = (int(n) for n in where.nonzero()[0])
@@ -180,38 +181,52 @@ def _leak(seen: Influences, leak: Tensor) -> str:
 
 
 def _too_far(spec: LayerSpec, seen: Influences, far: Tensor) -> Fault:
-    window, example = seen.window(spec.global_tokens), seen.example(far)
-    if seen.is_causal_everywhere():
-        return Fault("window ignored", f"the window {spec.window} is ignored: every earlier token is seen", (), **example)
-    if spec.kind == "chunked":
+    example = seen.example(far)
+    if spec.kind == "chunked" and not seen.everything_is_seen(far):
         sentence = f"keys outside of the query's chunk of {spec.window} are seen: a sliding window, or chunks counted "
         return Fault("wrong chunks", sentence + "from another start", (), **example)
+    if seen.missing.any():
+        sentence = "queries see older keys in place of newer ones: the mask is offset, or aligned to the wrong corner"
+        return Fault("mask misaligned", sentence, (), **example)
+    if seen.everything_is_seen(far):
+        who = f"in columns {_span(far)}, every earlier token is seen"
+        return Fault("window ignored", f"the window {spec.window} is ignored: by queries {who}", (), **example)
+    window = seen.window(spec.global_tokens)
     if spec.kind == "dilated" and window <= (spec.ring_slots or 0):
         return Fault("dilation ignored", f"keys between those {spec.dilation} apart are seen", (), **example)
     if spec.kind == "sliding" and window == (spec.window or 0) + 1:
         sentence = f"W + 1 = {window} keys are seen: the current token is not counted, or `<=` stands for `<`"
         return Fault("W + 1 keys", sentence, (), **example)
     sentence = f"up to {window} keys are seen where the window is {spec.window}"
-    return Fault("window too large", sentence + ": another window, or ignored for some queries", (), **example)
+    return Fault("window too large", sentence, (), **example)
 
 
 def _too_near(spec: LayerSpec, seen: Influences, missing: Tensor) -> Fault:
-    window, example = seen.window(spec.global_tokens), seen.example(missing)
+    example, ages = seen.example(missing), seen.age[missing]
+    least = int(ages.min())
     is_global = seen._key(seen.batch.positions) < spec.global_tokens
     if spec.global_tokens and not (missing & ~is_global).any():
         sentence = f"the {spec.global_tokens} global tokens are not seen beyond the window"
         return Fault("global tokens dropped", sentence, (), **example)
-    always = not (missing & seen.within & (seen.age < window)).any()
-    if spec.window is None and always:
-        return Fault("window not asked for", f"a window of {window} where full attention was asked for", (), **example)
-    if spec.window and always and window == spec.window - 1:
-        sentence = f"W − 1 = {window} keys are seen: the current token is counted twice, or the cache is one too short"
+    if spec.kind == "sliding" and least == (spec.window or 0) - 1:
+        sentence = f"W − 1 = {least} keys are seen: the current token is counted twice, or the cache is one too short"
         return Fault("W − 1 keys", sentence, (), **example)
-    if spec.window and always:
-        sentence = f"only {window} keys are seen where the window is {spec.window}"
-        return Fault("window too small", sentence, (), **example)
-    sentence = "some queries miss keys inside the window: they were lost from the cache, or masked for another reason"
-    return Fault("keys lost", sentence, (), **example)
+    if (missing.any(0) & (seen.age >= least) & seen.within & seen.measured).any() or not least:
+        sentence = "queries miss keys inside the window: they are lost from the cache, or masked for another reason"
+        return Fault("keys lost", sentence, (), **example)
+    if spec.window is None:
+        return Fault("window not asked for", f"a window of {least} where full attention was asked for", (), **example)
+    return Fault("window too small", f"only {least} keys are seen where the window is {spec.window}", (), **example)
+
+
+def _span(where: Tensor) -> str:
+    """The first and the last column of `where` (B, S).
+
+    >>> _span(torch.tensor([[False, True, False, True]]))
+    '1 to 3'
+    """
+    columns = where.any(0).nonzero().flatten()
+    return f"{int(columns[0])} to {int(columns[-1])}"
 
 
 def _value_faults(way: Way, error: Tensor) -> Iterator[Fault]:
@@ -269,4 +284,5 @@ def summary(asked: Sequence[Asked], way: Way, measured: Measured, trusted: bool)
 def _measured_name(asked: Asked, seen: Influences) -> str:
     if (seen.extra & (seen.age < 0)).any():
         return "not causal"
-    return "full" if seen.is_causal_everywhere() else str(seen.window(asked.spec.global_tokens))
+    everything = bool(seen.measured[seen.within].all())
+    return "full" if everything else str(seen.window(asked.spec.global_tokens))

@@ -19,7 +19,7 @@ PADDED, PACKED = frozenset({"left-padded"}), frozenset({"packed"})
 
 
 class Planted(NamedTuple):
-    """A fault. name: what the check must call it. method, replacement: what is replaced in the decoder."""
+    """A fault. name: what the check must call it, or several names, of which one is right in each mode. method, replacement: what is replaced in the decoder."""
 
     what: str
     name: str
@@ -27,6 +27,9 @@ class Planted(NamedTuple):
     method: str
     replacement: Callable[..., Any]
     specs: Sequence[LayerSpec] = (SLIDING, SLIDING)
+
+    def decoder(self) -> PlainDecoder:
+        return PlainDecoder(self.specs, **{self.method: self.replacement})
 
 
 def other_window(spec: LayerSpec, when: Callable[[LayerSpec, Call], bool] = lambda *_: True) -> Any:
@@ -60,9 +63,9 @@ def sees_next(self: PlainDecoder, asked: LayerSpec, call: Call, q: Tokens, k: To
 
 
 def upper_left(self: PlainDecoder, asked: LayerSpec, call: Call, q: Tokens, k: Tokens) -> Tensor:
-    """The causal mask of queries that are aligned with the first keys."""
-    late = call.past and call.tokens > 1
-    return window_mask(asked, q.positions[:, :, None] - (min(call.past, W - 1) if late else 0), k.positions[:, None])
+    """The first query of a chunk is aligned with the first key in the cache, not with its own."""
+    held = k.positions.shape[1] - call.tokens if call.tokens > 1 else 0
+    return window_mask(asked, q.positions[:, :, None] - held, k.positions[:, None])
 
 
 def ends_at_keys(self: PlainDecoder, asked: LayerSpec, call: Call, q: Tokens, k: Tokens) -> Tensor:
@@ -131,6 +134,16 @@ def no_sinks(when: Callable[[Call], bool] = lambda _: True) -> Any:
     return lambda self, call, sinks: None if when(call) else sinks
 
 
+def unmasked_decoding(self: PlainDecoder, spec: LayerSpec, call: Call, cache: Cache, layer: int, new: Any) -> Any:
+    """The keys that a decoded token sees are told to be as near as its own."""
+    k, v, tokens = PlainDecoder.extend(self, FULL, call, cache, layer, new)
+    kept = slice(-W, None)
+    cache.keys[layer] = (k[:, :, kept], v[:, :, kept], tokens.only(kept))
+    if call.past and call.tokens == 1:
+        return k, v, Tokens(new[2].positions.expand_as(tokens.positions), tokens.documents, tokens.columns)
+    return k, v, tokens
+
+
 def rotated_again(self: PlainDecoder, spec: LayerSpec, call: Call, cache: Cache, layer: int, new: Any) -> Any:
     """Old keys are turned by one position more at each call."""
     k, v, tokens = PlainDecoder.extend(self, spec, call, cache, layer, new)
@@ -164,33 +177,33 @@ GLOBAL = (LayerSpec("sliding", W, global_tokens=2),) * 2
 SINKS = (LayerSpec("sliding", W, sink=True),) * 2
 CHUNKED = (LayerSpec("chunked", W), LayerSpec("chunked", W))
 HYBRID = (SLIDING, FULL)
-NOT_IN_WINDOW = "window ignored"
+TOO_FAR = "window ignored, window too large"  # which of them depends on what the cache has kept
 
 PLANTED = [
     Planted("W + 1", "W + 1 keys", EVERY, "mask", other_window(LayerSpec("sliding", W + 1))),
     Planted("W - 1", "W − 1 keys", EVERY, "mask", other_window(LayerSpec("sliding", W - 1))),
     Planted("a window half as large", "window too small", EVERY, "mask", other_window(LayerSpec("sliding", W // 2))),
-    Planted("a window twice as large", "window too large", EVERY, "mask", other_window(LayerSpec("sliding", 2 * W))),
-    Planted("a window rounded up to blocks of 4", "window too large", EVERY, "mask", in_blocks),
-    Planted("ignored", NOT_IN_WINDOW, EVERY, "mask", other_window(FULL)),
-    Planted("ignored in eval", NOT_IN_WINDOW, EVALUATION, "mask", other_window(FULL, lambda s, c: not c.training)),
-    Planted("ignored in training", NOT_IN_WINDOW, EVERY - EVALUATION, "mask", other_window(FULL, lambda s, c: c.training)),
-    Planted("ignored when packed", NOT_IN_WINDOW, PACKED, "mask", other_window(FULL, lambda s, c: c.packed)),
-    Planted("ignored when left-padded", NOT_IN_WINDOW, PADDED, "mask", other_window(FULL, lambda s, c: c.padded)),
-    Planted("ignored in a prefill longer than W", "window too large", THROUGH_CACHE, "mask",
+    Planted("a window half as large again", TOO_FAR, EVERY, "mask", other_window(LayerSpec("sliding", W + 4))),
+    Planted("a window rounded up to blocks of 4", TOO_FAR, EVERY, "mask", in_blocks),
+    Planted("ignored", TOO_FAR, EVERY, "mask", other_window(FULL)),
+    Planted("ignored in eval", TOO_FAR, EVALUATION, "mask", other_window(FULL, lambda s, c: not c.training)),
+    Planted("ignored in training", TOO_FAR, EVERY - EVALUATION, "mask", other_window(FULL, lambda s, c: c.training)),
+    Planted("ignored when packed", TOO_FAR, PACKED, "mask", other_window(FULL, lambda s, c: c.packed)),
+    Planted("ignored when left-padded", TOO_FAR, PADDED, "mask", other_window(FULL, lambda s, c: c.padded)),
+    Planted("ignored in a prefill longer than W", TOO_FAR, THROUGH_CACHE, "mask",
             other_window(FULL, lambda s, c: c.cached and not c.past and c.tokens > W)),
-    Planted("W + 1 when one token is decoded", "W + 1 keys", THROUGH_CACHE, "mask",
-            other_window(LayerSpec("sliding", W + 1), lambda s, c: c.past > 0 and c.tokens == 1)),
+    Planted("one key too many in the cache, and no mask when one token is decoded", "W + 1 keys",
+            THROUGH_CACHE, "extend", unmasked_decoding),
     Planted("W - 1 in a chunk after a cache", "W − 1 keys", frozenset({"chunked"}), "mask",
             other_window(LayerSpec("sliding", W - 1), lambda s, c: c.past > 0 and c.tokens > 1)),
-    Planted("keys masked with a cache of exactly W", "keys lost", THROUGH_CACHE, "mask",
+    Planted("keys masked with a cache of exactly W", "window too small", THROUGH_CACHE - PADDED, "mask",
             other_window(LayerSpec("sliding", 1), lambda s, c: c.past == W)),
     Planted("global tokens dropped", "global tokens dropped", EVERY, "mask", other_window(SLIDING), GLOBAL),
     Planted("global tokens evicted", "global tokens dropped", THROUGH_CACHE, "kept", forgets_global, GLOBAL),
     Planted("sinks dropped", "sinks dropped", EVERY, "sinks", no_sinks(), SINKS),
     Planted("sinks dropped in training", "sinks dropped", EVERY - EVALUATION, "sinks", no_sinks(lambda c: c.training), SINKS),
     Planted("sinks dropped with a cache", "sinks dropped", THROUGH_CACHE, "sinks", no_sinks(lambda c: c.past > 0), SINKS),
-    Planted("a full layer for a sliding one", NOT_IN_WINDOW, EVERY, "mask",
+    Planted("a full layer for a sliding one", TOO_FAR, EVERY, "mask",
             of_every_layer(lambda asked, model: FULL), HYBRID),
     Planted("a sliding layer for a full one", "window not asked for", EVERY, "mask",
             of_every_layer(lambda asked, model: SLIDING), HYBRID),
@@ -206,7 +219,7 @@ PLANTED = [
     Planted("padding seen with a cache", "padding seen", PADDED, "same_document", padding_seen_in_cache),
     Planted("the first row's padding for all rows", "keys lost", PADDED, "same_document", first_row_for_all),
     Planted("the next token is seen", "not causal", EVERY, "mask", sees_next),
-    Planted("a chunk's mask in the wrong corner", "keys lost", frozenset({"chunked"}), "mask", upper_left),
+    Planted("a chunk's mask in the wrong corner", "mask misaligned", frozenset({"chunked"}), "mask", upper_left),
     Planted("no causal mask within a chunk", "not causal", frozenset({"chunked"}), "mask", ends_at_keys),
     Planted("the cache keeps one key too few", "W − 1 keys", THROUGH_CACHE, "kept", keeps(W - 2)),
     Planted("the cache drops the newest key", "keys lost", THROUGH_CACHE, "kept", evicts_newest),
@@ -218,7 +231,7 @@ PLANTED = [
     Planted("padding counted when decoding", "values differ", PADDED, "rope_positions", padding_counted_when_decoding),
     Planted("cached keys rotated again", "values differ", THROUGH_CACHE, "extend", rotated_again),
     Planted("values of other heads from the cache", "values differ", THROUGH_CACHE, "extend", values_of_other_heads),
-    Planted("generate counts positions wrong", "values differ", frozenset({"generate"}), "next_positions", restarts),
+    Planted("generate counts positions wrong", "keys lost", frozenset({"generate"}), "next_positions", restarts),
     Planted("another scale in training", "values differ", EVERY - EVALUATION, "attend", larger_scale),
     Planted("tokens mixed before the first layer", "stack sees too far", EVERY, "embed", token_shift),
 ]  # fmt: skip
