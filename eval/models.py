@@ -157,13 +157,13 @@ class Examined:
 
 def load_model(name: str, device: str | None = None, backend: str = "auto") -> Examined:
     """Load MODEL in float32 and evaluation mode; UserError if it is missing or damaged or has a wrong tokenizer."""
-    run_dir, folder = _locate(Path(name))
+    run_dir, folder = locate(Path(name))
     import torch
 
     from training.run.folder import read_facts
 
     facts = read_facts(run_dir) if run_dir else {}
-    model = _load_weights(folder, name, backend)
+    model = load_weights(folder, name, backend)
     embeddings = int(model.config.get_text_config().vocab_size)
     tokenizer = _load_tokenizer(folder, name, run_dir, embeddings, facts.get("tokenizer_sha256") or "")
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -184,7 +184,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
     )
 
 
-def _locate(path: Path) -> tuple[Path | None, Path | None]:
+def locate(path: Path) -> tuple[Path | None, Path | None]:
     """(run folder, folder with config.json and weights); (None, None) if the path may be a name on the hub."""
     if not path.exists():
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
@@ -203,11 +203,8 @@ def _locate(path: Path) -> tuple[Path | None, Path | None]:
     )
 
 
-def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
+def load_weights(folder: Path | None, name: str, backend: str) -> Any:
     """Our decoder if it can run the checkpoint, else the model of transformers. Code beside the weights never runs."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from model import hub
     from model.decoder import WindreachForCausalLM
 
@@ -218,8 +215,18 @@ def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
             ours = any(folder.glob("model*.safetensors"))
     if folder and ours:
         return WindreachForCausalLM.from_pretrained(folder, backend=backend)
+    return load_hugging_face(folder, name)
+
+
+def load_hugging_face(folder: Path | None, name: str, **settings: Any) -> Any:
+    """The model of transformers in float32. settings: of its config, where they differ from those of the folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:  # without trust_remote_code=False transformers would ask on standard input, where a pipe may answer yes
-        return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder or name), dtype=torch.float32, trust_remote_code=False, **settings
+        )
     except SafetensorError as error:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
     except (OSError, ValueError) as error:

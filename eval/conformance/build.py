@@ -1,9 +1,9 @@
 """The model to be checked: with its weights, or small and with random weights from a config."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
+from eval.models import load_hugging_face, load_weights, locate
 from model.errors import UserError
 
 WINDOW = 8  # tokens
@@ -41,8 +41,11 @@ def shrunk(config: Any, other: dict[str, Any]) -> Any:
     """The same architecture in small."""
     described = config.to_dict() | other
     total, count = config.num_hidden_layers, layers_needed(described.get("layer_types") or [])
+    count = other.get("num_hidden_layers", count)
     lists = {k: v[:count] for k, v in described.items() if isinstance(v, list) and len(v) == total}
-    changes = {name: size for name, size in SMALL.items() if described.get(name) is not None}
+    if by_layer := described.get("per_layer_config"):
+        lists["per_layer_config"] = {n: changed for n, changed in by_layer.items() if int(n) < count}
+    changes = {k: size for k, size in SMALL.items() if described.get(k) is not None and k not in other}
     return type(config)(**described | lists | changes | {"num_hidden_layers": count})
 
 
@@ -56,5 +59,14 @@ def layers_needed(layer_types: list[str]) -> int:
 
 
 def load(name: str, window: int | None = None) -> Any:
-    """The model of a folder or a hub name in float32, or our own decoder; with another window if one is given."""
-    raise NotImplementedError
+    """The model of a folder or a hub name with its weights in float32; with another sliding window if one is given.
+
+    A run folder, and a checkpoint in our own format, is run by our decoder. All others are run by transformers.
+    """
+    run_dir, folder = locate(Path(name))
+    ours = folder is not None and (run_dir is not None or '"windreach"' in (folder / "config.json").read_text())
+    if not ours:
+        return load_hugging_face(folder, name, **({} if window is None else {"sliding_window": window}))
+    if window is not None:
+        raise UserError("--window changes models of transformers only; train a run with another sliding_window")
+    return load_weights(folder, name, "auto")

@@ -54,7 +54,7 @@ def check(
                 plain = next(ways(["eval"], text, sizes))
                 trusted = not summary(asked, plain, measure(model, plain, reference), trusted)["faults"]
         except REFUSALS as error:
-            rows.append({"attention": name, "mode": "all", "refused": str(error).splitlines()[0], "faults": []})
+            rows.append({"attention": name, "mode": "all", "refused": _first_line(error), "faults": []})
             continue
         for mode in modes:
             in_mode = [way for way in plan if way.mode == mode]
@@ -73,15 +73,23 @@ def check(
 
 def _row(model: Any, plan: list[Way], asked: list[Asked], reference: Reference, trusted: bool) -> dict[str, Any]:
     """One mode: the measurements of all ways to feed the model in it, and every fault once."""
-    try:
-        measured = [summary(asked, way, measure(model, way, reference), trusted) for way in plan]
-    except REFUSALS as error:
-        return {"refused": str(error).splitlines()[0], "faults": []}
-    except Exception as error:  # of any model: what does not run is reported as a fault
-        sentence = f"it does not run: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return {"ways": [], "faults": [asdict(Fault("does not run", sentence, ()))]}
+    measured, refusals = [], []
+    for way in plan:
+        try:
+            measured.append(summary(asked, way, measure(model, way, reference), trusted))
+        except REFUSALS as error:
+            refusals.append(_first_line(error))
+        except Exception as error:  # of any model: what does not run is reported as a fault
+            sentence = f"it does not run: {type(error).__name__}: {_first_line(error)}"
+            return {"ways": [], "faults": [asdict(Fault("does not run", sentence, (), label=way.label))]}
+    if not measured:
+        return {"refused": refusals[0], "faults": []}
     faults = {fault["sentence"]: fault for way in reversed(measured) for fault in way["faults"]}
-    return {"ways": measured, "faults": list(faults.values())}
+    return {"ways": measured, "refusals": refusals, "faults": list(faults.values())}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _text(model: Any, length: int, seed: int) -> Tensor:

@@ -28,10 +28,11 @@ from eval.conformance.wrapped import Layer, layers_of
 class Reference:
     """Of a plain forward pass over the text: input and output (1, T, E) of each layer, and logits (1, T, V).
 
-    An input has more dimensions before these where a model has several residual streams.
+    A model with several residual streams has a dimension more for them, before (1, T) or after. axis: that of the 1.
     """
 
     inputs: list[Tensor]
+    axis: int
     outputs: list[Tensor]
     logits: Tensor
 
@@ -59,7 +60,9 @@ def reference_of(model: Any, text: Tensor) -> Reference:
     first = Batch(text, batch.documents[:1], batch.columns[:1])
     with _state_of(model, training=False), _Listener(layers_of(model)) as heard:
         logits = forward(model, first, first.input_ids)
-    return Reference([x[0] for x in heard.inputs], [y[0] for y in heard.outputs], logits)
+    inputs, outputs = ([calls[0] for calls in listed] for listed in (heard.inputs, heard.outputs))
+    axis = 0 if inputs[0].shape[:2] == (1, len(text)) else inputs[0].ndim - 3
+    return Reference(inputs, axis, outputs, logits)
 
 
 def measure(model: Any, way: Way, reference: Reference) -> Measured:
@@ -98,16 +101,16 @@ def _outputs(
     model: Any, layers: list[Layer], way: Way, reference: Reference, changed: Tensor | None = None
 ) -> list[Tensor]:
     """The output of each layer (B, S', E) on the reference's input, in which the columns `changed` (B,) are changed."""
-    batch, generator = way.batch, torch.Generator().manual_seed(0)
+    batch, axis, generator = way.batch, reference.axis, torch.Generator().manual_seed(0)
     inputs = []
     for stream in reference.inputs:
-        expanded = stream.squeeze(-3)[..., batch.positions, :]
+        by_token = stream.movedim((axis, axis + 1), (0, 1))[0, batch.positions]
         if changed is not None:
             rows = torch.arange(len(changed))
-            noise = torch.randn(expanded[..., rows, changed, :].shape, generator=generator)
-            expanded[..., rows, changed, :] += noise * stream.std()
-        inputs.append(expanded)
-    with _Listener(layers, inputs) as heard:
+            noise = torch.randn(by_token[rows, changed].shape, generator=generator)
+            by_token[rows, changed] += noise * stream.std()
+        inputs.append(by_token.movedim((0, 1), (axis, axis + 1)))
+    with _Listener(layers, inputs, axis) as heard:
         way.feed(model, batch, batch.input_ids)
     return [torch.cat(outputs, 1) for outputs in heard.outputs]
 
@@ -115,8 +118,8 @@ def _outputs(
 class _Listener:
     """Hears the input of each decoder layer and the output of its attention, call by call; may set the inputs."""
 
-    def __init__(self, layers: Sequence[Layer], inputs: Sequence[Tensor] | None = None) -> None:
-        self.layers, self.given = layers, inputs
+    def __init__(self, layers: Sequence[Layer], inputs: Sequence[Tensor] | None = None, axis: int = 0) -> None:
+        self.layers, self.given, self.axis = layers, inputs, axis
         self.inputs: list[list[Tensor]] = [[] for _ in layers]
         self.outputs: list[list[Tensor]] = [[] for _ in layers]
         self.fed = [0] * len(layers)
@@ -138,11 +141,12 @@ class _Listener:
 
     def _before(self, n: int, _layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         stream = args[0] if args else kwargs["hidden_states"]
-        first, self.fed[n] = self.fed[n], self.fed[n] + stream.shape[-2]
         if self.given is None:
             self.inputs[n].append(stream.detach())
             return args, kwargs
-        given = self.given[n][..., first : self.fed[n], :].to(stream)
+        first, tokens = self.fed[n], stream.shape[self.axis + 1]
+        self.fed[n] += tokens
+        given = self.given[n].narrow(self.axis + 1, first, tokens).to(stream)
         return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
 
     def _after(self, n: int, _module: nn.Module, _args: tuple, output: Any) -> None:

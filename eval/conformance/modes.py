@@ -56,17 +56,17 @@ Feed = Callable[[Any, Batch, Tensor], Tensor]  # model, batch, ids (B, S) -> log
 
 
 class Way(NamedTuple):
-    """One way to feed a model in a mode. `label` names its sizes. `starts` are the first columns of later calls."""
+    """One way to feed a model in a mode. `label` names its sizes. `starts` are the first columns of later calls.
+
+    training: in training mode with gradients, else in evaluation mode without.
+    """
 
     mode: str
     label: str
     feed: Feed
     batch: Batch
     starts: tuple[int, ...] = ()
-
-    @property
-    def training(self) -> bool:
-        return self.mode in ("train", "packed")
+    training: bool = False
 
 
 def forward(model: Any, batch: Batch, ids: Tensor, labels: bool = False) -> Tensor:
@@ -149,7 +149,9 @@ def ways(modes: Sequence[str], text: Tensor, windows: Sequence[int]) -> Iterator
     sizes = sorted({max(1, n) for w in windows for n in (w - 1, w, w + 1, 2 * w + 3)})
     for mode in modes:
         if mode == "packed":
-            yield Way(mode, "", packed, packed_documents(text, window))
+            batch = packed_documents(text, window)
+            yield Way(mode, "in training", packed, batch, training=True)
+            yield Way(mode, "in evaluation", packed, batch)
         elif mode == "left-padded":
             batch, starts = padded_documents(text, window), tuple(range(window + 2, last))
             yield Way(mode, "", padded, batch)
@@ -164,4 +166,5 @@ def ways(modes: Sequence[str], text: Tensor, windows: Sequence[int]) -> Iterator
                 starts = tuple(range(size, last - 1))
                 yield Way(mode, f"prompt {size}", partial(generate, prompt=size), whole, starts)
         else:
-            yield Way(mode, "", partial(forward, labels=mode == "train"), whole)
+            train = mode == "train"
+            yield Way(mode, "", partial(forward, labels=train), whole, training=train)

@@ -13,7 +13,7 @@ from tests.eval.conformance.plain import Cache, Call, PlainDecoder, Tokens, wind
 W = 8
 SLIDING, FULL = LayerSpec("sliding", W), LayerSpec("full")
 EVERY = frozenset(MODES)
-EVALUATION = EVERY - {"train", "packed"}
+EVALUATION, TRAINING = EVERY - {"train"}, frozenset({"train", "packed"})
 THROUGH_CACHE = frozenset({"left-padded", "cached", "chunked", "generate"})
 PADDED, PACKED = frozenset({"left-padded"}), frozenset({"packed"})
 
@@ -187,7 +187,7 @@ PLANTED = [
     Planted("a window rounded up to blocks of 4", TOO_FAR, EVERY, "mask", in_blocks),
     Planted("ignored", TOO_FAR, EVERY, "mask", other_window(FULL)),
     Planted("ignored in eval", TOO_FAR, EVALUATION, "mask", other_window(FULL, lambda s, c: not c.training)),
-    Planted("ignored in training", TOO_FAR, EVERY - EVALUATION, "mask", other_window(FULL, lambda s, c: c.training)),
+    Planted("ignored in training", TOO_FAR, TRAINING, "mask", other_window(FULL, lambda s, c: c.training)),
     Planted("ignored when packed", TOO_FAR, PACKED, "mask", other_window(FULL, lambda s, c: c.packed)),
     Planted("ignored when left-padded", TOO_FAR, PADDED, "mask", other_window(FULL, lambda s, c: c.padded)),
     Planted("ignored in a prefill longer than W", TOO_FAR, THROUGH_CACHE, "mask",
@@ -201,7 +201,7 @@ PLANTED = [
     Planted("global tokens dropped", "global tokens dropped", EVERY, "mask", other_window(SLIDING), GLOBAL),
     Planted("global tokens evicted", "global tokens dropped", THROUGH_CACHE, "kept", forgets_global, GLOBAL),
     Planted("sinks dropped", "sinks dropped", EVERY, "sinks", no_sinks(), SINKS),
-    Planted("sinks dropped in training", "sinks dropped", EVERY - EVALUATION, "sinks", no_sinks(lambda c: c.training), SINKS),
+    Planted("sinks dropped in training", "sinks dropped", TRAINING, "sinks", no_sinks(lambda c: c.training), SINKS),
     Planted("sinks dropped with a cache", "sinks dropped", THROUGH_CACHE, "sinks", no_sinks(lambda c: c.past > 0), SINKS),
     Planted("a full layer for a sliding one", TOO_FAR, EVERY, "mask",
             of_every_layer(lambda asked, model: FULL), HYBRID),
@@ -232,6 +232,6 @@ PLANTED = [
     Planted("cached keys rotated again", "values differ", THROUGH_CACHE, "extend", rotated_again),
     Planted("values of other heads from the cache", "values differ", THROUGH_CACHE, "extend", values_of_other_heads),
     Planted("generate counts positions wrong", "keys lost", frozenset({"generate"}), "next_positions", restarts),
-    Planted("another scale in training", "values differ", EVERY - EVALUATION, "attend", larger_scale),
+    Planted("another scale in training", "values differ", TRAINING, "attend", larger_scale),
     Planted("tokens mixed before the first layer", "stack sees too far", EVERY, "embed", token_shift),
 ]  # fmt: skip
