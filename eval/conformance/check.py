@@ -8,7 +8,9 @@ decoder layers, and `forward(input_ids, attention_mask, position_ids, past_key_v
 """
 
 import platform
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -45,20 +47,22 @@ def check(
     sizes = sorted({layer.spec.ring_slots for layer in asked if layer.spec.ring_slots}) or [8]
     text = _text(model, text_length(sizes[-1]), seed)
     plan = list(ways(modes, text, (sizes[0], sizes[-1])))
-    rows, before, reference, trusted = [], _implementation(model), None, True
-    for name in attention or [before]:
-        try:
-            _choose(model, name)
-            if reference is None:
-                reference = reference_of(model, text)
-                plain = next(ways(["eval"], text, sizes))
-                trusted = not summary(asked, plain, measure(model, plain, reference), trusted)["faults"]
-        except REFUSALS as error:
-            rows.append({"attention": name, "mode": "all", "refused": _first_line(error), "faults": []})
-            continue
-        for mode in modes:
-            in_mode = [way for way in plan if way.mode == mode]
-            rows.append({"attention": name, "mode": mode} | _row(model, in_mode, asked, reference, trusted))
+    rows, before = [], _implementation(model)
+    reference, trusted = None, True
+    with _uncompiled_on_cpu(model):
+        for name in attention or [before]:
+            try:
+                _choose(model, name)
+                if reference is None:
+                    reference = reference_of(model, text)
+                    plain = next(ways(["eval"], text, sizes))
+                    trusted = not summary(asked, plain, measure(model, plain, reference), trusted)["faults"]
+            except REFUSALS as error:
+                rows.append({"attention": name, "mode": "all", "refused": _first_line(error), "faults": []})
+                continue
+            for mode in modes:
+                in_mode = [way for way in plan if way.mode == mode]
+                rows.append({"attention": name, "mode": mode} | _row(model, in_mode, asked, reference, trusted))
     _choose(model, before)
     return {
         "model": type(unwrapped(model)).__name__,
@@ -69,6 +73,15 @@ def check(
         "asked": [layer.name for layer in asked],
         "rows": rows,
     }
+
+
+@contextmanager
+def _uncompiled_on_cpu(model: Any) -> Iterator[None]:
+    """On a CPU, FlexAttention runs uncompiled: its masks are the same, and torch compiles it for a minute or fails."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    with torch.compiler.set_stance("force_eager" if on_cpu else "default"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        yield
 
 
 def _row(model: Any, plan: list[Way], asked: list[Asked], reference: Reference, trusted: bool) -> dict[str, Any]:
