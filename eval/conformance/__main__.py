@@ -73,7 +73,9 @@ def sentence(fault: dict[str, Any]) -> str:
 
 def parse() -> Namespace:
     parser = ArgumentParser(prog="python -m eval.conformance", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="run folder, checkpoint, or Hugging Face causal model")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="run folder, checkpoint, or Hugging Face causal model"
+    )
     parser.add_argument("--config", metavar="FOLDER", help="build a small random model from this config.json instead")
     parser.add_argument("--attention", type=lambda text: tuple(text.split(",")), metavar="NAMES",
                         help=f"attention implementations; default: {','.join(ATTENTION)}, for a run its own")  # fmt: skip

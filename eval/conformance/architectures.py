@@ -80,7 +80,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m eval.conformance.architectures", description=(__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(
+        prog="python -m eval.conformance.architectures", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("names", metavar="NAME", nargs="*", help="model types of transformers; default: all known here")
     parser.add_argument("--out", metavar="FOLDER", default=".", help="folder for the results; default: this one")
     args = parser.parse_args()
@@ -89,9 +91,11 @@ def main() -> None:
     results = {}
     for name in args.names or ARCHITECTURES:
         results[name] = examine(name)
-        print(f"{name}: {results[name].get('not_examined') or table({name: results[name]}).splitlines()[-1]}", flush=True)
-    Path(args.out, "architectures.json").write_text(json.dumps(results, indent=1))
-    Path(args.out, "architectures.md").write_text(table(results))
+        print(
+            f"{name}: {results[name].get('not_examined') or table({name: results[name]}).splitlines()[-1]}", flush=True
+        )
+        Path(args.out, "architectures.json").write_text(json.dumps(results, indent=1))
+        Path(args.out, "architectures.md").write_text(table(results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The fixture `assert_windows` for the tests of any repository: pytest -p eval.conformance.pytest_plugin
 
-    def test_my_model_keeps_its_windows(assert_windows):
-        assert_windows(model, modes=["train", "packed"])
+def test_my_model_keeps_its_windows(assert_windows):
+    assert_windows(model, modes=["train", "packed"])
 """
 
 from collections.abc import Callable, Sequence

@@ -31,7 +31,11 @@ class Asked:
     def name(self) -> str:
         if not self.limited:
             return "other"
-        return "full" if self.spec.window is None else f"{'' if self.spec.kind == 'sliding' else self.spec.kind + ' '}{self.spec.window}"
+        return (
+            "full"
+            if self.spec.window is None
+            else f"{'' if self.spec.kind == 'sliding' else self.spec.kind + ' '}{self.spec.window}"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _itself(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Influences:
-    """Measured and expected influences of the changed column of each row, all bool (B, S'), and who they are between."""
+    """Measured and expected influences of the changed column of each row on all columns, both bool (B, S')."""
 
     measured: Tensor
     expected: Tensor
@@ -251,7 +255,7 @@ def _stack_faults(asked: Sequence[Asked], way: Way, measured: Measured, trusted:
     extra = changes & ~expected_reach(asked, way.batch)[:, columns] & (way.batch.documents[:, columns] >= 0)
     if extra.any():
         row, query = (int(n) for n in extra.nonzero()[0])
-        sentence = "each attention layer is as asked, but through the stack tokens reach farther than their windows allow"
+        sentence = "each attention layer is as asked, but through the stack tokens reach farther than windows allow"
         everywhere = tuple(range(len(asked)))
         key = int(way.batch.columns[row])
         yield Fault("stack sees too far", sentence, everywhere, query + columns.start, key)

@@ -10,7 +10,7 @@ from eval.conformance.modes import MODES
 from model.windows import LayerSpec
 from tests.eval.conformance.plain import Cache, Call, PlainDecoder, Tokens, window_mask
 
-W = 8
+W = 5
 SLIDING, FULL = LayerSpec("sliding", W), LayerSpec("full")
 EVERY = frozenset(MODES)
 EVALUATION, TRAINING = EVERY - {"train"}, frozenset({"train", "packed"})
@@ -19,7 +19,10 @@ PADDED, PACKED = frozenset({"left-padded"}), frozenset({"packed"})
 
 
 class Planted(NamedTuple):
-    """A fault. name: what the check must call it, or several names, of which one is right in each mode. method, replacement: what is replaced in the decoder."""
+    """A fault: `method` of the decoder is replaced by `replacement`.
+
+    name: what the check must call it, or several names, of which one is right in each mode.
+    """
 
     what: str
     name: str
@@ -55,7 +58,7 @@ def by_columns(self: PlainDecoder, asked: LayerSpec, call: Call, q: Tokens, k: T
 
 def in_blocks(self: PlainDecoder, asked: LayerSpec, call: Call, q: Tokens, k: Tokens) -> Tensor:
     q_pos, k_pos = q.positions[:, :, None], k.positions[:, None]
-    return (k_pos <= q_pos) & (k_pos // 4 > q_pos // 4 - W // 4 - 1)
+    return (k_pos <= q_pos) & (k_pos // 4 > q_pos // 4 - 2)
 
 
 def sees_next(self: PlainDecoder, asked: LayerSpec, call: Call, q: Tokens, k: Tokens) -> Tensor:
@@ -202,7 +205,8 @@ PLANTED = [
     Planted("global tokens evicted", "global tokens dropped", THROUGH_CACHE, "kept", forgets_global, GLOBAL),
     Planted("sinks dropped", "sinks dropped", EVERY, "sinks", no_sinks(), SINKS),
     Planted("sinks dropped in training", "sinks dropped", TRAINING, "sinks", no_sinks(lambda c: c.training), SINKS),
-    Planted("sinks dropped with a cache", "sinks dropped", THROUGH_CACHE, "sinks", no_sinks(lambda c: c.past > 0), SINKS),
+    Planted("sinks dropped with a cache", "sinks dropped", THROUGH_CACHE, "sinks",
+            no_sinks(lambda c: c.past > 0), SINKS),
     Planted("a full layer for a sliding one", TOO_FAR, EVERY, "mask",
             of_every_layer(lambda asked, model: FULL), HYBRID),
     Planted("a sliding layer for a full one", "window not asked for", EVERY, "mask",
