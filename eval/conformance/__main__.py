@@ -78,7 +78,7 @@ def parse() -> Namespace:
     )
     parser.add_argument("--config", metavar="FOLDER", help="build a small random model from this config.json instead")
     parser.add_argument("--attention", type=lambda text: tuple(text.split(",")), metavar="NAMES",
-                        help=f"attention implementations; default: {','.join(ATTENTION)}, for a run its own")  # fmt: skip
+                        help=f"implementations; default: {','.join(ATTENTION)}, for a run its own")  # fmt: skip
     parser.add_argument("--modes", type=names(MODES), default=MODES, help=f"default: {','.join(MODES)}")
     parser.add_argument("--window", type=at_least(1), metavar="W", help="load MODEL with this window; its code is the "
                         "same, and short windows are measured sooner")  # fmt: skip

@@ -42,11 +42,11 @@ def shrunk(config: Any, other: dict[str, Any]) -> Any:
     described = config.to_dict() | other
     total, count = config.num_hidden_layers, layers_needed(described.get("layer_types") or [])
     count = other.get("num_hidden_layers", count)
-    lists = {k: v[:count] for k, v in described.items() if isinstance(v, list) and len(v) == total}
-    if by_layer := described.get("per_layer_config"):
-        lists["per_layer_config"] = {n: changed for n, changed in by_layer.items() if int(n) < count}
+    by_layer: dict[str, Any] = {k: v[:count] for k, v in described.items() if isinstance(v, list) and len(v) == total}
+    if special := described.get("per_layer_config"):
+        by_layer["per_layer_config"] = {n: changed for n, changed in special.items() if int(n) < count}
     changes = {k: size for k, size in SMALL.items() if described.get(k) is not None and k not in other}
-    return type(config)(**described | lists | changes | {"num_hidden_layers": count})
+    return type(config)(**described | by_layer | changes | {"num_hidden_layers": count})
 
 
 def layers_needed(layer_types: list[str]) -> int:

@@ -94,7 +94,7 @@ def _row(model: Any, plan: list[Way], asked: list[Asked], reference: Reference, 
             refusals.append(_first_line(error))
         except Exception as error:  # of any model: what does not run is reported as a fault
             sentence = f"it does not run: {type(error).__name__}: {_first_line(error)}"
-            return {"ways": [], "faults": [asdict(Fault("does not run", sentence, (), label=way.label))]}
+            return {"ways": [], "faults": [asdict(Fault("does not run", sentence, label=way.label))]}
     if not measured:
         return {"refused": refusals[0], "faults": []}
     faults = {fault["sentence"]: fault for way in reversed(measured) for fault in way["faults"]}

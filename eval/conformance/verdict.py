@@ -44,7 +44,7 @@ class Fault:
 
     name: str
     sentence: str
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
     query: int | None = None
     key: int | None = None
     label: str = ""
@@ -89,7 +89,7 @@ class Influences:
     expected: Tensor
     batch: Batch
 
-    def _key(self, values: Tensor) -> Tensor:
+    def key(self, values: Tensor) -> Tensor:
         return values.gather(1, self.batch.columns[:, None])
 
     @property
@@ -111,20 +111,20 @@ class Influences:
 
     @property
     def from_padding(self) -> Tensor:
-        return self._key(self.batch.documents).expand_as(self._queries) < 0
+        return self.key(self.batch.documents).expand_as(self._queries) < 0
 
     @property
     def other_document(self) -> Tensor:
-        return (self._key(self.batch.documents) != self._queries) & ~self.from_padding
+        return (self.key(self.batch.documents) != self._queries) & ~self.from_padding
 
     @property
     def within(self) -> Tensor:
         """Pairs of a query and the same or an earlier token of its document."""
-        return (self._key(self.batch.documents) == self._queries) & (self._queries >= 0) & (self.age >= 0)
+        return (self.key(self.batch.documents) == self._queries) & (self._queries >= 0) & (self.age >= 0)
 
     def window(self, global_tokens: int = 0) -> int:
         """The window measured: the largest age of a key that is seen, plus 1. Global tokens don't count."""
-        counted = self.measured & self.within & (self._key(self.batch.positions) >= global_tokens)
+        counted = self.measured & self.within & (self.key(self.batch.positions) >= global_tokens)
         return int(self.age[counted].max()) + 1 if counted.any() else 0
 
     def everything_is_seen(self, where: Tensor) -> bool:
@@ -132,9 +132,10 @@ class Influences:
         queries = where.any(0) & self.within
         return bool(self.measured[queries].all())
 
-    def example(self, where: Tensor) -> dict[str, int]:
+    def fault(self, name: str, sentence: str, where: Tensor) -> Fault:
+        """A fault with the first pair of `where` (B, S') as its example."""
         row, query = (int(n) for n in where.nonzero()[0])
-        return {"query": query, "key": int(self.batch.columns[row])}
+        return Fault(name, sentence, query=query, key=int(self.batch.columns[row]))
 
 
 def faults_of(asked: Sequence[Asked], way: Way, measured: Measured, trusted: bool) -> list[Fault]:
@@ -166,61 +167,60 @@ def _merge(faults: Sequence[Fault]) -> list[Fault]:
 def _mask_faults(asked: Asked, seen: Influences) -> Iterator[Fault]:
     extra, missing = seen.extra, seen.missing
     if (padding := extra & seen.from_padding).any():
-        yield Fault("padding seen", "padding is attended: the padding mask is dropped", (), **seen.example(padding))
+        yield seen.fault("padding seen", "padding is attended: the padding mask is dropped", padding)
     if (leak := extra & seen.other_document).any():
-        yield Fault("documents leak", _leak(seen, leak), (), **seen.example(leak))
+        yield seen.fault("documents leak", _leak(seen, leak), leak)
     if (later := extra & (seen.age < 0) & ~seen.other_document & ~seen.from_padding).any():
         sentence = "a query sees later tokens: the causal mask is dropped, or aligned to the wrong corner"
-        yield Fault("not causal", sentence, (), **seen.example(later))
+        yield seen.fault("not causal", sentence, later)
     if (far := extra & seen.within).any():
-        yield _too_far(asked.spec, seen, far)
+        yield seen.fault(*_too_far(asked.spec, seen, far), far)
     elif missing.any() and asked.limited:
-        yield _too_near(asked.spec, seen, missing)
+        yield seen.fault(*_too_near(asked.spec, seen, missing), missing)
 
 
 def _leak(seen: Influences, leak: Tensor) -> str:
-    if int((leak & (seen.age > 0)).sum()) <= 8 * len(seen.batch.documents[0].unique()):
-        return "a few tokens are seen across the border of a document: its first token is off by one"
+    if len(seen.batch.documents[0].unique()) > 1 and int(leak.sum(0).max()) == 1:
+        return "a document sees the last token before it: its first token is off by one"
     return "documents see each other: the mask of packed documents is dropped"
 
 
-def _too_far(spec: LayerSpec, seen: Influences, far: Tensor) -> Fault:
-    example = seen.example(far)
+def _too_far(spec: LayerSpec, seen: Influences, far: Tensor) -> tuple[str, str]:
+    """The name and the sentence for keys that are seen from too far."""
     if spec.kind == "chunked" and not seen.everything_is_seen(far):
         sentence = f"keys outside of the query's chunk of {spec.window} are seen: a sliding window, or chunks counted "
-        return Fault("wrong chunks", sentence + "from another start", (), **example)
+        return "wrong chunks", sentence + "from another start"
     if seen.missing.any():
         sentence = "queries see older keys in place of newer ones: the mask is offset, or aligned to the wrong corner"
-        return Fault("mask misaligned", sentence, (), **example)
+        return "mask misaligned", sentence
     if seen.everything_is_seen(far):
-        who = f"in columns {_span(far)}, every earlier token is seen"
-        return Fault("window ignored", f"the window {spec.window} is ignored: by queries {who}", (), **example)
+        queries = f"by queries in columns {_span(far)}, every earlier token is seen"
+        return "window ignored", f"the window {spec.window} is ignored: {queries}"
     window = seen.window(spec.global_tokens)
     if spec.kind == "dilated" and window <= (spec.ring_slots or 0):
-        return Fault("dilation ignored", f"keys between those {spec.dilation} apart are seen", (), **example)
+        return "dilation ignored", f"keys between those {spec.dilation} apart are seen"
     if spec.kind == "sliding" and window == (spec.window or 0) + 1:
         sentence = f"W + 1 = {window} keys are seen: the current token is not counted, or `<=` stands for `<`"
-        return Fault("W + 1 keys", sentence, (), **example)
-    sentence = f"up to {window} keys are seen where the window is {spec.window}"
-    return Fault("window too large", sentence, (), **example)
+        return "W + 1 keys", sentence
+    return "window too large", f"up to {window} keys are seen where the window is {spec.window}"
 
 
-def _too_near(spec: LayerSpec, seen: Influences, missing: Tensor) -> Fault:
-    example, ages = seen.example(missing), seen.age[missing]
-    least = int(ages.min())
-    is_global = seen._key(seen.batch.positions) < spec.global_tokens
+def _too_near(spec: LayerSpec, seen: Influences, missing: Tensor) -> tuple[str, str]:
+    """The name and the sentence for keys that are not seen, though the window holds them."""
+    least = int(seen.age[missing].min())
+    is_global = seen.key(seen.batch.positions) < spec.global_tokens
     if spec.global_tokens and not (missing & ~is_global).any():
         sentence = f"the {spec.global_tokens} global tokens are not seen beyond the window"
-        return Fault("global tokens dropped", sentence, (), **example)
+        return "global tokens dropped", sentence
     if spec.kind == "sliding" and least == (spec.window or 0) - 1:
         sentence = f"W − 1 = {least} keys are seen: the current token is counted twice, or the cache is one too short"
-        return Fault("W − 1 keys", sentence, (), **example)
+        return "W − 1 keys", sentence
     if (missing.any(0) & (seen.age >= least) & seen.within & seen.measured).any() or not least:
         sentence = "queries miss keys inside the window: they are lost from the cache, or masked for another reason"
-        return Fault("keys lost", sentence, (), **example)
+        return "keys lost", sentence
     if spec.window is None:
-        return Fault("window not asked for", f"a window of {least} where full attention was asked for", (), **example)
-    return Fault("window too small", f"only {least} keys are seen where the window is {spec.window}", (), **example)
+        return "window not asked for", f"a window of {least} where full attention was asked for"
+    return "window too small", f"only {least} keys are seen where the window is {spec.window}"
 
 
 def _span(where: Tensor) -> str:
@@ -245,7 +245,7 @@ def _value_faults(way: Way, error: Tensor) -> Iterator[Fault]:
         sentence += ": positions are not counted from the start of the document, or a row has another row's mask"
     else:
         sentence += ": another scale, bias, position or sink"
-    yield Fault("values differ", sentence, (), query=query)
+    yield Fault("values differ", sentence, query=query)
 
 
 def _stack_faults(asked: Sequence[Asked], way: Way, measured: Measured, trusted: bool) -> Iterator[Fault]:

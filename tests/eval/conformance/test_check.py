@@ -39,7 +39,7 @@ def test_every_attention_implementation_of_a_right_architecture_is_as_asked(name
 
 
 def test_packed_documents_of_gpt_oss_see_each_other() -> None:
-    """In transformers 5.23 its masks don't get the position ids. Once this fails, docs/instruments.md is out of date."""
+    """In transformers 5.23 its masks don't get the position ids. When this fails, correct docs/instruments.md."""
     assert faults(check(build("gpt_oss"), ["eager"], ["train", "packed"])) == ["packed: documents leak"]
 
 
