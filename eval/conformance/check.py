@@ -46,28 +46,12 @@ def check(
         raise UserError(f"{len(asked)} windows are given, but the model has {len(layers_of(model))} layers")
     sizes = sorted({layer.spec.ring_slots for layer in asked if layer.spec.ring_slots}) or [8]
     text = _text(model, text_length(sizes[-1]), seed)
-    plan = list(ways(modes, text, (sizes[0], sizes[-1])))
-    rows, before = [], _implementation(model)
-    reference, trusted = None, True
-    with _uncompiled_on_cpu(model):
-        for name in attention or [before]:
-            try:
-                _choose(model, name)
-                if reference is None:
-                    reference = reference_of(model, text)
-                    plain = next(ways(["eval"], text, sizes))
-                    trusted = not summary(asked, plain, measure(model, plain, reference), trusted)["faults"]
-            except REFUSALS as error:
-                rows.append({"attention": name, "mode": "all", "refused": _first_line(error), "faults": []})
-                continue
-            for mode in modes:
-                in_mode = [way for way in plan if way.mode == mode]
-                rows.append({"attention": name, "mode": mode} | _row(model, in_mode, asked, reference, trusted))
-    _choose(model, before)
+    with text.device, _uncompiled_on_cpu(text.device):
+        rows = _rows(model, attention or [_implementation(model)], modes, asked, text, (sizes[0], sizes[-1]))
+    libraries = {library.__name__: library.__version__ for library in (torch, transformers)}
     return {
         "model": type(unwrapped(model)).__name__,
-        "versions": {"python": platform.python_version()}
-        | {library.__name__: library.__version__ for library in (torch, transformers)},
+        "versions": {"python": platform.python_version()} | libraries,
         "seed": seed,
         "tokens": len(text),
         "asked": [layer.name for layer in asked],
@@ -75,11 +59,39 @@ def check(
     }
 
 
+def _rows(
+    model: Any,
+    attention: Sequence[str],
+    modes: Sequence[str],
+    asked: list[Asked],
+    text: Tensor,
+    sizes: tuple[int, int],
+) -> list[dict[str, Any]]:
+    """One row for each attention implementation and mode. The model has its own implementation again afterwards."""
+    plan, rows, before = list(ways(modes, text, sizes)), [], _implementation(model)
+    reference, trusted = None, True
+    for name in attention:
+        try:
+            _choose(model, name)
+            if reference is None:
+                reference = reference_of(model, text)
+                plain = next(ways(["eval"], text, sizes))
+                trusted = not summary(asked, plain, measure(model, plain, reference), trusted)["faults"]
+        except REFUSALS as error:
+            rows.append({"attention": name, "mode": "all", "refused": _first_line(error), "faults": []})
+            continue
+        for mode in modes:
+            in_mode = [way for way in plan if way.mode == mode]
+            rows.append({"attention": name, "mode": mode} | _row(model, in_mode, asked, reference, trusted))
+    _choose(model, before)
+    return rows
+
+
 @contextmanager
-def _uncompiled_on_cpu(model: Any) -> Iterator[None]:
+def _uncompiled_on_cpu(device: torch.device) -> Iterator[None]:
     """On a CPU, FlexAttention runs uncompiled: its masks are the same, and torch compiles it for a minute or fails."""
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    with torch.compiler.set_stance("force_eager" if on_cpu else "default"), warnings.catch_warnings():
+    stance = "force_eager" if device.type == "cpu" else "default"
+    with torch.compiler.set_stance(stance), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         yield
 
@@ -113,7 +125,7 @@ def _text(model: Any, length: int, seed: int) -> Tensor:
     special = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])}
     usable = torch.tensor([i for i in range(min(config.vocab_size, 4096)) if i not in special])
     steps = torch.randint(1, len(usable), (length,), generator=torch.Generator().manual_seed(seed))
-    return usable[steps.cumsum(0) % len(usable)]
+    return usable[steps.cumsum(0) % len(usable)].to(next(model.parameters()).device)
 
 
 def _implementation(model: Any) -> str:

@@ -107,8 +107,8 @@ def _outputs(
         by_token = stream.movedim((axis, axis + 1), (0, 1))[0, batch.positions]
         if changed is not None:
             rows = torch.arange(len(changed))
-            noise = torch.randn(by_token[rows, changed].shape, generator=generator)
-            by_token[rows, changed] += noise * stream.std()
+            noise = torch.randn(by_token[rows, changed].shape, generator=generator, device="cpu")
+            by_token[rows, changed] += noise.to(stream) * stream.std()
         inputs.append(by_token.movedim((0, 1), (axis, axis + 1)))
     with _Listener(layers, inputs, axis) as heard:
         way.feed(model, batch, batch.input_ids)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
 from eval.conformance import __main__ as command
@@ -61,8 +62,8 @@ def test_wrapped_models_are_checked_inside(assert_windows: Any) -> None:
     adapters = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
     report = assert_windows(get_peft_model(build("mistral"), adapters), modes=["train", "packed", "cached", "generate"])
     assert report["model"] == "MistralForCausalLM"
-    parallel = torch.nn.DataParallel(PlainDecoder([SLIDING, SLIDING]))
-    assert assert_windows(parallel, modes=["eval", "generate"])["model"] == "PlainDecoder"
+    prepared = Accelerator(cpu=True).prepare(torch.nn.DataParallel(PlainDecoder([SLIDING, SLIDING])))
+    assert assert_windows(prepared, modes=["eval", "generate"])["model"] == "PlainDecoder"
 
 
 def test_the_fixture_fails_with_the_likely_cause(assert_windows: Any) -> None:
