@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "doge": WINDOWED, "dots1": ALTERNATING, "dots3_note_text": {}, "exaone4": {}, "exaone_moe": {}, "flint": {},
     "gemma2": {}, "gemma3_text": {}, "gemma3n_text": SHARED_KEYS, "gemma4_text": {}, "gemma4_unified_text": {},
     "gpt_neo": {}, "gpt_oss": {}, "granite_swa": {}, "granitemoe_swa": {}, "kolibri1": {}, "laguna": ALTERNATING,
-    "lfm3": {}, "llama4_text": {}, "mellum": ALTERNATING, "mimo_v2_flash": {}, "ministral": {},
+    "lfm3": {}, "llama4_text": {}, "mellum": ALTERNATING, "mimo_v2_flash": {}, "ministral": {"head_dim": 8},
     "ministral3": WINDOWED, "mistral": {}, "mixtral": WINDOWED, "modernbert-decoder": {}, "moshi": {}, "olmo3": {},
     "phi3": WINDOWED, "phi4_multimodal": WINDOWED, "phimoe": WINDOWED, "qwen2": QWEN, "qwen2_moe": QWEN,
     "qwen3": QWEN, "qwen3_moe": QWEN, "recurrent_gemma": {}, "smollm3": QWEN, "starcoder2": WINDOWED,
@@ -65,8 +65,8 @@ def cell(report: dict[str, Any], attention: str) -> str:
             by_fault.setdefault(name, []).append(row["mode"])
     parts = [f"{', '.join(modes)}: {name}" for name, modes in by_fault.items()]
     refused = [row["mode"] for row in rows if "refused" in row]
-    if refused == ["all"]:
-        return "not offered"
+    if len(refused) == len(rows):
+        return "not offered" if refused == ["all"] else "refused"
     return "; ".join(parts + ([f"refuses {', '.join(refused)}"] if refused else [])) or "as asked"
 
 

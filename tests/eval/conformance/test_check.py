@@ -26,17 +26,17 @@ from tests.model.tiny import tiny_model
 
 ROOT = Path(__file__).parents[3]
 pytest_plugins = ["eval.conformance.pytest_plugin"]
+of_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def faults(report: dict[str, Any]) -> list[str]:
     return [f"{row['mode']}: {fault['name']}" for row in report["rows"] for fault in row["faults"]]
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2"])
-def test_every_attention_implementation_of_a_right_architecture_is_as_asked(name: str) -> None:
-    report = check(build(name, {"num_hidden_layers": 2}), ["eager", "flex_attention"])
+def test_a_right_architecture_is_as_asked_under_several_attention_implementations() -> None:
+    report = check(build("gemma2"), ["eager", "flex_attention"], ["eval", "packed", "left-padded", "chunked"])
     assert not faults(report)
-    assert len(report["rows"]) == 2 * len(MODES)
+    assert [bool(row["ways"]) for row in report["rows"]] == [True] * 8
 
 
 def test_packed_documents_of_gpt_oss_see_each_other() -> None:
@@ -58,6 +58,7 @@ def test_our_decoder_is_as_asked(specs: list[dict[str, Any]]) -> None:
     assert all("ways" in row for row in report["rows"])
 
 
+@of_peft
 def test_wrapped_models_are_checked_inside(assert_windows: Any) -> None:
     adapters = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
     report = assert_windows(get_peft_model(build("mistral"), adapters), modes=["train", "packed", "cached", "generate"])
@@ -73,6 +74,7 @@ def test_the_fixture_fails_with_the_likely_cause(assert_windows: Any) -> None:
         assert_windows(PlainDecoder([LayerSpec("sliding", 12)] * 2), windows=[8, 8], modes=["eval"])
 
 
+@of_peft
 def test_a_check_leaves_the_model_as_it_was() -> None:
     model = get_peft_model(build("mistral"), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)).train()
     dropout = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout))
