@@ -39,7 +39,8 @@ def main() -> int:
 
     console = Console()
     if arguments.dry_run:
-        console.print(plan_table(listed, settings), f"{len(listed)} runs in {folder}; nothing was started", sep="\n")
+        console.print(plan_table(listed, settings))
+        print(f"{len(listed)} runs in {folder}; nothing was started")
         return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)

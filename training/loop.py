@@ -17,15 +17,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from data.mixture import open_sources, prepare_sources
 from data.tasks import need_keys
 from data.tasks.vocabulary import recall_vocabulary
-from data.token_store import open_tokens, token_folder
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.attention import AttentionPlan, Device, check_backend, plan_attention
@@ -35,7 +36,7 @@ from model.projections import row_sizes
 from model.windows import reach
 from training.captured import Captured, check_graphs, worth_capturing
 from training.curriculum import Curriculum, State
-from training.objective import Scorer, Work, objectives, step_flops
+from training.objective import Scorer, TextObjective, Work, objectives, step_flops
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
 from training.processes.parallel import Tensors, load_whole, spread, stored_in_shards, whole, whole_weights
@@ -46,7 +47,15 @@ from training.reporting.metrics import Metrics, TrainingProgress
 from training.reporting.nonfinite import keep_batch, stop_after
 from training.reporting.profiling import profiled
 from training.run.checkpoint import load_state, prune, replace_folder, save_checkpoint
-from training.run.folder import FACTS_SAVED, check_same_batches, check_same_data, decide_once, open_run, run_dir
+from training.run.folder import (
+    FACTS_SAVED,
+    check_same_batches,
+    check_same_data,
+    check_same_order,
+    decide_once,
+    open_run,
+    run_dir,
+)  # fmt: skip
 from training.schedule import interpolate, rate_factor
 from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
@@ -79,8 +88,8 @@ class Trainer:
         make_deterministic(settings.training.deterministic)
 
         # 1. Data: the main process fills the cache, then every process maps it. Only the main one reads the text.
-        self.tokenizer, tokens = ask_main(self._cached_data)
-        train_store, heldout_store = open_tokens(tokens, self.tokenizer)
+        self.tokenizer, folders = ask_main(self._cached_data)
+        sources = open_sources(folders, self.tokenizer, settings.data)
 
         # 2. Model.
         config = model_config(settings, self.tokenizer.vocab_size)
@@ -91,8 +100,8 @@ class Trainer:
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: open_run(settings, resume))
-        stores, device = {"train": train_store, "heldout": heldout_store}, self.ranks.device
-        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, stores, device, checkpoint, origin))
+        device = self.ranks.device
+        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, sources, device, checkpoint, origin))
 
         # 4. Objectives, and the probe that measures them during training.
         torch.manual_seed(settings.seed * 1009 + self.ranks.process_index)
@@ -102,9 +111,10 @@ class Trainer:
         self.state, self.saved_step = State(curriculum=dict.fromkeys(recall.tasks, self.curriculum.start())), -1
         keys = recall.keys if need_keys(recall.tasks) else 0
         vocabulary = recall_vocabulary(self.tokenizer, recall.values, keys) if recall.enabled else None
-        self.objectives = objectives(settings, train_store, vocabulary, self.curriculum, self.ranks.num_processes)
+        self.objectives = objectives(settings, sources, vocabulary, self.curriculum, self.ranks.num_processes)
         micro_rows = self.objectives[0].plan(self.state.distances).micro_rows
-        self.probe = Probe(settings, heldout_store, vocabulary, self.curriculum, micro_rows)
+        heldout = {name: source.heldout for name, source in sources.items()}
+        self.probe = Probe(settings, heldout, vocabulary, self.curriculum, micro_rows)
 
         # 5. Optimizer, over the model as the processes share it.
         self.relay_values = recall.values if recall.enabled and recall.relay_loss_weight else 0
@@ -146,13 +156,14 @@ class Trainer:
         flops = plan.micro_rows * plan.seq_len * flops_per_token(self.config, plan.seq_len, training=True)
         return flops / self.config.num_hidden_layers / self.facts["matmul_rate"]
 
-    def _cached_data(self) -> tuple[Tokenizer, Path]:
+    def _cached_data(self) -> tuple[Tokenizer, dict[str, Path]]:
         tokenizer = prepare_tokenizer(self.settings)
-        return tokenizer, token_folder(self.settings, tokenizer)
+        return tokenizer, prepare_sources(self.settings, tokenizer)
 
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_same_data(path, saved, self.facts)
+        check_same_order(path, saved)
         load_whole(
             dict(self.decoder.named_parameters()),
             dict(WindreachForCausalLM.from_pretrained(path / "hf").named_parameters()),
@@ -164,6 +175,8 @@ class Trainer:
         reached, last = self.state.distances, self.curriculum.last_distance
         to_come = [dict.fromkeys(reached, distance) for distance in range(min(reached.values()), last + 1)]
         check_same_batches(path, self.objectives, len(saved["random"]), to_come)
+        text = next(o for o in self.objectives if isinstance(o, TextObjective))
+        ask_main(lambda: text.mixture.verify(self.state.step))
         if self.ranks.process_index < len(saved["random"]):
             random = bytearray(base64.b64decode(saved["random"][self.ranks.process_index]["torch"]))
             torch.set_rng_state(torch.frombuffer(random, dtype=torch.uint8))
@@ -176,7 +189,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step: True. Stopped by a signal, after a checkpoint: False."""
         settings, main, step = self.settings.training, self.ranks.is_main_process, self.state.step
-        self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
+        self.metrics = Metrics(self.dir, self.settings, self._described(), step, write=main)
         self.progress = TrainingProgress(settings.max_steps, step, show=main)
         profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
         self._say_how()
@@ -193,6 +206,11 @@ class Trainer:
                 self._step()
                 after_step()
         return True
+
+    def _described(self) -> dict[str, Any]:
+        """Facts of the run for a tracker."""
+        farthest = reach(self.config.specs)
+        return self.facts | {"reach": farthest, "parameters": self.decoder.num_parameters()}
 
     def _attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
         """How each kind of layer is computed if matrix products are in `dtype`."""
@@ -317,11 +335,15 @@ class Trainer:
         with whole(self.wrapped), self.accelerator.autocast():
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         columns = recall.columns()
-        self.state.validation_bits_per_byte, self.state.horizon = bits, columns["horizon"]
-        self.metrics.write("validation", self.state.step, bits_per_byte=bits)
+        total = bits.pop("")
+        self.state.validation_bits_per_byte = total if math.isfinite(total) else None  # JSON has no NaN
+        self.state.horizon = columns["horizon"]
+        by_source = {f"bits_per_byte_{name}": figure for name, figure in bits.items()}
+        self.metrics.write("validation", self.state.step, bits_per_byte=total, **by_source)
         if recall:
             self.metrics.write("probe", self.state.step, **columns)
-        self.progress.say(f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{recall}")
+        each = "".join(f"  {name} {figure:.3f}" for name, figure in bits.items())
+        self.progress.say(f"step {self.state.step}  held-out {total:.3f} bits per byte{each}  recall{recall}")
         self.began += time.perf_counter() - paused
 
     # -- 9. save ------------------------------------------------------------------------------------------------------
@@ -346,8 +368,7 @@ class Trainer:
 
     def _write_hf(self, weights: Tensors, folder: Path) -> None:
         """A Hugging Face checkpoint with its tokenizer, without the relay head."""
-        hub.save_hf(self.decoder, folder, weights)
-        self.tokenizer.save(folder)
+        hub.save_hf(self.decoder, folder, weights, self.tokenizer)
 
     # -- 10. export ---------------------------------------------------------------------------------------------------
 

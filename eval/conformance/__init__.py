@@ -5,5 +5,6 @@
 * `verdict`: what was asked for, what was measured, and the likely cause where they differ.
 * `check`: all modes under all attention implementations.
 * `build`: a model with random weights from a config, made small.
+* `served`: the same from outside, for a model behind a server.
 * `pytest_plugin`: the fixture `assert_windows`.
 """

@@ -69,4 +69,4 @@ def load(name: str, window: int | None = None) -> Any:
         return load_hugging_face(folder, name, **({} if window is None else {"sliding_window": window}))
     if window is not None:
         raise UserError("--window changes models of transformers only; train a run with another sliding_window")
-    return load_weights(folder, name, "auto")
+    return load_weights(folder, name)

@@ -40,7 +40,7 @@ def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 
     sample = haystack.rows(texts, field_length(examined, max_tokens), seed)
     alphas = residual_shares(examined, sample)
     alpha = float(np.mean(alphas)) if alphas else None
-    rows, note = cliff(examined, seed, max_tokens)
+    field, (rows, note) = gradient_field(examined, sample, seed), cliff(examined, seed, max_tokens)
     return examined.header() | {
         "seed": seed,
         "receptive_field": None if examined.reach is None else examined.reach + 1,
@@ -50,7 +50,7 @@ def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 
         "cliff": rows,
         "cliff_note": note,
         "cliff_holds": cliff_holds(rows) if rows else None,
-        "gradient": gradient_field(examined, sample, seed),
+        "gradient": field,
         "alpha": {
             "residual_share": alpha,
             "attention_share": None if alpha is None else 1 - alpha,
@@ -71,7 +71,7 @@ def print_result(result: Result, console: Console) -> None:
         )
     elif others is not None:
         words += f" for global tokens and {others:,} tokens back for all others"
-    console.print(f"[bold]{result['model']}[/]: {result['layers']} layers{words}")
+    console.print(f"{result['model']}: {result['layers']} layers{words}", markup=False)
     if result["cliff_note"]:
         console.print(f"Cliff test: {result['cliff_note']}")
     for table in reach_tables(result).values():
@@ -95,7 +95,7 @@ def main() -> None:
 
         masks.write(examined.specs, out)
         plots.save(plots.reach_figure(result), out / "reach.png")
-    console.print(f"Written: {out / 'reach.json'}")
+    print(f"Written: {out / 'reach.json'}")
     if result["cliff_holds"] is False:
         raise SystemExit("a token beyond the reach changed the output: the attention path that differs is at fault")
 

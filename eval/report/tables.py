@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from eval.report.runs import Result, Run
+from model.errors import printable
 
 TABLES = {  # name: caption, columns "heading = key of a row : format of a number"
     "recall": (
@@ -77,11 +78,11 @@ class Table:
 
     def print(self, console: Console) -> None:
         """Print the table on a terminal."""
-        printed = rich_table.Table(title=self.caption, title_justify="left")
+        printed = rich_table.Table(title=escape(printable(self.caption)), title_justify="left")
         for heading, style in self.columns.items():
-            printed.add_column(heading, justify="right" if style else "left")
+            printed.add_column(escape(printable(heading)), justify="right" if style else "left")
         for row in self.rows:
-            printed.add_row(*map(escape, self.texts(row)))
+            printed.add_row(*(escape(printable(text)) for text in self.texts(row)))
         console.print(printed)
 
 

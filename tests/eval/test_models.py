@@ -144,7 +144,7 @@ def test_damaged_weights_of_another_maker_are_refused(tokenizer, tmp_path):
     folder = save_model("llama", tokenizer, tmp_path / "llama")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(UserError, match="its weights are damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors can't be read .* cut short"):
         load_model(str(folder), "cpu")
 
 
@@ -212,7 +212,7 @@ def test_a_broken_config_of_our_own_type_is_refused(own_type):
     with pytest.raises(UserError, match=r"model\.layers\[0\]: layer kind 'slidng' is unknown"):
         load_model(str(folder), "cpu")
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match="not a valid JSON file"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
         load_model(str(folder), "cpu")
 
 

@@ -23,11 +23,18 @@ from training.settings.schema import Settings
 if TYPE_CHECKING:
     import torch
 
-    from data.token_store import TokenStore
+    from data.mixture import Source
     from data.tokenizer import Tokenizer
     from training.objective import Objective
 
-FACTS_SAVED = ("data_sha256", "tokenizer_sha256", "settings_sha256", "precision", "wandb_id")  # with a checkpoint
+FACTS_SAVED = (
+    "data_sha256",
+    "row_order",
+    "tokenizer_sha256",
+    "settings_sha256",
+    "precision",
+    "wandb_id",
+)  # with a checkpoint
 # These settings change no weight, so they may change between two starts of a run.
 FREE = (
     "name", "run_dir", "tracking.", "data.cache_dir", "training.log_every_steps", "training.save_every_steps",
@@ -40,6 +47,10 @@ ROUNDING = (
     "training.micro_batch_tokens", "training.activation_checkpointing", "training.compile", "training.num_threads",
     "training.deterministic", "model.attention_backend",
 )  # fmt: skip
+
+
+ROW_ORDER = 2  # raise it when the same text and settings would give other batches
+LAST_WITH_ORDER = {1: "commit a715185"}
 
 
 def run_dir(settings: Settings) -> Path:
@@ -88,20 +99,21 @@ def open_run(settings: Settings, resume: str) -> Path | None:
 
 
 def decide_once(
-    settings: Settings, tokenizer: "Tokenizer", stores: Mapping[str, "TokenStore"], device: "torch.device",
+    settings: Settings, tokenizer: "Tokenizer", sources: Mapping[str, "Source"], device: "torch.device",
     checkpoint: Path | None = None, origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The facts that the first start writes and every resume keeps, and this machine's matmul rate in FLOP/s.
 
     A run that resumes another run's `checkpoint` takes its precision. `origin` describes initial weights that were not
-    random. Raises UserError where the text (`stores` by split) or the tokenizer has changed.
+    random. Raises UserError where the text (`sources` by name) or the tokenizer has changed.
     """
     from training.processes.precision import measure
 
     folder, machine = run_dir(settings), measure(device)
     now = {
         "precision": machine.choose(settings.training.precision),
-        "data_sha256": {split: store.source_sha256 for split, store in stores.items()},
+        "data_sha256": data_hashes(sources),
+        "row_order": ROW_ORDER,
         "tokenizer_sha256": tokenizer.sha256,
         "settings_sha256": settings_hash(settings),
         "wandb_id": uuid4().hex[:8],
@@ -117,6 +129,14 @@ def decide_once(
     return facts | {"matmul_rate": machine.rate(facts["precision"])}
 
 
+def data_hashes(sources: Mapping[str, "Source"]) -> dict[str, str]:
+    """Fingerprint of the text by source and split."""
+    stores = {
+        f"{name} ".lstrip() + split: getattr(s, split) for name, s in sources.items() for split in ("train", "heldout")
+    }
+    return {name: store.source_sha256 for name, store in stores.items()}
+
+
 def read_facts(folder: Path, name: str = "run.json") -> dict[str, Any]:
     """The content of a JSON file in the folder of a run or a checkpoint; empty if the file is missing or empty."""
     text = (folder / name).read_text() if (folder / name).exists() else ""
@@ -125,9 +145,9 @@ def read_facts(folder: Path, name: str = "run.json") -> dict[str, Any]:
 
 def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UserError if a hash of `now`, of a split of the text or of the tokenizer, is another one in `saved`."""
-    text = now.get("data_sha256", {})
-    if changed := [split for split in text if saved["data_sha256"][split] != text[split]]:
-        lines = (f"  {s}: sha256 {saved['data_sha256'][s][:16]}... there, {text[s][:16]}... now\n" for s in changed)
+    text, before = now.get("data_sha256", {}), saved.get("data_sha256", {})
+    if changed := [split for split in text if before.get(split) != text[split]]:
+        lines = (f"  {s}: sha256 {before.get(s, 'none')[:16]}... there, {text[s][:16]}... now\n" for s in changed)
         remedy = "put the old text back, or start a run under another name, or --resume never to start anew"
         raise UserError(f"{where}: the text under this run has changed since it began\n{''.join(lines)}  {remedy}")
     if saved.get("tokenizer_sha256") not in (None, now["tokenizer_sha256"]):
@@ -135,6 +155,16 @@ def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any
             f"{where}: was trained with another tokenizer\n"
             f"  there: sha256 {saved['tokenizer_sha256']}\n  now:   sha256 {now['tokenizer_sha256']}\n"
             "  give data.tokenizer.model_file the tokenizer of that run, or start a run under another name"
+        )
+
+
+def check_same_order(where: Path, saved: Mapping[str, Any]) -> None:
+    """Raises UserError if a checkpoint was written by a version that reads the rows of text in another order."""
+    if saved.get("row_order", 1) != ROW_ORDER:
+        last = LAST_WITH_ORDER.get(saved.get("row_order", 1), "a later one")
+        raise UserError(
+            f"{where}: was written by a version that reads the rows of text in another order\n"
+            f"  go on with that version ({last}), or start a run under another name, or --resume never"
         )
 
 

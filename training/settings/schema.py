@@ -9,11 +9,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from data.settings import DataSettings, Fraction, PositiveInt, QuestionSettings, RowSettings, Strict, TaskName
-
-NonNegative = Annotated[float, Field(ge=0.0)]
-Point = Annotated[tuple[Fraction, NonNegative], Field(strict=False)]  # YAML has lists, no tuples
-Points = Annotated[list[Point], Field(min_length=1)]
+from data.settings import (
+    DataSettings,
+    Fraction,
+    NonNegative,
+    Points,
+    PositiveInt,
+    QuestionSettings,
+    RowSettings,
+    Strict,
+    TaskName,
+)  # fmt: skip
 
 
 class LayerSettings(Strict):

@@ -22,7 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from data.token_store import prepare_tokens
+from data.mixture import prepare_sources
 from data.tokenizer import prepare_tokenizer
 from model.flops import count_parameters
 from model.windows import reach
@@ -80,7 +80,7 @@ def run_all(
     console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes) - len(left)} done before; {len(places)} at a time")
     needed = {f"{s.data.model_dump_json()} {s.recall.values}": s for s in (settings[o.run.name] for o in left)}
     for s in needed.values():  # prepared once, because runs that start at the same time would prepare it twice
-        prepare_tokens(s, prepare_tokenizer(s))
+        prepare_sources(s, prepare_tokenizer(s))
     at_work = _Jobs(sweep.evaluate, console, outcomes)
     before = {number: signal.signal(number, at_work.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -7,11 +7,21 @@ import pytest
 import torch
 import yaml
 
+from data.token_store import TokenStore
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.errors import UserError
 from tests.training.conftest import Prepared
 from training.run.checkpoint import save_checkpoint
-from training.run.folder import check_settings, check_start, decide_once, open_run, read_facts, run_dir, settings_hash
+from training.run.folder import (
+    check_settings,
+    check_start,
+    data_hashes,
+    decide_once,
+    open_run,
+    read_facts,
+    run_dir,
+    settings_hash,
+)
 from training.settings.schema import Settings
 
 CPU = torch.device("cpu")
@@ -220,8 +230,11 @@ def test_a_checkpoint_of_another_run_is_taken_where_settings_agree_and_refused_w
 # -- what is decided once ---------------------------------------------------------------------------------------------
 
 
-def decide(settings: Settings, prepared: Prepared, checkpoint: Path | None = None, **stores: Any) -> dict[str, Any]:
-    return decide_once(settings, prepared.tokenizer, prepared.stores | stores, CPU, checkpoint)
+def decide(
+    settings: Settings, prepared: Prepared, checkpoint: Path | None = None, **stores: TokenStore
+) -> dict[str, Any]:
+    sources = {name: source._replace(**stores) for name, source in prepared.sources.items()}
+    return decide_once(settings, prepared.tokenizer, sources, CPU, checkpoint)
 
 
 def test_a_second_start_finds_what_the_first_decided(settings: Settings, prepared: Prepared) -> None:
@@ -258,8 +271,15 @@ def test_other_text_is_refused_and_the_split_named(settings: Settings, prepared:
     with pytest.raises(
         UserError, match=r"the text under this run has changed since it began\n  heldout: sha256"
     ) as told:
-        decide(settings, prepared, heldout=prepared.train)
+        decide(settings, prepared, heldout=prepared.sources[""].train)
     assert "train: sha256" not in str(told.value)
+
+
+def test_the_text_of_each_source_is_known_by_its_name(prepared: Prepared) -> None:
+    alone = prepared.sources[""]
+    two = data_hashes({"web": alone, "books": alone._replace(heldout=alone.train)})
+    assert list(two) == ["web train", "web heldout", "books train", "books heldout"]
+    assert two["books heldout"] == two["web train"] == data_hashes(prepared.sources)["train"]
 
 
 def test_another_tokenizer_is_refused(settings: Settings, prepared: Prepared) -> None:
@@ -267,4 +287,4 @@ def test_another_tokenizer_is_refused(settings: Settings, prepared: Prepared) ->
     decide(settings, prepared)
     other: Tokenizer = train_tokenizer(["the sea was calm and a ship came slowly " * 50], 320)
     with pytest.raises(UserError, match=r"was trained with another tokenizer(.|\n)*data.tokenizer.model_file"):
-        decide_once(settings, other, prepared.stores, CPU)
+        decide_once(settings, other, prepared.sources, CPU)

@@ -21,7 +21,7 @@ def for_processes(prepared: Prepared, processes: int, **dotted: Any) -> list[Obj
     settings = changed(prepared.settings, **dotted)
     curriculum = Curriculum(settings.recall.curriculum, window=8, reach=21)
     vocabulary = recall_vocabulary(prepared.tokenizer, settings.recall.values)
-    return objectives(settings, prepared.train, vocabulary, curriculum, processes)
+    return objectives(settings, prepared.sources, vocabulary, curriculum, processes)
 
 
 def needle(first: int, end: int) -> list[dict[str, int]]:
@@ -88,7 +88,7 @@ def test_a_checkpoint_made_from_other_text_or_tokens_is_refused(
 ) -> None:
     settings = changed(prepared.settings, run_dir=str(tmp_path / "run"))
     open_run(settings, "auto")
-    facts = decide_once(settings, prepared.tokenizer, prepared.stores, torch.device("cpu"))
+    facts = decide_once(settings, prepared.tokenizer, prepared.sources, torch.device("cpu"))
     check_same_data(HERE, facts, facts)
     with pytest.raises(UserError, match=expected):
         check_same_data(HERE, facts, facts | {fact: other})
