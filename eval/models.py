@@ -164,12 +164,28 @@ class Examined:
 def load_model(name: str, device: str | None = None, backend: str = "auto", ours_only: bool = False) -> Examined:
     """Load MODEL in float32 and evaluation mode; UserError if it is missing or damaged or has a wrong tokenizer.
 
+    If training deletes the checkpoint meanwhile, the next one is loaded.
     `ours_only`: also for a model that our decoder can't run, before its weights are read.
     """
     run_dir, folder = locate(Path(name))
-    for file in folder.iterdir() if folder else ():
-        if not file.is_file() and not file.is_dir():  # a pipe would be waited for, a device never ends
-            raise UserError(f"MODEL {name!r}: {file} is no regular file; copy the model again")
+    try:
+        return _loaded(name, run_dir, folder, device, backend, ours_only)
+    except (OSError, UserError):
+        if folder is None or folder.exists():
+            raise
+        return load_model(name, device, backend, ours_only)
+
+
+def _loaded(
+    name: str, run_dir: Path | None, folder: Path | None, device: str | None, backend: str, ours_only: bool
+) -> Examined:
+    if folder:
+        from training.run.checkpoint import refuse_damaged
+
+        for file in folder.iterdir():
+            if not file.is_file() and not file.is_dir():  # a pipe would be waited for, a device never ends
+                raise UserError(f"MODEL {name!r}: {file} is no regular file; copy the model again")
+        refuse_damaged(folder)
     import torch
 
     from training.run.folder import read_facts

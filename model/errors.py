@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room") | dict.fromkeys(
+    (errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE), "see to that disk, or to who may write there,"
+)
 MAKE_ROOM = "  earlier checkpoints are untouched; make room (or set training.keep_checkpoints lower) and run again"
 
 
@@ -40,9 +42,9 @@ def printable(text: str) -> str:
 
 
 def cli(main: Callable[[], int | None]) -> int:
-    """Run an entry point and return its exit code: 2 with a message for a `UserError` or a full disk, 130 for Ctrl-C.
+    """Run an entry point and return its exit code: 2 with a message for a `UserError`, or a full or failing disk.
 
-    141 without a message if the reader of the output has closed it (`... | head`), as other programs do.
+    130 for Ctrl-C. 141 without a message if the reader of the output has closed it (`... | head`), as is usual.
     """
     try:
         code = main() or 0
@@ -54,10 +56,11 @@ def cli(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _redirect_closed_outputs():
             return 128 + signal.SIGPIPE
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _REMEDIES:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {printable(where)}{error.strerror}\n  make room and run the same command again", file=sys.stderr)
+        remedy = f"{_REMEDIES[error.errno]} and run the same command again"
+        print(f"error: {printable(where)}{error.strerror}\n  {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

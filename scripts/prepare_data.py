@@ -93,13 +93,14 @@ def main() -> None:
 
 
 def write_statistics(settings: Settings, stores: Mapping[str, TokenStore], folder: Path, console: Console) -> None:
-    """Print what each of `stores` consists of, and write it and a picture into `folder`."""
+    """Print and draw what the training text of each source consists of; `folder` also gets that of held-out text."""
     limits, figures = named_lengths(settings), {}
     for name, store in stores.items():
         numbers = range(len(store.shards))
         shown = track(numbers, name, console=console, transient=True, disable=not console.is_terminal)
         figures[name] = statistics(map(store.shard, shown), store.n_bytes, settings.data.seq_len, limits)
-    console.print(statistics_table(figures, limits))
+    trained = {name.removesuffix(", train"): of for name, of in figures.items() if name.endswith(", train")}
+    console.print(statistics_table(trained, limits))
     from eval.plots.canvas import save  # imports matplotlib
     from eval.plots.lengths import lengths_figure
 
@@ -107,7 +108,7 @@ def write_statistics(settings: Settings, stores: Mapping[str, TokenStore], folde
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "statistics.json").write_text(json.dumps(result, indent=1))
-        save(lengths_figure(figures, limits), folder / "statistics.png")
+        save(lengths_figure(trained, limits), folder / "statistics.png")
     except OSError as error:
         raise UserError(f"--out {folder}: can't be written: {error.strerror}; name another folder") from error
     console.print(f"Written: {folder}/statistics.json, statistics.png")
@@ -124,7 +125,8 @@ def named_lengths(settings: Settings) -> dict[str, int]:
 
 def statistics_table(sources: Mapping[str, Statistics], limits: Mapping[str, int]) -> Table:
     """One column for each source. Shares of tokens are shares of all tokens of the source."""
-    table = Table("", *sources)
+    table = Table("training text", *sources)
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     columns = [statistics_cells(source, limits) for source in sources.values()]

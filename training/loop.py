@@ -31,6 +31,7 @@ from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.attention import AttentionPlan, Device, check_backend, plan_attention
 from model.decoder import WindreachForCausalLM, build_model
+from model.errors import UserError
 from model.flops import flops_per_token
 from model.projections import row_sizes
 from model.windows import reach
@@ -63,13 +64,13 @@ from training.start import grow_from_run
 from training.step import DELAY, Inputs, Outcome, Update
 
 
-def train(settings: Settings, resume: str) -> int:
+def train(settings: Settings, resume: str, stop: StopRequest) -> int:
     """Run or continue the training that `settings` describe. Returns the exit code; see train.py for `resume`.
 
     Raises UserError for wrong input and TrainingFault where training can't go on.
     """
     with lost_rank_is_fault(), lack_of_memory_is_fault(settings):
-        trainer = Trainer(settings, resume)
+        trainer = Trainer(settings, resume, stop)
         if not trainer.run():
             return STOPPED
         trainer.export()
@@ -79,9 +80,8 @@ def train(settings: Settings, resume: str) -> int:
 class Trainer:
     """One run: set up or resumed by `__init__`, trained by `run`, exported by `export`."""
 
-    def __init__(self, settings: Settings, resume: str):
-        self.settings, self.dir = settings, run_dir(settings)
-        self.stop = StopRequest()
+    def __init__(self, settings: Settings, resume: str, stop: StopRequest):
+        self.settings, self.dir, self.stop = settings, run_dir(settings), stop
         self.ranks = join_ranks()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
         set_up_threads(settings.training.num_threads, local_processes=local)
@@ -99,7 +99,7 @@ class Trainer:
         origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
-        checkpoint = ask_main(lambda: open_run(settings, resume))
+        checkpoint = ask_main(lambda: self._open_run(resume))
         device = self.ranks.device
         self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, sources, device, checkpoint, origin))
 
@@ -140,6 +140,11 @@ class Trainer:
             self._resume(checkpoint)
         elif auxiliary:
             load_whole(self.scorer.auxiliary(), auxiliary)
+
+    def _open_run(self, resume: str) -> Path | None:
+        """The checkpoint to resume. The main process becomes the only writer of the run folder."""
+        checkpoint, self.writer = open_run(self.settings, resume)
+        return checkpoint
 
     def _check_device(self) -> None:
         """Raises UserError, before anything is written, for settings that this device can't serve."""
@@ -200,7 +205,8 @@ class Trainer:
             self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0  # since the last logged step
             while self.state.step < settings.max_steps:
                 if self._stopping():
-                    self._save()
+                    if not self._skipping():
+                        self._save()
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
                     return False
                 self._step()
@@ -246,13 +252,14 @@ class Trainer:
         first, last = step == self.progress.first_step + 1, step == settings.max_steps
         if first:
             shorten_timeout()
+            self.stop.training = True
         if step % settings.log_every_steps == 0 or last or first:
             self._log(outcome, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
         if last:
             self._count_outcomes(step)
         if step % settings.validate_every_steps == 0 or last:
             self._evaluate()
-        if step % settings.save_every_steps == 0 or last:
+        if self._due(step) or last:
             self._save()
         self.progress.update(self.progress.task, completed=step)
 
@@ -309,7 +316,9 @@ class Trainer:
         measured = outcome.measured  # waits for the step, so that the time includes it
         seconds, state = time.perf_counter() - self.began, self.state
         rate = self.tokens / seconds
-        mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
+        flops = self.flops / seconds / self.ranks.num_processes
+        self.facts["matmul_rate"] = max(flops, self.facts["matmul_rate"])  # it was busy at the start
+        mfu = flops / self.facts["matmul_rate"]
         columns = {k: v for name, m in measured.items() for k, v in m.columns(name).items()}
         self.metrics.write(
             "train", state.step, **columns, **schedule, **state.columns(), horizon=state.horizon,
@@ -348,10 +357,27 @@ class Trainer:
 
     # -- 9. save ------------------------------------------------------------------------------------------------------
 
+    def _due(self, step: int) -> bool:
+        """Whether a checkpoint is due: each `save_every_steps`, and later while steps are skipped."""
+        every, last = self.settings.training.save_every_steps, max(self.saved_step, self.progress.first_step)
+        return step // every > last // every and not self._skipping()
+
+    def _skipping(self) -> bool:
+        """Whether the last step was skipped, which may be the fault of the weights. Waits for the device."""
+        return not self.outcomes[-1].finite if self.outcomes else self.state.skipped_in_a_row > 0
+
+    def _check_folder(self) -> None:
+        if not self.writer.still_there():
+            raise UserError(f"{self.dir} was deleted, moved or replaced while this run was training in it")
+
     def _save(self) -> None:
-        """Save a checkpoint: every rank sends its random state, the main process writes. The clock stands still."""
+        """Save a checkpoint: every rank sends its random state, the main process writes. The clock stands still.
+
+        While steps are skipped the older checkpoints stay: the weights may be broken.
+        """
         if self.state.step == self.saved_step:
             return
+        ask_main(self._check_folder)
         paused = self._stop_clock()
         random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
         facts = {name: self.facts[name] for name in FACTS_SAVED}
@@ -361,7 +387,8 @@ class Trainer:
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
         ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, partial(self._write_hf, weights)))
-        ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
+        if not self._skipping():
+            ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
         self.saved_step = self.state.step
         gc.collect()
         self.began += time.perf_counter() - paused
@@ -375,6 +402,7 @@ class Trainer:
     def export(self) -> None:
         """Write the last weights to runs/NAME/hf and print where everything is."""
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        ask_main(self._check_folder)
         ask_main(lambda: replace_folder(self.dir / "hf", partial(self._write_hf, weights)))
         s, farthest = self.state, reach(self.config.specs) or "unbounded"
         recall = f"recall horizon {s.horizon} tokens of R = {farthest}\n" if self.settings.recall.enabled else ""

@@ -23,6 +23,7 @@ from eval.report.runs import Result
 from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli
+from training.run.checkpoint import write_text
 
 
 def field_length(examined: Examined, max_tokens: int) -> int:
@@ -87,7 +88,7 @@ def main() -> None:
     console = Console()
     examined, out, haystack = prepare(args)
     result = measure(examined, haystack, args.seed, args.texts, args.max_tokens)
-    (out / "reach.json").write_text(json.dumps(result, indent=1))
+    write_text(out / "reach.json", json.dumps(result, indent=1))
     print_result(result, console)
     if args.plot:
         from eval import plots

@@ -165,6 +165,17 @@ def test_a_signal_to_launcher_and_ranks_alike_stops_all_with_a_checkpoint(tmp_pa
     assert len(checkpoints(tmp_path / "run")) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_when_the_launcher_is_killed_its_processes_write_a_checkpoint_and_end(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=2000, save_every_steps=1000)
+    launcher = start_as_a_user(config, processes=2)
+    wait_for_step(tmp_path, 2, [launcher])
+    launcher.kill()
+    _, errors = launcher.communicate(timeout=60)  # until its processes, which have the same streams, have ended
+    assert errors.count("SIGTERM: finishing this step, then a checkpoint") == 2
+    assert len(checkpoints(tmp_path / "run")) == 1
+
+
 def test_two_processes_that_share_out_muon_equal_one(tmp_path: Path) -> None:
     muon = {"max_steps": 5, "optimizer": {"kind": "muon", "lr": 0.003}}
     one, two = (tmp_path / name for name in ("one", "two"))

@@ -123,7 +123,7 @@ def test_a_signal_checkpoints_exits_75_and_the_next_start_goes_on(
     assert losses(tmp_path) == uninterrupted["losses"]
 
 
-def test_a_signal_before_the_first_step_saves_that_the_run_has_begun(
+def test_a_signal_before_the_first_step_ends_the_run_at_once_and_nothing_is_lost(
     tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
     config = write_config(tmp_path, max_steps=40)
@@ -131,10 +131,10 @@ def test_a_signal_before_the_first_step_saves_that_the_run_has_begun(
     while process.poll() is None and not (tmp_path / "run/settings.yaml").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert "stopped at step 0" in out
-    assert "step-000000 at step 0" in run(config)
+    assert "SIGTERM: stopped before the first step; run the same command again to go on" in errors
+    assert "resumed" not in run(config)
     assert losses(tmp_path) == uninterrupted["losses"]
 
 
@@ -212,5 +212,5 @@ def test_resume_from_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -
 def test_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = run(write_config(tmp_path), f"run_dir={tmp_path}/file/run", expect=2)
-    assert "can't be written" in output
+    assert "can't be read, written or set aside" in output
     assert "run_dir=PATH" in output

@@ -185,6 +185,27 @@ def test_file_in_the_format_of_mistral_beside_the_weights_is_left_alone(tmp_path
     assert all(torch.equal(got[name], weight) for name, weight in expected.state_dict().items())
 
 
+def test_an_old_copy_beside_the_weights_is_left_alone(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(2)}, saved(tmp_path) / "model_old.safetensors")
+    assert WindreachForCausalLM.from_pretrained(tmp_path).model.norm.weight.eq(1).all()
+
+
+def test_weights_in_several_files_are_those_that_the_index_names(tmp_path: Path) -> None:
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    placed = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for file in set(placed.values()):
+        save_file({name: weights[name] for name in placed if placed[name] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    got = WindreachForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(got["model.norm.weight"], weights["model.norm.weight"])
+    for wrong in ("../model.safetensors", "model-00003-of-00002.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": wrong}}))
+        with pytest.raises(UserError, match=f"holds no {wrong}; give the folder of a checkpoint"):
+            WindreachForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_weights_that_lack_a_matrix_are_refused(tmp_path: Path, name: str, tied: bool) -> None:
     file = saved(tmp_path, tiny_model(tie_word_embeddings=tied)) / "model.safetensors"

@@ -76,10 +76,23 @@ def numbers(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]
 
 
 def truncate(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; an incomplete last line goes too."""
-    if path.is_file():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    """Keep the lines up to `step`. Damaged lines go too, with a message unless it is an incomplete last one."""
+    if not path.is_file():
+        return
+    *lines, _ = path.read_bytes().split(b"\n")
+    steps = [_step(line) for line in lines]
+    if damaged := [str(number) for number, logged in enumerate(steps, start=1) if logged is None]:
+        print(f"{path}: {len(damaged)} damaged lines are left out: {', '.join(damaged[:10])}")
+    kept = [line.decode() for line, logged in zip(lines, steps, strict=True) if logged is not None and logged <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None if it is damaged."""
+    try:
+        return int(json.loads(line.decode())["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class TrainingProgress(Progress):

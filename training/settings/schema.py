@@ -229,7 +229,7 @@ class TrainingSettings(Strict):
     save_every_steps: PositiveInt = 200
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep. At least 2 are kept."""
 
 
 class TrackingSettings(Strict):

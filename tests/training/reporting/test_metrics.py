@@ -34,6 +34,17 @@ def test_resume_cuts_off_lines_beyond_the_checkpoint_and_a_half_written_one(tmp_
     assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("damaged", [b"{", b'{"kind": "train"}', b"\xff\xfe", b"3", b'{"step": null}'])
+def test_a_damaged_line_is_left_out_with_a_message_and_later_lines_stay(
+    tmp_path: Path, damaged: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n{"step": 3}\n')
+    truncate(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert capsys.readouterr().out == f"{path}: 1 damaged lines are left out: 2\n"
+
+
 def test_truncating_a_file_that_is_not_there_is_nothing(tmp_path: Path) -> None:
     truncate(tmp_path / "metrics.jsonl", 3)
     assert not list(tmp_path.iterdir())
