@@ -167,7 +167,7 @@ def load_model(name: str, device: str | None = None, backend: str = "auto", ours
     If training deletes the checkpoint meanwhile, the next one is loaded.
     `ours_only`: also for a model that our decoder can't run, before its weights are read.
     """
-    run_dir, folder = _locate(Path(name))
+    run_dir, folder = locate(Path(name))
     try:
         return _loaded(name, run_dir, folder, device, backend, ours_only)
     except (OSError, UserError):
@@ -192,7 +192,7 @@ def _loaded(
     from training.settings.config_file import parse_file
 
     facts = read_facts(run_dir) if run_dir else {}
-    model = _load_weights(folder, name, backend, ours_only)
+    model = load_weights(folder, name, backend, ours_only)
     embeddings = int(model.config.get_text_config().vocab_size)
     tokenizer = _load_tokenizer(folder, name, run_dir, embeddings, facts.get("tokenizer_sha256") or "")
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -213,7 +213,7 @@ def _loaded(
     )
 
 
-def _locate(path: Path) -> tuple[Path | None, Path | None]:
+def locate(path: Path) -> tuple[Path | None, Path | None]:
     """(run folder, folder with config.json and weights); (None, None) if the path may be a name on the hub."""
     if not path.exists():
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
@@ -232,7 +232,7 @@ def _locate(path: Path) -> tuple[Path | None, Path | None]:
     )
 
 
-def _load_weights(folder: Path | None, name: str, backend: str, ours_only: bool) -> Any:
+def load_weights(folder: Path | None, name: str, backend: str = "auto", ours_only: bool = False) -> Any:
     """Our decoder if it can run the checkpoint, else the model of transformers. Code beside the weights never runs."""
     from model.decoder import WindreachForCausalLM
 
@@ -241,7 +241,7 @@ def _load_weights(folder: Path | None, name: str, backend: str, ours_only: bool)
     elif ours_only:
         raise UserError(f"MODEL {name!r}: no such folder; give a run folder or a checkpoint")
     else:
-        model = _load_by_library(folder, name)
+        model = load_hugging_face(folder, name)
     if broken := next((n for n, weight in model.named_parameters() if not bool(weight.isfinite().all())), None):
         raise UserError(f"MODEL {name!r}: {broken} holds a number that is not finite; take an older checkpoint")
     return model
@@ -260,7 +260,8 @@ def _left_to_the_library(folder: Path) -> bool:
     return not any(folder.glob("model*.safetensors"))
 
 
-def _load_by_library(folder: Path | None, name: str) -> Any:
+def load_hugging_face(folder: Path | None, name: str, **settings: Any) -> Any:
+    """The model of transformers in float32. settings: of its config, where they differ from those of the folder."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -276,7 +277,7 @@ def _load_by_library(folder: Path | None, name: str) -> Any:
             saved = sum(math.prod(shape) for shape in hub.weight_shapes(folder).values())
             if described > MOST_PER_SAVED * saved:
                 raise UserError(f"config.json describes {described:,} parameters, the files hold {saved:,}")
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **settings)
     except SafetensorError as error:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
     except Exception as error:  # for a wrong config.json `transformers` raises whatever it stumbles over
