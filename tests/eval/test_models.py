@@ -229,13 +229,13 @@ def two_checkpoints(untrained_run, tmp_path):
 
 
 def test_a_checkpoint_that_training_deletes_meanwhile_leads_to_the_next_one(two_checkpoints, tmp_path, monkeypatch):
-    load = models._load_weights
+    load = models.load_weights
 
     def load_late(folder, *rest):
         shutil.rmtree(two_checkpoints[1], ignore_errors=True)
         return load(folder, *rest)
 
-    monkeypatch.setattr(models, "_load_weights", load_late)
+    monkeypatch.setattr(models, "load_weights", load_late)
     assert load_model(str(tmp_path), "cpu").folder == two_checkpoints[0] / "hf"
     with pytest.raises(UserError, match="no such folder"):
         load_model(str(two_checkpoints[1]), "cpu")
