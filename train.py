@@ -3,10 +3,10 @@
     accelerate launch [--config_file configs/accelerate/X.yaml] train.py CONFIG.yaml [key=value ...]
     python train.py configs/quickstart.yaml training.max_steps=100 --dry-run
 
-Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal after a checkpoint, run again to go on; 1 a fault.
+Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal, run again to go on; 1 a fault.
 
 This file is the command. The run itself is `training/loop.py`. It is imported late, because torch and transformers take
-seconds to import: `--help` and mistakes in the arguments are answered before.
+seconds to import: `--help` and mistakes in the arguments are answered before, and a signal ends the process cleanly.
 """
 
 import argparse
@@ -15,14 +15,19 @@ import sys
 from pathlib import Path
 
 from model.errors import cli
-from training.processes.allocator import keep_freed_memory
-from training.processes.signals import TrainingFault, end_process
-from training.run.folder import check_start
-from training.settings.config_file import load_settings
+from training.processes.signals import StopRequest, TrainingFault, end_process, end_with_parent
 
 
 def main() -> int:
     arguments = parse_arguments()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by a launcher, which may be killed
+        end_with_parent()
+    stop = StopRequest()
+    from training.processes.allocator import keep_freed_memory
+    from training.processes.launch import check_launch
+    from training.run.folder import check_start
+    from training.settings.config_file import load_settings
+
     settings = load_settings(arguments.config, arguments.overrides)
     if arguments.dry_run:
         if os.environ.get("RANK", "0") == "0":  # only one of several launched processes prints
@@ -30,12 +35,13 @@ def main() -> int:
 
             print(plan_text(settings))
         return 0
+    check_launch(settings.training.precision)
     check_start(settings, arguments.resume)
     keep_freed_memory()
     try:
         from training.loop import train
 
-        return train(settings, arguments.resume)
+        return train(settings, arguments.resume, stop)
     except TrainingFault as fault:
         print(f"fault: {fault}", file=sys.stderr)
         return 1

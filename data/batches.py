@@ -5,12 +5,12 @@ Legend: B sequences, T positions. Labels are already shifted: labels[b, t] is wh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.mixture import Mixture
 from data.tasks import TASKS
 from data.tasks.draws import Draws, IntArray
 from data.tasks.layout import DEFAULT_RULES, RowRules, clean_filler, filler_room, task_size, training_rows
@@ -22,7 +22,7 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Every tensor but `tasks` is (B, T) int64. Labels are -100 where nothing is scored."""
+    """Every tensor but `groups` is (B, T) int64. Labels are -100 where nothing is scored."""
 
     input_ids: Tensor
     labels: Tensor  # the next token within the document; in recall sequences only where text follows text
@@ -31,25 +31,14 @@ class Batch:
     relay_labels: Tensor  # number of the value that the relay head must name, at some filler positions
     relay_layers: Tensor  # number of the layer after which the relay head reads there, else 0
     distances: Tensor  # tokens from query back to value, at queries, else 0
-    tasks: Tensor  # (B,) number of the sequence's recall task; 0 for text
+    groups: Tensor  # (B,) number of the recall task of each sequence, or of the source of its text
 
 
-def text_batch(store: TokenStore, seed: int, step: int, rows: range, seq_len: int, *, rows_per_step: int) -> Batch:
-    """Sequences `rows` of a step of `rows_per_step` sequences of `seq_len` tokens.
-
-    An epoch visits all chunks of `seq_len` tokens in a seeded random order. Raises UserError for text shorter than one.
-    """
-    chunks = (len(store.tokens) - 1) // seq_len
-    if chunks < 1:
-        has = f"the training text has {len(store.tokens):,} tokens"
-        raise UserError(f"data.seq_len is {seq_len:,} and {has}; lower it or give more text")
-    numbers = range(step * rows_per_step + rows.start, step * rows_per_step + rows.stop)
-    order = [_epoch(seed, n // chunks, chunks)[n % chunks] for n in numbers]
-    positions = np.array(order, dtype=np.int64)[:, None] * seq_len + np.arange(seq_len + 1)
-    tokens = store.tokens[positions].astype(np.int64)
-    document = np.searchsorted(store.document_starts, positions, side="right")
-    labels = np.where(document[:, 1:] == document[:, :-1], tokens[:, 1:], UNSCORED)
-    return _batch(_blank(tokens[:, :-1]) | {"labels": labels, "documents": document[:, :-1] - document[:, :1]})
+def text_batch(mixture: Mixture, step: int, rows: range) -> Batch:
+    """Sequences `rows` of a step."""
+    texts, sources = mixture.read(step, rows)
+    tokens, labels, documents = map(np.stack, zip(*texts))
+    return _batch(_blank(tokens) | {"labels": labels, "documents": documents, "groups": sources})
 
 
 def recall_batch(
@@ -64,47 +53,42 @@ def recall_batch(
     """
     draws, ends = Draws(seed, step, rows), np.cumsum(list(tasks.values()))
     arrays = _blank(np.zeros((len(rows), seq_len), dtype=np.int64))
-    arrays["tasks"] = np.searchsorted(ends, draws.uniform("task", 1)[:, 0] * ends[-1], side="right")
+    arrays["groups"] = np.searchsorted(ends, draws.uniform("task", 1)[:, 0] * ends[-1], side="right")
     for number, task in enumerate(tasks):
         distance = max_distances[task]
         needed = task_size(task, vocab, options).row(distance)
         if seq_len < needed:
             what = f"recall.seq_len is {seq_len} and the distance of {task} {distance}"
             raise UserError(f"{what}: rows of at least {needed} tokens are needed")
-        of_task = arrays["tasks"] == number
+        of_task = arrays["groups"] == number
         if not of_task.any():
             continue
-        filler, positions = _fillers(draws.of(of_task), store, vocab, seq_len, TASKS[task].noise)
+        text, documents = _fillers(draws.of(of_task), store, vocab, seq_len, TASKS[task].noise)
+        filler = clean_filler(text, vocab)
         laid = training_rows(draws.of(of_task), filler, vocab, distance, rules, task, options)
         arrays["input_ids"][of_task], arrays["recall_labels"][of_task] = laid.tokens, laid.answers
-        arrays["labels"][of_task] = _filler_labels(store, vocab, positions, laid.tokens)
+        arrays["labels"][of_task] = _filler_labels(text, documents, vocab, laid.tokens)
         arrays["relay_labels"][of_task], arrays["relay_layers"][of_task] = laid.relays, laid.relay_layers
         arrays["distances"][of_task] = laid.distances
     return _batch(arrays)
 
 
-@lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, chunks: int) -> IntArray:
-    """(chunks,) the order of an epoch. Two are cached because a step may span two epochs."""
-    return np.random.default_rng([seed, epoch]).permutation(chunks)
-
-
 def _fillers(
     draws: Draws, store: TokenStore, vocab: RecallVocabulary, seq_len: int, noise: bool
 ) -> tuple[IntArray, IntArray]:
-    """(B, T) clean filler of each sequence, and its positions in the store; noise has position -1."""
+    """(B, T) filler of each sequence, and the number of the document of each token; -1 for noise."""
     if noise:
         filler = vocab.plain[draws.integers("noise", seq_len, len(vocab.plain))]
         return filler, np.full_like(filler, -1)
-    positions = draws.integers("start", 1, filler_room(store, seq_len)) + np.arange(seq_len)
-    return clean_filler(store.tokens[positions].astype(np.int64), vocab), positions
+    starts = draws.integers("start", 1, filler_room(store, seq_len))[:, 0].tolist()
+    text, documents = zip(*(store.read(start, seq_len) for start in starts))
+    return np.stack(text), np.stack(documents)
 
 
-def _filler_labels(store: TokenStore, vocab: RecallVocabulary, positions: IntArray, tokens: IntArray) -> IntArray:
+def _filler_labels(text: IntArray, documents: IntArray, vocab: RecallVocabulary, tokens: IntArray) -> IntArray:
     """(B, T) next tokens where text follows text as in the store. Noise is not scored: nobody can predict it."""
-    plain = (positions >= 0) & (tokens == store.tokens[positions]) & ~np.isin(tokens, vocab.reserved)
-    document = np.searchsorted(store.document_starts, positions, side="right")
-    scored = plain[:, :-1] & plain[:, 1:] & (document[:, :-1] == document[:, 1:])
+    plain = (documents >= 0) & (tokens == text) & ~np.isin(tokens, vocab.reserved)
+    scored = plain[:, :-1] & plain[:, 1:] & (documents[:, :-1] == documents[:, 1:])
     return np.pad(np.where(scored, tokens[:, 1:], UNSCORED), ((0, 0), (0, 1)), constant_values=UNSCORED)
 
 
@@ -112,7 +96,7 @@ def _blank(input_ids: IntArray) -> dict[str, IntArray]:
     """The arrays of a batch that asks for nothing."""
     arrays = {name: np.full_like(input_ids, UNSCORED) for name in ("labels", "recall_labels", "relay_labels")}
     arrays |= {name: np.zeros_like(input_ids) for name in ("documents", "relay_layers", "distances")}
-    return arrays | {"input_ids": input_ids, "tasks": np.zeros(len(input_ids), dtype=np.int64)}
+    return arrays | {"input_ids": input_ids, "groups": np.zeros(len(input_ids), dtype=np.int64)}
 
 
 def _batch(arrays: dict[str, IntArray]) -> Batch:

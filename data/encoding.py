@@ -5,16 +5,16 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.sources import SPLITS, BadRow, Part, split_of, text_of
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,42 +24,96 @@ BATCH = 1 << 20  # characters of a batch; a longer document is a batch of its ow
 FEW = 8  # batches: less text is encoded here, because workers need a second or two to start
 AHEAD = 4  # batches for each worker that wait or are at work; they bound the memory
 
-_tokenizer: "Tokenizer"  # of a worker process
+_encoder: "Encoder"  # of a worker process
+
+
+class Position(NamedTuple):
+    """A row of a source: number of the part, and of the row within it."""
+
+    part: int
+    row: int
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of one part, the first of them at `first`."""
+
+    first: Position
+    split: str | None
+    rows: list[Any]
 
 
 class Encoded(NamedTuple):
-    """The documents of a batch, each between the tokenizer's markers."""
+    """Documents of one split, each between the tokenizer's markers."""
 
     tokens: NDArray[Any]  # (n,) uint16 or uint32, all documents in order
     lengths: NDArray[np.int64]  # (documents,) tokens of each
-    text_bytes: int  # UTF-8
+    sizes: NDArray[np.int64]  # (documents,) UTF-8 bytes of their text
+
+
+class Batch(NamedTuple):
+    """What a worker returns for some rows. `bad` are the rows without text, each with the reason."""
+
+    splits: dict[str, Encoded]
+    bad: list[tuple[Position, str]]
+
+
+class Encoder(NamedTuple):
+    """Encodes rows. `share` of the documents are held out where their part does not say."""
+
+    tokenizer: "Tokenizer"
+    column: str
+    share: float
+
+    def __call__(self, batch: list[Rows]) -> Batch:
+        splits: dict[str, list[tuple[NDArray[Any], int]]] = {split: [] for split in SPLITS}
+        bad, dtype, tokenizer = [], token_dtype(self.tokenizer), self.tokenizer
+        before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+        for (part, first), named, rows in batch:
+            for number, row in enumerate(rows, first):
+                try:
+                    text, content = text_of(row, self.column)
+                except BadRow as reason:
+                    bad.append((Position(part, number), str(reason)))
+                    continue
+                if text.strip():
+                    ids = np.array([*before, *tokenizer.encode(text), *after], dtype=dtype)
+                    splits[named or split_of(content, self.share)].append((ids, len(content)))
+        return Batch({split: _joined(documents, dtype) for split, documents in splits.items()}, bad)
+
+
+def _joined(documents: list[tuple[NDArray[Any], int]], dtype: np.dtype[Any]) -> Encoded:
+    lengths, sizes = np.array([(len(ids), n) for ids, n in documents], dtype=np.int64).reshape(-1, 2).T
+    return Encoded(np.concatenate([np.zeros(0, dtype), *(ids for ids, _ in documents)]), lengths, sizes)
 
 
 def token_dtype(tokenizer: "Tokenizer") -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def encoded(texts: Iterable[str], tokenizer: "Tokenizer", workers: int | None = None) -> Iterator[Encoded]:
-    """The documents in batches. `workers` is the number of processes; default: one for each core of this process.
+def encoded(
+    parts: Sequence[Part], start: Position, encoder: Encoder, workers: int | None = None
+) -> Iterator[tuple[Batch, Position, int]]:
+    """The documents from `start` on in batches, each with the position after it and about the bytes that it read.
 
+    `workers` is the number of processes; default: one for each core of this process.
     Raises `UserError` if a worker was killed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    batches, workers = _batches(texts), workers or cores
+    batches, workers = _batches(parts, start), workers or cores
     first = list(islice(batches, FEW))
     if workers == 1 or len(first) < FEW:
-        yield from map(partial(_encode, tokenizer), chain(first, batches))
+        yield from ((encoder(rows), end, n_bytes) for rows, end, n_bytes in chain(first, batches))
         return
     # Not forked: this process may have threads and a GPU.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer,))
-    waiting: deque[Future[Encoded]] = deque()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
+    waiting: deque[tuple[Future[Batch], Position, int]] = deque()
     try:
-        for batch in chain(first, batches):
-            waiting.append(pool.submit(_encode_in_worker, batch))
+        for rows, end, n_bytes in chain(first, batches):
+            waiting.append((pool.submit(_encode_in_worker, rows), end, n_bytes))
             if len(waiting) == AHEAD * workers:
-                yield waiting.popleft().result()
+                yield _result(*waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(*waiting.popleft())
     except BrokenProcessPool as error:
         raise UserError(
             "a process that encodes text was killed, perhaps for lack of memory; run the same command again: it goes "
@@ -75,32 +129,36 @@ def refuse_unguarded_main() -> None:
         raise RuntimeError('text is encoded in worker processes; put the program under `if __name__ == "__main__":`')
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH:
-            yield batch
-            batch, characters = [], 0
+def _batches(parts: Sequence[Part], start: Position) -> Iterator[tuple[list[Rows], Position, int]]:
+    batch: list[Rows] = []
+    size = 0
+    for number, part in enumerate(parts[start.part :], start.part):
+        first = row_number = start.row if number == start.part else 0
+        rows: list[Any] = []
+        for row in part.rows(first):
+            rows.append(row)
+            row_number += 1
+            size += len(row) if isinstance(row, (str, bytes)) else 1
+            if size >= BATCH:
+                yield [*batch, Rows(Position(number, first), part.split, rows)], Position(number, row_number), size
+                batch, rows, first, size = [], [], row_number, 0
+        if rows:
+            batch.append(Rows(Position(number, first), part.split, rows))
     if batch:
-        yield batch
+        yield batch, Position(len(parts), 0), size
 
 
-def _encode(tokenizer: "Tokenizer", texts: list[str]) -> Encoded:
-    dtype = token_dtype(tokenizer)
-    before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
-    ids = [np.array([*before, *tokenizer.encode(text), *after], dtype=dtype) for text in texts]
-    return Encoded(np.concatenate(ids), np.array([len(i) for i in ids]), sum(len(text.encode()) for text in texts))
+def _result(future: Future[Batch], end: Position, n_bytes: int) -> tuple[Batch, Position, int]:
+    return future.result(), end, n_bytes
 
 
-def _encode_in_worker(texts: list[str]) -> Encoded:
-    return _encode(_tokenizer, texts)
+def _encode_in_worker(batch: list[Rows]) -> Batch:
+    return _encoder(batch)
 
 
-def _start_worker(tokenizer: "Tokenizer") -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the main process too, which ends its workers
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_main, daemon=True).start()

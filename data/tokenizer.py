@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,15 +24,16 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from data.folders import written_whole
 from data.settings import RunSettings
-from data.sources import documents, source_fingerprint
+from data.sources import source_fingerprint, texts
 from data.tasks.vocabulary import RESERVED
-from model.errors import UserError
+from model.errors import UserError, read_small_file
 
 if TYPE_CHECKING:
     import tokenizers
 
 FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 VERSION = 1  # raise it when the same text would give another tokenizer
+MOST_BYTES = 256 << 20  # of a tokenizer's file
 TRAINING_CHARACTERS = 50_000_000  # more text gives no better tokens
 
 _Piece = ModelProto.SentencePiece  # has the types of tokens
@@ -99,11 +101,11 @@ class SentencePieceTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_bytes(self.model)
-        ids = self.bos_id, self.eos_id, self.unk_id
-        bos, eos, unk = (None if i is None else self.processor.id_to_piece(i) for i in ids)
+        ids = self.bos_id, self.eos_id, self.unk_id, self.processor.pad_id()
+        bos, eos, unk, pad = (None if i in (None, -1) else self.processor.id_to_piece(i) for i in ids)
         PreTrainedTokenizerFast(
-            tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk,
-            clean_up_tokenization_spaces=False,
+            tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad,
+            clean_up_tokenization_spaces=False, add_bos_token=bos is not None,
         ).save_pretrained(folder)  # fmt: skip
 
 
@@ -159,7 +161,9 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     file = _tokenizer_file(name)
     setting, or_train = f"data.tokenizer.model_file {str(file)!r}", "or leave it out to train one"
     try:
-        tokenizer = _from_json(file) if file.name == JSON_FILE else SentencePieceTokenizer(file.read_bytes())
+        tokenizer = (
+            _from_json(file) if file.name == JSON_FILE else SentencePieceTokenizer(read_small_file(file, MOST_BYTES))
+        )
     except (OSError, RuntimeError, ValueError) as error:
         kind = "a tokenizer.json" if file.name == JSON_FILE else "a sentencepiece model of the type BPE or unigram"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"not {kind}"
@@ -194,7 +198,7 @@ def _from_json(file: Path) -> HubTokenizer:
     """A tokenizer.json, with the markers that files beside it name, else those with the usual names."""
     from transformers import PreTrainedTokenizerFast
 
-    content = file.read_bytes()
+    content = read_small_file(file, MOST_BYTES)
     try:  # not AutoTokenizer, which builds some tokenizers anew from the vocabulary and ignores the rest of the file
         hf = PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
     except Exception as error:  # `tokenizers` raises no narrower class
@@ -212,12 +216,13 @@ def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
     data = settings.data
     if data.tokenizer.model_file is not None:
         return load_tokenizer(data.tokenizer.model_file)
-    inputs = [VERSION, source_fingerprint(data, "train"), data.tokenizer.vocab_size, sentencepiece.__version__]
+    sources = [source_fingerprint(source, "train", data.cache_dir) for source in data.mixture]
+    inputs = [VERSION, sources, data.tokenizer.vocab_size, sentencepiece.__version__]
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     folder = Path(data.cache_dir) / f"tokenizer-{fingerprint[:16]}"
     if not (folder / FILE).is_file():
-        texts = (document.text for document in documents(data, "train"))
-        tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size)
+        in_turns = zip_longest(*(texts(source, "train") for source in data.mixture))
+        tokenizer = train_tokenizer(filter(None, chain.from_iterable(in_turns)), data.tokenizer.vocab_size)
         with written_whole(folder) as aside:
             (aside / FILE).write_bytes(tokenizer.model)
     return load_tokenizer(folder)

@@ -98,8 +98,11 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 def read_result(file: Path) -> dict[str, Any]:
     """The content of a result file, such as recall.json. Raises UserError if it is missing or damaged."""
     try:
-        return dict(json.loads(file.read_text()))
+        result = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such result; run the evaluation on that run first") from error
     except ValueError as error:
         raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
+    if not isinstance(result, dict):
+        raise UserError(f"{file} is not a result; run the evaluation again")
+    return result

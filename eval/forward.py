@@ -49,9 +49,13 @@ def last_logits(examined: Examined, input_ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def token_nats(examined: Examined, input_ids: Tensor) -> NDArray[np.float64]:
-    """(B, T-1) negative log-likelihood, in nats, of every token but the first, given those before it in its row."""
+def token_nats(examined: Examined, input_ids: Tensor, scored: int = 0) -> NDArray[np.float64]:
+    """(B, scored) negative log-likelihood, in nats, of the last `scored` tokens of each row, given those before them.
+
+    The default 0 scores every token but the first: (B, T-1).
+    """
     ids = input_ids.to(examined.device)
-    logits = examined.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    keep = scored + 1 if scored else 0  # 0 keeps the logits of all positions
+    logits = examined.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
+    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, -logits.shape[1] :].flatten(), reduction="none")
     return nats.view(ids.shape[0], -1).double().cpu().numpy()

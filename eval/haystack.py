@@ -4,7 +4,6 @@
 model the held-out novels in its own tokens.
 """
 
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,10 +20,11 @@ IntArray = NDArray[np.int64]
 
 
 class HeldOutDocument(NamedTuple):
-    """One document: its tokens (n,) and the exact number of UTF-8 bytes of their text."""
+    """One document: its tokens (n,), the exact number of UTF-8 bytes of their text, and the name of its source."""
 
     tokens: IntArray
     n_bytes: int
+    source: str = ""
 
 
 class Haystack:
@@ -67,15 +67,25 @@ def open_haystack(
     """
     if not examined.settings or config or text:
         return read_haystack(examined.tokenizer, text, config, max_tokens)
-    from data.token_store import prepare_tokens
+    from data.mixture import open_sources, prepare_sources
+    from training.run.folder import check_same_data, data_hashes, read_facts
 
-    _, store = prepare_tokens(examined.trained_with(), examined.tokenizer)
-    total = len(store.tokens) if max_tokens is None else min(max_tokens, len(store.tokens))
-    borders = [*store.document_starts[: np.searchsorted(store.document_starts, total)].tolist(), total]
-    documents = [
-        HeldOutDocument(np.asarray(store.tokens[start:end], dtype=np.int64), store.bytes_of(start, end))
-        for start, end in pairwise(borders)
-    ]
+    assert examined.run_dir is not None, "a model with settings has a run folder"
+    settings = examined.trained_with()
+    sources = open_sources(prepare_sources(settings, examined.tokenizer), examined.tokenizer, settings.data)
+    hashes = {name: sha256 for name, sha256 in data_hashes(sources).items() if name.endswith("heldout")}
+    now = {"data_sha256": hashes, "tokenizer_sha256": examined.tokenizer.sha256}
+    check_same_data(examined.run_dir, read_facts(examined.run_dir), now)
+    documents = []
+    for name, source in sources.items():
+        left = source.heldout.n_tokens if max_tokens is None else max_tokens // len(sources)
+        for start, end in source.heldout.documents():
+            end = min(end, start + left)
+            left -= end - start
+            if start == end:
+                break
+            tokens, _ = source.heldout.read(start, end - start)
+            documents.append(HeldOutDocument(tokens, source.heldout.bytes_of(start, end), name))
     return Haystack("held-out text of the run", documents)
 
 
@@ -83,7 +93,7 @@ def read_haystack(
     tokenizer: Any, text: str | None = None, config: str | None = None, max_tokens: int | None = None
 ) -> Haystack:
     """The file `text`, the held-out text of a config, or the held-out novels, in the tokens of any tokenizer."""
-    from data.sources import documents
+    from data.sources import texts as texts_of
     from training.settings.config_file import load_settings
     from training.settings.schema import DataSettings
 
@@ -94,7 +104,8 @@ def read_haystack(
             raise UserError(f"--text {text!r} can't be read: {error}; give a file of UTF-8 text") from error
     else:
         data = load_settings(config).data if config else DataSettings.model_validate({})
-        name, texts = config or "held-out novels", [document.text for document in documents(data, "heldout")]
+        name = config or "held-out novels"
+        texts = [text for source in data.mixture for text in texts_of(source, "heldout")]
     return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
 
 

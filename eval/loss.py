@@ -62,27 +62,38 @@ def document_nats(
 
 
 def bits_per_byte(examined: Examined, haystack: Haystack, length: int, context: int) -> dict[str, Any]:
-    """Over all documents. The first token of a document has no context: neither it nor its bytes count."""
-    n_tokens = sum(len(document.tokens) - 1 for document in haystack.documents)
-    n_bytes = sum(document.n_bytes for document in haystack.documents)
-    firsts = (int(document.tokens[0]) for document in haystack.documents)
+    """Over all documents, and by source if there are several.
+
+    The first token of a document has no context: neither it nor its bytes count.
+    """
     decode, marker = examined.tokenizer.decode, examined.tokenizer.bos_id
-    n_bytes -= sum(len(decode([first]).encode()) for first in firsts if first != marker)
-    with progress("bits per byte", n_tokens) as advance:
-        nats = sum(document_nats(examined, d, length, context, advance) for d in haystack.documents)
+    sums: dict[str, NDArray[np.float64]] = {}  # nats, tokens and bytes of each source
+    with progress("bits per byte", sum(len(document.tokens) - 1 for document in haystack.documents)) as advance:
+        for document in haystack.documents:
+            nats, first = document_nats(examined, document, length, context, advance), int(document.tokens[0])
+            n_bytes = document.n_bytes - (0 if first == marker else len(decode([first]).encode()))
+            figures = np.array([nats, len(document.tokens) - 1, n_bytes])
+            sums[document.source] = sums.get(document.source, np.zeros(3)) + figures
+    nats, n_tokens, n_bytes = sum(sums.values(), np.zeros(3)).tolist()
+    by_source = {name: of[0] / math.log(2) / of[2] for name, of in sums.items()}
     return {
         "bits_per_byte": nats / math.log(2) / n_bytes,
         "nats_per_token": nats / n_tokens,
         "perplexity": math.exp(min(700.0, nats / n_tokens)),
         "bytes_per_token": n_bytes / n_tokens,
-        "tokens": n_tokens,
-        "bytes": n_bytes,
+        "tokens": int(n_tokens),
+        "bytes": int(n_bytes),
         "context": context,
-    }
+    } | ({"bits_per_byte_by_source": by_source} if len(by_source) > 1 else {})
 
 
 def by_position(examined: Examined, haystack: Haystack, length: int, rows: int, seed: int) -> list[dict[str, Any]]:
-    """Bits per token by position in a stretch, in buckets that end half as far again as the last."""
+    """Bits per token by position in a stretch, in buckets that end half as far again as the last.
+
+    Empty for stretches of a single token.
+    """
+    if length < 2:
+        return []
     from eval.forward import token_nats
 
     batches = haystack.rows(rows, length, seed).split(max(1, BATCH_TOKENS // length))
@@ -102,8 +113,10 @@ def by_context(examined: Examined, haystack: Haystack, length: int, rows: int, s
 
     from eval.forward import last_logits
 
+    table: list[dict[str, Any]] = []
+    if length < 2:
+        return table
     sample = haystack.rows(rows, length + TARGETS, seed + 1)
-    table = []
     for context in (2**i for i in range(32) if 2**i < length):
         views = [sample[:, -t - context - 1 : sample.shape[1] - t] for t in range(TARGETS)]
         batches = torch.cat(views).split(max(1, BATCH_TOKENS // (context + 1)))
@@ -128,9 +141,11 @@ def measure(
     context = context or min(examined.reach or 1024, 1024)
     context = longest // 2 if context + 2 > longest else context
     length = min(longest, 2 * context + 64)
-    result = examined.header() | {"seed": seed, "haystack": haystack.name}
-    result |= bits_per_byte(examined, haystack, length, context)
-    return result | {f.__name__: f(examined, haystack, length, rows, seed) for f in (by_position, by_context)}
+    result = {"seed": seed, "haystack": haystack.name} | bits_per_byte(examined, haystack, length, context)
+    # The curves need stretches of one length, so the longest document decides. One of a few tokens allows none.
+    curves = min(length, max(len(document.tokens) for document in haystack.documents) - TARGETS)
+    result |= {f.__name__: f(examined, haystack, curves, rows, seed) for f in (by_position, by_context)}
+    return examined.header() | result
 
 
 def main() -> None:
@@ -147,6 +162,8 @@ def main() -> None:
         f"{result['bytes']:,} bytes). That is {result['nats_per_token']:.3f} nats per token, a perplexity of "
         f"{result['perplexity']:.1f}. Each token had {result['context']:,} tokens of context."
     )
+    for name, figure in result.get("bits_per_byte_by_source", {}).items():
+        print(f"{figure:.3f} bits per byte on source {name}")
 
 
 if __name__ == "__main__":

@@ -5,24 +5,27 @@ see. Torch and transformers are imported only after the path has been checked, s
 """
 
 import hashlib
+import math
+import os
 import platform
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
-from safetensors import SafetensorError
 
 from model import windows
-from model.errors import UserError
+from model.errors import UserError, printable
 from model.windows import LayerSpec
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from training.settings.schema import Settings
+
+STARTED = time.monotonic()  # of an evaluation, which imports this module first
+MOST_PER_SAVED = 16  # parameters in memory for each number in the files, which may be packed
 
 
 def specs_of(config: Any) -> tuple[LayerSpec, ...]:
@@ -44,7 +47,7 @@ def specs_of(config: Any) -> tuple[LayerSpec, ...]:
     elif getattr(config, "layer_types", None) and config.model_type != "mistral":  # whose code ignores layer_types
         layer_types = config.layer_types
     else:
-        uses_window = getattr(config, "use_sliding_window", True) is not False
+        uses_window = getattr(config, "use_sliding_window", True) is not False and config.model_type != "llama"
         layer_types = ["sliding_attention" if uses_window else "full_attention"] * config.num_hidden_layers
     sliding = LayerSpec("sliding", window) if window else LayerSpec("full")
     chunked = LayerSpec("chunked", chunk) if chunk else LayerSpec("full")
@@ -141,11 +144,14 @@ class Examined:
         import torch
         import transformers
 
+        on_gpu = self.device.type == "cuda"
         libraries = {module.__name__: module.__version__ for module in (torch, transformers)}
         return {
             "model": self.name,
             "checkpoint_sha256": self.sha256,
             "settings": self.settings,
+            "machine": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "seconds": round(time.monotonic() - STARTED),
             "versions": {"python": platform.python_version()} | libraries,
             "window": self.window,
             "layers": self.layers,
@@ -155,15 +161,38 @@ class Examined:
         }
 
 
-def load_model(name: str, device: str | None = None, backend: str = "auto") -> Examined:
-    """Load MODEL in float32 and evaluation mode; UserError if it is missing or damaged or has a wrong tokenizer."""
-    run_dir, folder = _locate(Path(name))
+def load_model(name: str, device: str | None = None, backend: str = "auto", ours_only: bool = False) -> Examined:
+    """Load MODEL in float32 and evaluation mode; UserError if it is missing or damaged or has a wrong tokenizer.
+
+    If training deletes the checkpoint meanwhile, the next one is loaded.
+    `ours_only`: also for a model that our decoder can't run, before its weights are read.
+    """
+    run_dir, folder = locate(Path(name))
+    try:
+        return _loaded(name, run_dir, folder, device, backend, ours_only)
+    except (OSError, UserError):
+        if folder is None or folder.exists():
+            raise
+        return load_model(name, device, backend, ours_only)
+
+
+def _loaded(
+    name: str, run_dir: Path | None, folder: Path | None, device: str | None, backend: str, ours_only: bool
+) -> Examined:
+    if folder:
+        from training.run.checkpoint import refuse_damaged
+
+        for file in folder.iterdir():
+            if not file.is_file() and not file.is_dir():  # a pipe would be waited for, a device never ends
+                raise UserError(f"MODEL {name!r}: {file} is no regular file; copy the model again")
+        refuse_damaged(folder)
     import torch
 
     from training.run.folder import read_facts
+    from training.settings.config_file import parse_file
 
     facts = read_facts(run_dir) if run_dir else {}
-    model = _load_weights(folder, name, backend)
+    model = load_weights(folder, name, backend, ours_only)
     embeddings = int(model.config.get_text_config().vocab_size)
     tokenizer = _load_tokenizer(folder, name, run_dir, embeddings, facts.get("tokenizer_sha256") or "")
     model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -172,19 +201,19 @@ def load_model(name: str, device: str | None = None, backend: str = "auto") -> E
         for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
             digest.update(np.memmap(file, mode="r").data)
     return Examined(
-        name=run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/"),
+        name=printable(run_dir.name if run_dir and Path(name).resolve() == run_dir.resolve() else name.rstrip("/")),
         model=model,
         tokenizer=tokenizer,
         specs=specs_of(model.config),
         folder=folder,
         run_dir=run_dir,
-        settings=dict(yaml.safe_load(settings.read_text()) or {}) if settings and settings.exists() else {},
+        settings=parse_file(settings)[0] if settings and settings.exists() else {},
         facts=facts,
         sha256=digest.hexdigest() if folder else "",
     )
 
 
-def _locate(path: Path) -> tuple[Path | None, Path | None]:
+def locate(path: Path) -> tuple[Path | None, Path | None]:
     """(run folder, folder with config.json and weights); (None, None) if the path may be a name on the hub."""
     if not path.exists():
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
@@ -203,27 +232,57 @@ def _locate(path: Path) -> tuple[Path | None, Path | None]:
     )
 
 
-def _load_weights(folder: Path | None, name: str, backend: str) -> Any:
+def load_weights(folder: Path | None, name: str, backend: str = "auto", ours_only: bool = False) -> Any:
     """Our decoder if it can run the checkpoint, else the model of transformers. Code beside the weights never runs."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from model import hub
     from model.decoder import WindreachForCausalLM
 
-    ours = folder is not None and '"windreach"' in (folder / "config.json").read_text()
-    if folder and not ours:
-        with suppress(UserError):  # another family, or a feature that our decoder lacks, such as scaled RoPE
-            hub.load_config(folder)
-            ours = any(folder.glob("model*.safetensors"))
-    if folder and ours:
-        return WindreachForCausalLM.from_pretrained(folder, backend=backend)
+    if folder and (ours_only or not _left_to_the_library(folder)):
+        model: Any = WindreachForCausalLM.from_pretrained(folder, backend=backend)
+    elif ours_only:
+        raise UserError(f"MODEL {name!r}: no such folder; give a run folder or a checkpoint")
+    else:
+        model = load_hugging_face(folder, name)
+    if broken := next((n for n, weight in model.named_parameters() if not bool(weight.isfinite().all())), None):
+        raise UserError(f"MODEL {name!r}: {broken} holds a number that is not finite; take an older checkpoint")
+    return model
+
+
+def _left_to_the_library(folder: Path) -> bool:
+    """Whether a checkpoint is of another family, has a feature that our decoder lacks, or other files of weights."""
+    from model import hub
+
+    if hub.read_config(folder).get("model_type") == "windreach":
+        return False
+    try:
+        hub.load_config(folder)
+    except UserError:  # such as scaled RoPE
+        return True
+    return not any(folder.glob("model*.safetensors"))
+
+
+def load_hugging_face(folder: Path | None, name: str, **settings: Any) -> Any:
+    """The model of transformers in float32. settings: of its config, where they differ from those of the folder."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from model import hub
+
+    source = str(folder or name)
     try:  # without trust_remote_code=False transformers would ask on standard input, where a pipe may answer yes
-        return AutoModelForCausalLM.from_pretrained(str(folder or name), dtype=torch.float32, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if folder and any(folder.glob("model*.safetensors")):
+            with torch.device("meta"):
+                described = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+            saved = sum(math.prod(shape) for shape in hub.weight_shapes(folder).values())
+            if described > MOST_PER_SAVED * saved:
+                raise UserError(f"config.json describes {described:,} parameters, the files hold {saved:,}")
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **settings)
     except SafetensorError as error:
         raise UserError(f"MODEL {name!r}: its weights are damaged ({error}); copy them again") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {name!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # for a wrong config.json `transformers` raises whatever it stumbles over
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"MODEL {name!r}: {reason}") from error
 
 
 def _load_tokenizer(
@@ -246,8 +305,8 @@ def _load_tokenizer(
     else:
         try:
             tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False))
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0]
+        except Exception as error:  # `tokenizers` raises no narrower class
+            why = str(error).partition("\n")[0]
             raise UserError(f"MODEL {name!r}: no tokenizer beside the weights ({why}); copy its files there") from error
     if tokenizer.vocab_size > embeddings:
         raise UserError(

@@ -10,13 +10,14 @@ from rich.console import Console
 
 from eval.report.runs import Run
 from eval.report.tables import tables_of
+from training.run.checkpoint import write_text
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path, draw: Callable[[Any], Any]) -> None:
     """Write NAME.json, and what `draw` makes of the module `eval.plots` as NAME.png, into `folder`; print tables."""
     from eval import plots  # imports matplotlib
 
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
+    write_text(folder / f"{name}.json", json.dumps(result, indent=1))
     plots.save(draw(plots), folder / f"{name}.png")
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables_of(Run(folder, {name: result})).values():

@@ -91,7 +91,12 @@ def ridge(x_kne: Tensor, y_nv: Tensor, penalty: float) -> Tensor:
 def head_reader(examined: Examined, n_values: int) -> StreamReader | None:
     """Reads all texts with the relay head of the run's newest sound checkpoint, as in training; None without a head."""
     checkpoint = newest_valid(examined.run_dir) if examined.ours and examined.run_dir else None
-    weight = load_file(checkpoint / "trainer.safetensors").get("relay_head") if checkpoint else None
+    try:
+        weight = load_file(checkpoint / "trainer.safetensors").get("relay_head") if checkpoint else None
+    except FileNotFoundError:
+        if checkpoint is None or checkpoint.exists():
+            raise
+        return head_reader(examined, n_values)  # training has deleted that checkpoint: read the next one
     if weight is None or weight.shape != (n_values, examined.model.config.hidden_size):
         return None
     norm, weight_ev = examined.model.model.norm, weight.float().T

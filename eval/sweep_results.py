@@ -38,7 +38,9 @@ def write_results(
         save(picture, folder / "sweep.png")
     write_text(folder / "sweep.md", page + ("\n![The metrics of all runs](sweep.png)\n" if picture else ""))
     console.print(Markdown(page))
-    console.print(f"Written: {folder}/sweep.json, sweep.md{', sweep.png' if picture else ''}", soft_wrap=True)
+    console.print(
+        f"Written: {folder}/sweep.json, sweep.md{', sweep.png' if picture else ''}", soft_wrap=True, markup=False
+    )
 
 
 def row(labels: dict[str, Any], folder: Path, state: str) -> Row:

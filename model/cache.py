@@ -372,6 +372,13 @@ class RingCache(Cache):
             part.select_rows(beam_idx)
         self.recording.forget()
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused, as is `batch_select_indices`: the number of rows stays as it is until `reset`."""
+        raise UserError("a ring cache keeps its number of rows; repeat the rows of the input, and use a new cache")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.batch_repeat_interleave(len(indices))
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens of each row, as if they had never come. `tokens_to_remove` is minus their number.
 

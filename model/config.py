@@ -23,6 +23,9 @@ class WindreachConfig(MistralConfig):
     attention_backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         super().__post_init__(**kwargs)
         if self.layers is None:
             kind = "full" if self.sliding_window is None else "sliding"
@@ -32,7 +35,7 @@ class WindreachConfig(MistralConfig):
                 f"model.num_attention_heads is {self.num_attention_heads}, not a multiple of "
                 f"model.num_key_value_heads = {self.num_key_value_heads}; change one of them"
             )
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; rotary positions need an even number")
         if len(self.layers) != self.num_hidden_layers:
             raise UserError(

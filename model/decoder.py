@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from model.attention import Attend, AttentionPlan, check_backend, plan_attention, product_dtype
 from model.cache import RingCache, RingLayer, Slots, can_record
 from model.config import WindreachConfig
 from model.errors import UserError
-from model.hub import read_checkpoint
+from model.hub import check_shapes, load_config, load_weights, save_hf
 from model.packing import Packing, RowEnds, count_positions
 from model.projections import FusedProjections
 from model.rope import Rotary, rotary_tables, rotate
@@ -292,6 +293,8 @@ def _pack(
 ) -> Packing:
     """Positions and documents of the input. Document ids are left out for rows of one document without a cache."""
     b, t = tokens.shape[:2]
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UserError(f"attention_mask has {attention_mask.ndim} dimensions; give (batch, tokens), 0 for padding")
     if documents is None and attention_mask is not None and (cache is not None or not bool(attention_mask.all())):
         documents = attention_mask[:, -t:].long() - 1
     if documents is None and cache is not None:
@@ -333,15 +336,23 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises UserError for a missing, damaged or unsuitable file.
         """
-        config, weights = read_checkpoint(folder, backend)
-        model = cls(config)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"{folder}: weights and config.json don't belong together: {error}") from error
+        folder, config = Path(folder), load_config(folder, backend)
+        with torch.device("meta"):  # takes no memory, whatever the sizes are
+            model = cls(config)
+        check_shapes(folder, model.state_dict(), config.tie_word_embeddings)
+        model.to_empty(device="cpu")
+        model.load_state_dict(load_weights(folder, config.tie_word_embeddings))
         model.tie_weights()
         return model.to(dtype).eval()
 
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, is_main_process: bool = True
+    ) -> None:
+        """Write what `scripts/export.py` writes, without a tokenizer. `transformers.Trainer` calls it."""
+        if is_main_process:
+            save_hf(self, save_directory, state_dict)
+
+    @can_return_tuple  # return_dict=False
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -353,26 +364,32 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T or logits_to_keep, V). `labels` (B, T) as in transformers: not shifted, -100 is ignored.
 
         `num_items_in_batch`: divide the summed loss by it instead of by the tokens of this call. `transformers.Trainer`
-        passes the tokens of all micro-batches of a step.
+        passes the tokens of all micro-batches of a step. `output_hidden_states`: also the stream (B, T, E) before each
+        layer, and the normed one after the last. Raises UserError for `output_attentions`.
         """
+        if output_attentions:
+            raise UserError("output_attentions: no attention backend makes the weights; leave it out")
         if use_cache and past_key_values is None:
             past_key_values = RingCache(self.config)
-        hidden = self.model(
+        watched = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = self.model(
             input_ids, documents, attention_mask, position_ids, past_key_values, inputs_embeds,
-            positions_to_keep=logits_to_keep,
-        ).last_hidden_state  # fmt: skip
+            output_hidden_states=watched, positions_to_keep=0 if watched else logits_to_keep,
+        )  # fmt: skip
+        hidden = output.last_hidden_state
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        streams = (*output.hidden_states[:-1], hidden) if watched else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=streams)
 
     def compile_layers(self, mode: str | None = None) -> None:
         """Compile layer by layer: layers of one kind share one compilation. `mode` is that of torch.compile."""
@@ -412,9 +429,11 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RingCache(self.config)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Positions are the cache's business: those that `generate` counts are dropped."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)
         return inputs
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
+from model.errors import UserError
 
 GPU_BLOCK = 16  # tokens between two waits for the GPU: a wait costs about a tenth of the time of a small model's token
 
@@ -62,5 +63,7 @@ def token_blocks(
             logits = model(newest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             newest = sampler(logits)[:, None]
             drawn.append(newest)
+        if not bool(logits.isfinite().all()):
+            raise UserError("the model's logits are not finite; its weights are too large or damaged")
         yield torch.cat(drawn, 1).cpu()
         left, size = left - size, block

@@ -2,12 +2,14 @@
 
     python scripts/export.py runs/quickstart --format hf --out exported
 
-Writes config.json, model.safetensors and the tokenizer's files, which `AutoModelForCausalLM.from_pretrained` reads.
-A stack that Mistral can express is written as a Mistral checkpoint, any other one with the type "windreach".
+Writes config.json, generation_config.json, model.safetensors and the tokenizer's files. `transformers` reads them where
+the type is mistral, ministral or qwen3, the first of which that can express the layers; only this repository reads the
+type windreach.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,18 +19,21 @@ from model.errors import UserError, cli
 
 
 def export(examined: Examined, out: Path, dtype: str) -> str:
-    """Write the model and its tokenizer into the folder `out`; returns the model type written."""
+    """Write the model and its tokenizer into the folder `out`, all or nothing; returns the model type written."""
     import torch
 
+    from data.tokenizer import HubTokenizer
     from model import hub
+    from training.run.checkpoint import replace_folder
 
-    if not examined.ours:
-        raise UserError(f"MODEL {examined.name!r} is already a Hugging Face {examined.model.config.model_type} model")
     if any(examined.out_dir(str(out)).iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder, nothing is overwritten")
-    hub.save_hf(examined.model.to(getattr(torch, dtype)), out)
-    examined.tokenizer.save(out)
-    return "mistral" if hub.is_mistral(examined.model.config) else "windreach"
+    model, tokenizer = examined.model.to(getattr(torch, dtype)), examined.tokenizer
+    if isinstance(tokenizer, HubTokenizer) and tokenizer.bos_id is not None:
+        # As in training, a text begins with <s>. In a run folder a given tokenizer.json stays as it is, for its hash.
+        tokenizer.hf.add_bos_token, tokenizer.content = True, b""
+    replace_folder(out, partial(hub.save_hf, model, tokenizer=tokenizer))
+    return hub.exported_type(model.config)
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
             "--format gguf can't be written: its runtimes apply no sliding window to this architecture, "
             "so the exported model would see farther than the one that was trained; use --format hf"
         )
-    model_type = export(load_model(arguments.model, "cpu"), arguments.out, arguments.dtype)
+    model_type = export(load_model(arguments.model, "cpu", ours_only=True), arguments.out, arguments.dtype)
     print(f"{arguments.out}: a {model_type} checkpoint in {arguments.dtype}, with its tokenizer")
 
 

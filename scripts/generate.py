@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.models import Examined, load_model
-from model.errors import UserError, cli
+from model.errors import UserError, cli, printable, read_small_file
+
+MOST_BYTES = 64 << 20  # of a text to continue
 
 if TYPE_CHECKING:
     from model.cache import RingCache
@@ -87,11 +89,6 @@ class Conversation:
     def __init__(self, examined: Examined, sampler: "Sampler", stops: Sequence[str], block: int = 1) -> None:
         from model.cache import RingCache
 
-        if not examined.ours:
-            raise UserError(
-                f"MODEL {examined.name!r} is a {examined.model.config.model_type} model, which brings its own cache; "
-                "give a Windreach run or a checkpoint of type mistral, ministral, qwen3 or windreach"
-            )
         self.model, self.tokenizer, self.stops = examined.model, examined.tokenizer, stops
         self.sampler, self.block = sampler, block
         self.cache = RingCache(self.model.config)
@@ -136,8 +133,9 @@ class Conversation:
 def reply(talk: Conversation, text: str, max_tokens: int | None) -> None:
     """Print the answer to a text while it is written."""
     talk.say(text)
+    shown = printable if sys.stdout.isatty() else str  # a terminal would obey what it is sent
     for part in talk.answer(max_tokens):
-        print(part, end="", flush=True)
+        print(shown(part), end="", flush=True)
     print(flush=True)
 
 
@@ -147,7 +145,7 @@ def converse(talk: Conversation, max_tokens: int) -> None:
     for number in itertools.count(1):
         if terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        if not (line := sys.stdin.buffer.readline()):
+        if not (line := sys.stdin.buffer.readline(MOST_BYTES + 1)):
             return
         try:
             text = _utf8(line.rstrip(b"\r\n"), f"line {number} of standard input")
@@ -206,17 +204,19 @@ def opening(arguments: argparse.Namespace) -> str | None:
         return _utf8(arguments.prompt.encode("utf-8", "surrogateescape"), "--prompt")
     if arguments.file is not None:
         try:
-            return _utf8(Path(arguments.file).read_bytes(), arguments.file)
+            return _utf8(read_small_file(arguments.file, MOST_BYTES), arguments.file)
         except OSError as error:
             raise UserError(f"--file {arguments.file}: {error.strerror}; give a text file that can be read") from error
     if arguments.interactive:
         return None
     if sys.stdin.isatty():
         raise UserError("no prompt: give --prompt TEXT, --file FILE, --interactive, or pipe a text in")
-    return _utf8(sys.stdin.buffer.read(), "standard input")
+    return _utf8(sys.stdin.buffer.read(MOST_BYTES + 1), "standard input")
 
 
 def _utf8(text: bytes, where: str) -> str:
+    if len(text) > MOST_BYTES:
+        raise UserError(f"{where} is longer than {MOST_BYTES:,} bytes, the most that is read; give its end alone")
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -228,7 +228,7 @@ def main() -> None:
     text = opening(arguments)
     if arguments.device:
         check_device(arguments.device)
-    examined = load_model(arguments.model, arguments.device)
+    examined = load_model(arguments.model, arguments.device, ours_only=True)
     import torch
 
     from model.decoding import GPU_BLOCK, Sampler

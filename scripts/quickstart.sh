@@ -41,17 +41,19 @@ evaluate() {
 }
 
 # Runs a command in its own process group, and sends the group one SIGTERM when this script gets a signal. Without a
-# group `accelerate launch` would die alone and leave the training processes running.
+# group `accelerate launch` would die alone and leave the training processes running. Where `setpriv` is there, as on
+# Linux, the command also gets a SIGTERM if this script is killed.
 interruptible() {
-  local group code=0
+  local group code=0 guard=
+  ! setpriv --pdeathsig TERM true 2>/dev/null || guard="setpriv --pdeathsig TERM"
   set -m
-  "$@" &
+  $guard "$@" &
   group=$!
   set +m
-  trap 'stopping=1; trap "" INT TERM; kill -TERM -- "-$group" 2>/dev/null' INT TERM
+  trap 'stopping=1; trap "" INT TERM HUP USR1; kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP USR1
   wait "$group" || code=$?
   while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
-  trap - INT TERM
+  trap - INT TERM HUP USR1
   if [ -n "${stopping:-}" ]; then
     say "stopped; run the same command again to go on"
     exit 75

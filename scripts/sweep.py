@@ -35,20 +35,24 @@ def main() -> int:
     from rich.console import Console  # these import torch and matplotlib, which takes seconds
 
     from eval.sweep_results import write_results
+    from training.run.writer import Writer
     from training.sweeps.jobs import exit_code, plan_table, run_all
 
     console = Console()
     if arguments.dry_run:
-        console.print(plan_table(listed, settings), f"{len(listed)} runs in {folder}; nothing was started", sep="\n")
+        console.print(plan_table(listed, settings))
+        print(f"{len(listed)} runs in {folder}; nothing was started")
         return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        writer = Writer(folder, "put this sweep elsewhere with --out DIR")
     except OSError as problem:
         remedy = "name a folder that you may write"
         raise UserError(f"--out {folder}: can't be created: {problem.strerror}; {remedy}") from problem
     outcomes = run_all(sweep, listed, settings, arguments.jobs, console)
     states = [(o.run.labels, o.run.folder, o.state) for o in outcomes]
     write_results(sweep.name, states, folder, " ".join(["python scripts/sweep.py", *sys.argv[1:]]), console)
+    writer.close()
     return exit_code(outcomes, console)
 
 

@@ -22,10 +22,11 @@ GPU_FACTOR = 4  # as many more on a GPU, where fused kernels keep logits and gra
 
 
 class Score(NamedTuple):
-    """The summed loss in nats (0-d), and which labels were the most likely of all tokens (N,)."""
+    """The summed loss in nats (0-d), which labels were the most likely of all tokens (N,), and the `losses` (N,)."""
 
     loss: Tensor
     right: Tensor
+    losses: Tensor  # without a gradient
 
 
 def cross_entropy(
@@ -41,13 +42,15 @@ def cross_entropy(
         if torch.is_grad_enabled():
             return Score(*_Chunks.apply(hidden_ne, weight_ve, labels_n, z_weight, rows, product_dtype(hidden_ne)))
         parts = [cross_entropy(h, weight_ve, n) for h, n in zip(hidden_ne.split(rows), labels_n.split(rows))]
-        return Score(torch.stack([part.loss for part in parts]).sum(), torch.cat([part.right for part in parts]))
+        loss = torch.stack([part.loss for part in parts]).sum()
+        return Score(loss, torch.cat([part.right for part in parts]), torch.cat([part.losses for part in parts]))
     logits_nv = F.linear(hidden_ne, weight_ve)
-    loss = F.cross_entropy(logits_nv.float(), labels_n, reduction="sum")
+    losses = F.cross_entropy(logits_nv.float(), labels_n, reduction="none")
+    loss = losses.sum()
     if z_weight:
         z = z_weight * (logits_nv.float().logsumexp(-1).square() * (labels_n >= 0)).sum()
         loss = loss + (z - z.detach())
-    return Score(loss, logits_nv.detach().argmax(-1) == labels_n)
+    return Score(loss, logits_nv.detach().argmax(-1) == labels_n, losses.detach())
 
 
 class _Chunks(torch.autograd.Function):
@@ -59,9 +62,9 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, rows: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        losses, rights, differentiate = [], [], _differentiate_on(hidden.device.type)
+        all_losses, rights, differentiate = [], [], _differentiate_on(hidden.device.type)
         rows = _equal_rows(len(hidden), rows)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
@@ -69,18 +72,18 @@ class _Chunks(torch.autograd.Function):
                 h, wanted = hidden[i : i + rows].to(dtype), labels[i : i + rows]
                 if missing := rows - len(h):
                     h, wanted = F.pad(h, (0, 0, 0, missing)), F.pad(wanted, (0, missing), value=-1)
-                d_logits, loss, right = differentiate(h @ w.mT, wanted[:, None], z_weight)
+                d_logits, losses, right = differentiate(h @ w.mT, wanted[:, None], z_weight)
                 d_hidden[i : i + rows] = (d_logits @ w)[: rows - missing]
                 d_weight += d_logits.mT @ h
-                losses.append(loss)
+                all_losses.append(losses)
                 rights.append(right)
-        right = torch.cat(rights)[: len(hidden)]
+        right, losses = torch.cat(rights)[: len(hidden)], torch.cat(all_losses)[: len(hidden)]
         ctx.gradients = d_hidden, d_weight
-        ctx.mark_non_differentiable(right)
-        return torch.stack(losses).sum(), right
+        ctx.mark_non_differentiable(right, losses)
+        return losses.sum(), right, losses
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # the graph outlives them
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
 
@@ -103,14 +106,14 @@ def _differentiate_on(device_type: str) -> Callable[[Tensor, Tensor, float], tup
 
 
 def _differentiate(logits_nv: Tensor, labels_n1: Tensor, z_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the logits in their dtype, the summed loss, and which labels were the most likely (N,)."""
+    """The gradient of the logits in their dtype, the losses (N,), and which labels were the most likely (N,)."""
     dtype, logits = logits_nv.dtype, logits_nv.float()
     scored, wanted = labels_n1 >= 0, labels_n1.clamp_min(0)
     right = (logits.argmax(-1, keepdim=True) == labels_n1)[:, 0]
     normaliser = logits.logsumexp(-1, keepdim=True)
-    loss = ((normaliser - logits.gather(1, wanted)) * scored).sum()
+    losses = ((normaliser - logits.gather(1, wanted)) * scored)[:, 0]
     d_logits = logits.sub_(normaliser).exp_()  # in place, because logits are large
     if z_weight:
         d_logits.mul_(1 + 2 * z_weight * normaliser)
     d_logits = d_logits.scatter_(1, wanted, d_logits.gather(1, wanted) - 1).mul_(scored)
-    return d_logits.to(dtype), loss, right
+    return d_logits.to(dtype), losses, right

@@ -17,25 +17,27 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from data.mixture import open_sources, prepare_sources
 from data.tasks import need_keys
 from data.tasks.vocabulary import recall_vocabulary
-from data.token_store import open_tokens, token_folder
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from model import hub
 from model.attention import AttentionPlan, Device, check_backend, plan_attention
 from model.decoder import WindreachForCausalLM, build_model
+from model.errors import UserError
 from model.flops import flops_per_token
 from model.projections import row_sizes
 from model.windows import reach
 from training.captured import Captured, check_graphs, worth_capturing
 from training.curriculum import Curriculum, State
-from training.objective import Scorer, Work, objectives, step_flops
+from training.objective import Scorer, TextObjective, Work, objectives, step_flops
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
 from training.processes.parallel import Tensors, load_whole, spread, stored_in_shards, whole, whole_weights
@@ -46,7 +48,15 @@ from training.reporting.metrics import Metrics, TrainingProgress
 from training.reporting.nonfinite import keep_batch, stop_after
 from training.reporting.profiling import profiled
 from training.run.checkpoint import load_state, prune, replace_folder, save_checkpoint
-from training.run.folder import FACTS_SAVED, check_same_batches, check_same_data, decide_once, open_run, run_dir
+from training.run.folder import (
+    FACTS_SAVED,
+    check_same_batches,
+    check_same_data,
+    check_same_order,
+    decide_once,
+    open_run,
+    run_dir,
+)  # fmt: skip
 from training.schedule import interpolate, rate_factor
 from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
@@ -54,13 +64,13 @@ from training.start import grow_from_run
 from training.step import DELAY, Inputs, Outcome, Update
 
 
-def train(settings: Settings, resume: str) -> int:
+def train(settings: Settings, resume: str, stop: StopRequest) -> int:
     """Run or continue the training that `settings` describe. Returns the exit code; see train.py for `resume`.
 
     Raises UserError for wrong input and TrainingFault where training can't go on.
     """
     with lost_rank_is_fault(), lack_of_memory_is_fault(settings):
-        trainer = Trainer(settings, resume)
+        trainer = Trainer(settings, resume, stop)
         if not trainer.run():
             return STOPPED
         trainer.export()
@@ -70,17 +80,16 @@ def train(settings: Settings, resume: str) -> int:
 class Trainer:
     """One run: set up or resumed by `__init__`, trained by `run`, exported by `export`."""
 
-    def __init__(self, settings: Settings, resume: str):
-        self.settings, self.dir = settings, run_dir(settings)
-        self.stop = StopRequest()
+    def __init__(self, settings: Settings, resume: str, stop: StopRequest):
+        self.settings, self.dir, self.stop = settings, run_dir(settings), stop
         self.ranks = join_ranks()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
         set_up_threads(settings.training.num_threads, local_processes=local)
         make_deterministic(settings.training.deterministic)
 
         # 1. Data: the main process fills the cache, then every process maps it. Only the main one reads the text.
-        self.tokenizer, tokens = ask_main(self._cached_data)
-        train_store, heldout_store = open_tokens(tokens, self.tokenizer)
+        self.tokenizer, folders = ask_main(self._cached_data)
+        sources = open_sources(folders, self.tokenizer, settings.data)
 
         # 2. Model.
         config = model_config(settings, self.tokenizer.vocab_size)
@@ -90,9 +99,9 @@ class Trainer:
         origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
-        checkpoint = ask_main(lambda: open_run(settings, resume))
-        stores, device = {"train": train_store, "heldout": heldout_store}, self.ranks.device
-        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, stores, device, checkpoint, origin))
+        checkpoint = ask_main(lambda: self._open_run(resume))
+        device = self.ranks.device
+        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, sources, device, checkpoint, origin))
 
         # 4. Objectives, and the probe that measures them during training.
         torch.manual_seed(settings.seed * 1009 + self.ranks.process_index)
@@ -102,9 +111,10 @@ class Trainer:
         self.state, self.saved_step = State(curriculum=dict.fromkeys(recall.tasks, self.curriculum.start())), -1
         keys = recall.keys if need_keys(recall.tasks) else 0
         vocabulary = recall_vocabulary(self.tokenizer, recall.values, keys) if recall.enabled else None
-        self.objectives = objectives(settings, train_store, vocabulary, self.curriculum, self.ranks.num_processes)
+        self.objectives = objectives(settings, sources, vocabulary, self.curriculum, self.ranks.num_processes)
         micro_rows = self.objectives[0].plan(self.state.distances).micro_rows
-        self.probe = Probe(settings, heldout_store, vocabulary, self.curriculum, micro_rows)
+        heldout = {name: source.heldout for name, source in sources.items()}
+        self.probe = Probe(settings, heldout, vocabulary, self.curriculum, micro_rows)
 
         # 5. Optimizer, over the model as the processes share it.
         self.relay_values = recall.values if recall.enabled and recall.relay_loss_weight else 0
@@ -131,6 +141,11 @@ class Trainer:
         elif auxiliary:
             load_whole(self.scorer.auxiliary(), auxiliary)
 
+    def _open_run(self, resume: str) -> Path | None:
+        """The checkpoint to resume. The main process becomes the only writer of the run folder."""
+        checkpoint, self.writer = open_run(self.settings, resume)
+        return checkpoint
+
     def _check_device(self) -> None:
         """Raises UserError, before anything is written, for settings that this device can't serve."""
         training, config, device = self.settings.training, self.config, self.ranks.device.type
@@ -146,13 +161,14 @@ class Trainer:
         flops = plan.micro_rows * plan.seq_len * flops_per_token(self.config, plan.seq_len, training=True)
         return flops / self.config.num_hidden_layers / self.facts["matmul_rate"]
 
-    def _cached_data(self) -> tuple[Tokenizer, Path]:
+    def _cached_data(self) -> tuple[Tokenizer, dict[str, Path]]:
         tokenizer = prepare_tokenizer(self.settings)
-        return tokenizer, token_folder(self.settings, tokenizer)
+        return tokenizer, prepare_sources(self.settings, tokenizer)
 
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_same_data(path, saved, self.facts)
+        check_same_order(path, saved)
         load_whole(
             dict(self.decoder.named_parameters()),
             dict(WindreachForCausalLM.from_pretrained(path / "hf").named_parameters()),
@@ -164,6 +180,8 @@ class Trainer:
         reached, last = self.state.distances, self.curriculum.last_distance
         to_come = [dict.fromkeys(reached, distance) for distance in range(min(reached.values()), last + 1)]
         check_same_batches(path, self.objectives, len(saved["random"]), to_come)
+        text = next(o for o in self.objectives if isinstance(o, TextObjective))
+        ask_main(lambda: text.mixture.verify(self.state.step))
         if self.ranks.process_index < len(saved["random"]):
             random = bytearray(base64.b64decode(saved["random"][self.ranks.process_index]["torch"]))
             torch.set_rng_state(torch.frombuffer(random, dtype=torch.uint8))
@@ -176,7 +194,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step: True. Stopped by a signal, after a checkpoint: False."""
         settings, main, step = self.settings.training, self.ranks.is_main_process, self.state.step
-        self.metrics = Metrics(self.dir, self.settings, self.facts["wandb_id"], step, write=main)
+        self.metrics = Metrics(self.dir, self.settings, self._described(), step, write=main)
         self.progress = TrainingProgress(settings.max_steps, step, show=main)
         profile = profiled(settings.profile if main else None, self.dir, step, self.progress.say)
         self._say_how()
@@ -187,12 +205,18 @@ class Trainer:
             self.began, self.tokens, self.flops = time.perf_counter(), 0, 0.0  # since the last logged step
             while self.state.step < settings.max_steps:
                 if self._stopping():
-                    self._save()
+                    if not self._skipping():
+                        self._save()
                     self.progress.say(f"stopped at step {self.state.step}; run the same command again to go on")
                     return False
                 self._step()
                 after_step()
         return True
+
+    def _described(self) -> dict[str, Any]:
+        """Facts of the run for a tracker."""
+        farthest = reach(self.config.specs)
+        return self.facts | {"reach": farthest, "parameters": self.decoder.num_parameters()}
 
     def _attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
         """How each kind of layer is computed if matrix products are in `dtype`."""
@@ -228,13 +252,14 @@ class Trainer:
         first, last = step == self.progress.first_step + 1, step == settings.max_steps
         if first:
             shorten_timeout()
+            self.stop.training = True
         if step % settings.log_every_steps == 0 or last or first:
             self._log(outcome, {"lr": rate} | {f"weight_{name}": weight for name, weight in weights.items()})
         if last:
             self._count_outcomes(step)
         if step % settings.validate_every_steps == 0 or last:
             self._evaluate()
-        if step % settings.save_every_steps == 0 or last:
+        if self._due(step) or last:
             self._save()
         self.progress.update(self.progress.task, completed=step)
 
@@ -291,7 +316,9 @@ class Trainer:
         measured = outcome.measured  # waits for the step, so that the time includes it
         seconds, state = time.perf_counter() - self.began, self.state
         rate = self.tokens / seconds
-        mfu = self.flops / seconds / (self.facts["matmul_rate"] * self.ranks.num_processes)
+        flops = self.flops / seconds / self.ranks.num_processes
+        self.facts["matmul_rate"] = max(flops, self.facts["matmul_rate"])  # it was busy at the start
+        mfu = flops / self.facts["matmul_rate"]
         columns = {k: v for name, m in measured.items() for k, v in m.columns(name).items()}
         self.metrics.write(
             "train", state.step, **columns, **schedule, **state.columns(), horizon=state.horizon,
@@ -317,19 +344,40 @@ class Trainer:
         with whole(self.wrapped), self.accelerator.autocast():
             bits, recall = self.probe.text(self.decoder), self.probe.recall(self.decoder)
         columns = recall.columns()
-        self.state.validation_bits_per_byte, self.state.horizon = bits, columns["horizon"]
-        self.metrics.write("validation", self.state.step, bits_per_byte=bits)
+        total = bits.pop("")
+        self.state.validation_bits_per_byte = total if math.isfinite(total) else None  # JSON has no NaN
+        self.state.horizon = columns["horizon"]
+        by_source = {f"bits_per_byte_{name}": figure for name, figure in bits.items()}
+        self.metrics.write("validation", self.state.step, bits_per_byte=total, **by_source)
         if recall:
             self.metrics.write("probe", self.state.step, **columns)
-        self.progress.say(f"step {self.state.step}  held-out {bits:.3f} bits per byte  recall{recall}")
+        each = "".join(f"  {name} {figure:.3f}" for name, figure in bits.items())
+        self.progress.say(f"step {self.state.step}  held-out {total:.3f} bits per byte{each}  recall{recall}")
         self.began += time.perf_counter() - paused
 
     # -- 9. save ------------------------------------------------------------------------------------------------------
 
+    def _due(self, step: int) -> bool:
+        """Whether a checkpoint is due: each `save_every_steps`, and later while steps are skipped."""
+        every, last = self.settings.training.save_every_steps, max(self.saved_step, self.progress.first_step)
+        return step // every > last // every and not self._skipping()
+
+    def _skipping(self) -> bool:
+        """Whether the last step was skipped, which may be the fault of the weights. Waits for the device."""
+        return not self.outcomes[-1].finite if self.outcomes else self.state.skipped_in_a_row > 0
+
+    def _check_folder(self) -> None:
+        if not self.writer.still_there():
+            raise UserError(f"{self.dir} was deleted, moved or replaced while this run was training in it")
+
     def _save(self) -> None:
-        """Save a checkpoint: every rank sends its random state, the main process writes. The clock stands still."""
+        """Save a checkpoint: every rank sends its random state, the main process writes. The clock stands still.
+
+        While steps are skipped the older checkpoints stay: the weights may be broken.
+        """
         if self.state.step == self.saved_step:
             return
+        ask_main(self._check_folder)
         paused = self._stop_clock()
         random = {"torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode()}
         facts = {name: self.facts[name] for name in FACTS_SAVED}
@@ -339,21 +387,22 @@ class Trainer:
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
         ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, partial(self._write_hf, weights)))
-        ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
+        if not self._skipping():
+            ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
         self.saved_step = self.state.step
         gc.collect()
         self.began += time.perf_counter() - paused
 
     def _write_hf(self, weights: Tensors, folder: Path) -> None:
         """A Hugging Face checkpoint with its tokenizer, without the relay head."""
-        hub.save_hf(self.decoder, folder, weights)
-        self.tokenizer.save(folder)
+        hub.save_hf(self.decoder, folder, weights, self.tokenizer)
 
     # -- 10. export ---------------------------------------------------------------------------------------------------
 
     def export(self) -> None:
         """Write the last weights to runs/NAME/hf and print where everything is."""
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
+        ask_main(self._check_folder)
         ask_main(lambda: replace_folder(self.dir / "hf", partial(self._write_hf, weights)))
         s, farthest = self.state, reach(self.config.specs) or "unbounded"
         recall = f"recall horizon {s.horizon} tokens of R = {farthest}\n" if self.settings.recall.enabled else ""

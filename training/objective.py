@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from data.batches import recall_batch, text_batch
+from data.mixture import Mixture, Shares, Source
 from data.tasks.layout import RowRules
 from data.tasks.question import UNSCORED, TaskOptions
 from data.tasks.vocabulary import RecallVocabulary
@@ -34,16 +35,24 @@ from training.settings.consistency import recall_seq_len, row_tokens
 from training.settings.schema import Settings
 
 RELAY_HEAD = "relay_head"  # its name in checkpoints
+TERMS = ("text", "answer", "relay")  # what may be scored
 
 
 class Target(NamedTuple):
     """Scored positions: `index` (N,) into the B*T positions of a batch, `labels` (N,) what each must predict.
 
+    `groups` (N,): the number of the task or source of each, in the one term of an objective that counts them apart.
     For the relay head `index` counts into the (layers + 1) * B*T positions of the embedding and all layers' outputs.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     labels: Tensor
+    groups: Tensor | None = None
+
+    def padded(self, n: int) -> "Target":
+        """With `n` more, which are not scored and belong to no group."""
+        groups = None if self.groups is None else F.pad(self.groups, (0, n), value=-1)
+        return Target(F.pad(self.index, (0, n)), F.pad(self.labels, (0, n), value=UNSCORED), groups)
 
 
 class MicroBatch(NamedTuple):
@@ -52,7 +61,6 @@ class MicroBatch(NamedTuple):
     input_ids: Tensor
     packing: Packing
     targets: dict[str, Target]
-    answer_tasks: Tensor  # (N,) number of the task of each answer
 
     def padded(self) -> "MicroBatch":
         """With targets for an eighth, a quarter, a half or all of its tokens, so that few shapes occur."""
@@ -60,14 +68,11 @@ class MicroBatch(NamedTuple):
         packing = self.packing if spans is None else replace(self.packing, spans=max(16, 1 << (spans - 1).bit_length()))
         sizes = [-(-tokens // part) for part in (8, 4, 2, 1)]
         missing = {
-            term: next(size for size in sizes if len(labels) <= size) - len(labels)
-            for term, (_, labels) in self.targets.items()
+            term: next(size for size in sizes if len(target.labels) <= size) - len(target.labels)
+            for term, target in self.targets.items()
         }
-        targets = {
-            term: Target(F.pad(index, (0, missing[term])), F.pad(labels, (0, missing[term]), value=UNSCORED))
-            for term, (index, labels) in self.targets.items()
-        }
-        return MicroBatch(self.input_ids, packing, targets, F.pad(self.answer_tasks, (0, missing.get("answer", 0))))
+        targets = {term: target.padded(missing[term]) for term, target in self.targets.items()}
+        return MicroBatch(self.input_ids, packing, targets)
 
 
 # So that `tree_map` moves its tensors to a device, as it does those of a named tuple.
@@ -117,13 +122,11 @@ class Objective(ABC):
 
     name: str
     term_weights: Mapping[str, float]
-    tasks: tuple[str, ...] = ()  # recall tasks whose accuracy is reported separately
+    grouped: str  # the term whose targets have groups
+    groups: tuple[str, ...] = ()  # recall tasks, or sources of text, which are also reported one by one
 
-    def __init__(
-        self, settings: Settings, store: TokenStore, ranks: int, points: list[tuple[float, float]], max_grad_norm: float
-    ):
-        self.settings, self.store, self.ranks = settings, store, ranks
-        self.points, self.max_grad_norm = points, max_grad_norm
+    def __init__(self, settings: Settings, ranks: int, points: list[tuple[float, float]], max_grad_norm: float):
+        self.settings, self.ranks, self.points, self.max_grad_norm = settings, ranks, points, max_grad_norm
 
     @abstractmethod
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
@@ -142,17 +145,26 @@ class Objective(ABC):
 class TextObjective(Objective):
     """Next-token prediction on packed documents."""
 
-    name = "text"
+    name = grouped = "text"
     term_weights: Mapping[str, float] = {"text": 1.0}
+
+    def __init__(self, settings: Settings, sources: Mapping[str, Source], ranks: int):
+        training, data = settings.training, settings.data
+        super().__init__(settings, ranks, training.text_weight, training.optimizer.max_grad_norm)
+        self.groups = tuple(f"text_{name}" for name in sources) if len(sources) > 1 else ()
+        shares = Shares([s.weight for s in data.mixture], self.plan({}).rows, training.max_steps, settings.seed)
+        self.mixture = Mixture({name: source.rows for name, source in sources.items()}, shares)
 
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
         training, seq_len = self.settings.training, self.settings.data.seq_len
         return step_plan(training.tokens_per_step, seq_len, training.micro_batch_tokens, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
-        batch = text_batch(self.store, self.settings.seed, step, rows, plan.seq_len, rows_per_step=plan.rows)
-        packing = Packing.of_documents(batch.documents)
-        return MicroBatch(batch.input_ids, packing, {"text": _target(batch.labels)}, batch.tasks[:0])
+        batch = text_batch(self.mixture, step, rows)
+        text = _target(batch.labels)
+        if self.groups:
+            text = text._replace(groups=batch.groups[text.index // plan.seq_len])
+        return MicroBatch(batch.input_ids, Packing.of_documents(batch.documents), {"text": text})
 
 
 class RecallObjective(Objective):
@@ -162,17 +174,18 @@ class RecallObjective(Objective):
     layer learns directly to pass the value on, and not only through the loss after the last layer.
     """
 
-    name = "recall"
+    name, grouped = "recall", "answer"
 
     def __init__(
         self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary, curriculum: Curriculum, ranks: int
     ):
         recall, self.vocabulary, self.curriculum = settings.recall, vocabulary, curriculum
         max_grad_norm = recall.max_grad_norm or settings.training.optimizer.max_grad_norm
-        super().__init__(settings, store, ranks, recall.weight, max_grad_norm)
+        super().__init__(settings, ranks, recall.weight, max_grad_norm)
+        self.store = store
         optional = {"relay": recall.relay_loss_weight, "text": recall.text_loss_weight}
         self.term_weights = {"answer": recall.answer_loss_weight} | {t: w for t, w in optional.items() if w > 0}
-        self.tasks = tuple(str(task) for task in recall.tasks)
+        self.groups = tuple(str(task) for task in recall.tasks)
         self.rules, self.options = recall_rules(settings)
 
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
@@ -191,20 +204,24 @@ class RecallObjective(Objective):
         labels = {"answer": batch.recall_labels, "relay": batch.relay_labels, "text": batch.labels}
         targets = {term: _target(labels[term]) for term in self.term_weights}
         if "relay" in targets:
-            index, values = targets["relay"]
+            index, values, _ = targets["relay"]
             layers = batch.relay_layers.flatten()[index]
             targets["relay"] = Target(layers * batch.input_ids.numel() + index, values)
-        packing = Packing.of_whole_rows(plan.seq_len, batch.input_ids.device)
-        return MicroBatch(batch.input_ids, packing, targets, batch.tasks[targets["answer"].index // plan.seq_len])
+        answers = targets["answer"]
+        targets["answer"] = answers._replace(groups=batch.groups[answers.index // plan.seq_len])
+        return MicroBatch(batch.input_ids, Packing.of_whole_rows(plan.seq_len, batch.input_ids.device), targets)
 
 
 def objectives(
-    settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum, ranks: int
-) -> list[Objective]:
-    """Text, and recall where there is a vocabulary for it."""
-    weight, max_grad_norm = settings.training.text_weight, settings.training.optimizer.max_grad_norm
-    text = TextObjective(settings, store, ranks, weight, max_grad_norm)
-    return [text] if vocabulary is None else [text, RecallObjective(settings, store, vocabulary, curriculum, ranks)]
+    settings: Settings, sources: Mapping[str, Source], vocabulary: RecallVocabulary | None, curriculum: Curriculum,
+    ranks: int,
+) -> list[Objective]:  # fmt: skip
+    """Text, and recall where there is a vocabulary for it. Its filler is any stretch of any source."""
+    text = TextObjective(settings, sources, ranks)
+    if vocabulary is None:
+        return [text]
+    store = TokenStore.joined([source.train for source in sources.values()])
+    return [text, RecallObjective(settings, store, vocabulary, curriculum, ranks)]
 
 
 def recall_rules(settings: Settings) -> tuple[RowRules, TaskOptions]:
@@ -230,7 +247,7 @@ class Scorer(nn.Module):
         """The score of each term. Logits exist only at scored positions."""
         out = self.decoder.model(input_ids, packing=packing, output_hidden_states="relay" in targets)
         scores = {}
-        for term, (index, labels) in targets.items():
+        for term, (index, labels, _) in targets.items():
             if term == "relay" and self.relay_head is not None:
                 stream_ne = torch.stack(out.hidden_states).flatten(0, 2).index_select(0, index)
                 scores[term] = _score_relay(self.relay_head(self.decoder.model.norm(stream_ne)), labels)
@@ -238,8 +255,8 @@ class Scorer(nn.Module):
                 hidden_ne = out.last_hidden_state.flatten(0, 1).index_select(0, index)
                 scores[term] = cross_entropy(hidden_ne, self.decoder.lm_head.weight, labels, self.z_loss_weight)
         if self.relay_head is not None and "relay" not in targets:
-            term, (loss, right) = next(iter(scores.items()))  # DDP waits for a gradient of every weight
-            scores[term] = Score(loss + 0.0 * self.relay_head.weight.sum(), right)
+            term, score = next(iter(scores.items()))  # DDP waits for a gradient of every weight
+            scores[term] = score._replace(loss=score.loss + 0.0 * self.relay_head.weight.sum())
         return scores
 
     def auxiliary(self) -> dict[str, Tensor]:
@@ -249,9 +266,9 @@ class Scorer(nn.Module):
 
 @dataclass
 class Measured:
-    """Sums of one objective in one step, over all ranks: `loss` in nats by term, the others by term and recall task."""
+    """Sums of one objective in one step, over all ranks, by term and by group: recall task or source of text."""
 
-    loss: dict[str, float]
+    loss: dict[str, float]  # nats
     right: dict[str, float]  # answers
     count: dict[str, float]  # scored positions
     grad_norm: float = math.nan
@@ -263,17 +280,17 @@ class Measured:
     def columns(self, objective: str) -> dict[str, float]:
         """For the log: `loss_text`, `accuracy_answer`, `grad_norm_recall` and so on."""
         columns = {f"grad_norm_{objective}": self.grad_norm}
+        groups = self.count.keys() - TERMS
         for name, count in self.count.items():
             shown = f"text_of_{objective}" if name == "text" != objective else name
-            if name in self.loss:
+            if name in TERMS or (len(groups) > 1 and count):  # one group alone has all positions of its term
                 columns[f"loss_{shown}"] = self.loss[name] / max(count, 1.0)
-            if name in self.loss or len(self.count) > len(self.loss) + 1:  # one task alone has all answers
                 columns[f"accuracy_{shown}"] = self.right[name] / max(count, 1.0)
         return columns
 
 
 class Work(NamedTuple):
-    """One objective's share of a step on this rank. weights, counts: (terms,) and (terms and tasks,), in float64."""
+    """One objective's share of a step on this rank. weights, counts: (terms,) and (terms and groups,), in float64."""
 
     micro_batches: list[MicroBatch]
     weights: Tensor
@@ -281,11 +298,11 @@ class Work(NamedTuple):
 
     @staticmethod
     def of(objective: Objective, micro_batches: list[MicroBatch]) -> "Work":
-        """`counts` are the positions that each term scores, and the answers of each recall task."""
-        terms = objective.term_weights
+        """`counts` are the positions that each term scores, and those of each group."""
+        terms, grouped = objective.term_weights, [m.targets[objective.grouped] for m in micro_batches]
         counts = [sum(len(m.targets[term].labels) for m in micro_batches) for term in terms]
-        tasks = torch.cat([m.answer_tasks for m in micro_batches])
-        counts += [int((tasks == number).sum()) for number in range(len(objective.tasks))]
+        groups = [t.groups for t in grouped if t.groups is not None]
+        counts += [sum(int((g == number).sum()) for g in groups) for number in range(len(objective.groups))]
         weights = torch.tensor(list(terms.values()), dtype=torch.float64)
         return Work(micro_batches, weights, torch.tensor(counts, dtype=torch.float64))
 
@@ -302,21 +319,22 @@ def differentiate(objective: Objective, accelerator: Accelerator, scorer: nn.Mod
         score = scorer(micro_batch.input_ids, micro_batch.packing, micro_batch.targets)
         in_order = {term: score[term] for term in terms}
         accelerator.backward(weighted_loss(in_order, work.weights, counts[: len(terms)], accelerator.num_processes))
-        scores.append({term: Score(s.loss.detach(), s.right) for term, s in in_order.items()})
+        scores.append({term: score._replace(loss=score.loss.detach()) for term, score in in_order.items()})
 
-    sums = [torch.stack([s[t].loss.double() for s in scores]).sum() for t in terms]
-    sums += [torch.stack([s[t].right.sum() for s in scores]).sum().double() for t in terms]
-    for number in range(len(objective.tasks)):
-        pairs = zip(work.micro_batches, scores, strict=True)
-        right = [(s["answer"].right & (m.answer_tasks == number)).sum() for m, s in pairs]
-        sums.append(torch.stack(right).sum().double())
-    return torch.cat((sum_tensor_over_ranks(torch.stack(sums)), counts))
+    losses = [torch.stack([s[t].loss.double() for s in scores]).sum() for t in terms]
+    rights = [torch.stack([s[t].right.sum() for s in scores]).sum().double() for t in terms]
+    pairs = [(m.targets[objective.grouped].groups, s[objective.grouped]) for m, s in zip(work.micro_batches, scores)]
+    for number in range(len(objective.groups)):
+        losses.append(torch.stack([(s.losses * (groups == number)).sum().double() for groups, s in pairs]).sum())
+        rights.append(torch.stack([(s.right & (groups == number)).sum() for groups, s in pairs]).sum().double())
+    return torch.cat((sum_tensor_over_ranks(torch.stack(losses + rights)), counts))
 
 
 def measured_names(objective: Objective) -> list[tuple[str, str]]:
     """What the figures of a step are, in their order: those of `differentiate`, counts, and the gradient norm."""
-    terms, tasks = list(objective.term_weights), list(objective.tasks)
-    names = [("loss", t) for t in terms] + [(what, t) for what in ("right", "count") for t in (*terms, *tasks)]
+    names = [
+        (what, name) for what in ("loss", "right", "count") for name in (*objective.term_weights, *objective.groups)
+    ]
     return [*names, ("grad_norm", "")]
 
 
@@ -348,7 +366,7 @@ def _score_relay(logits: Tensor, labels: Tensor) -> Score:
     loss = torch.where(known, normaliser - picked, normaliser - logits.mean(-1) - math.log(n))
     peak, best = logits.detach().max(-1)
     right = torch.where(known, best == labels, peak - normaliser < math.log(0.5))
-    return Score((loss * scored).sum(), right & scored)
+    return Score((loss * scored).sum(), right & scored, (loss * scored).detach())
 
 
 def _target(labels_bt: Tensor) -> Target:

@@ -4,7 +4,7 @@ Layers run uncompiled here, because other shapes and no gradients would compile 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from data.batches import text_batch
+from data.mixture import ConcatRows, Mixture, Shares
 from data.tasks.distance import last_distance_holding
 from data.tasks.layout import RecallItem, item, task_size
 from data.tasks.question import UNSCORED
@@ -33,14 +34,16 @@ class Probe:
     """Measures the same held-out text and the same questions all through a run."""
 
     def __init__(
-        self, settings: Settings, store: TokenStore, vocabulary: RecallVocabulary | None, curriculum: Curriculum,
-        micro_rows: int = ROWS,
+        self, settings: Settings, heldout: Mapping[str, TokenStore], vocabulary: RecallVocabulary | None,
+        curriculum: Curriculum, micro_rows: int = ROWS,
     ):  # fmt: skip
-        self.settings, self.store, self.rows = settings, store, min(ROWS, micro_rows)
+        """`heldout`: the held-out text of each source."""
+        self.settings, self.heldout, self.rows = settings, heldout, min(ROWS, micro_rows)
         self.rank, self.ranks = PartialState().process_index, PartialState().num_processes
         self.items: dict[str, dict[int, list[RecallItem]]] = {}  # by task and distance
         if vocabulary is None:
             return
+        store = TokenStore.joined(list(heldout.values()))
         far, window, options = curriculum.last_distance, curriculum.window, recall_rules(settings)[1]
         doubled = [d for i in range(32) if (d := window << i) < far]  # W, 2W, 4W ...
         distances = settings.training.probe_distances or [*doubled, far]
@@ -52,23 +55,30 @@ class Probe:
                 rngs = map(np.random.default_rng, seeds)
                 questions[d] = [item(task, rng, store, vocabulary, length, d, options) for rng in rngs]
 
-    def text(self, decoder: WindreachForCausalLM) -> float:
-        """Bits per byte over the first `training.validation_tokens` tokens, in sequences of `data.seq_len`."""
-        seq_len, device = self.settings.data.seq_len, decoder.device
-        rows = max(1, min(self.settings.training.validation_tokens, len(self.store.tokens) - 1) // seq_len)
-        nats, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0
+    def text(self, decoder: WindreachForCausalLM) -> dict[str, float]:
+        """Bits per byte of `training.validation_tokens` tokens of each source, and under "" of all of them together."""
+        nats: dict[str, float] = {}
+        n_bytes: dict[str, float] = {}
         with _evaluating(decoder):
-            for first in range(self.rank * self.rows, rows, self.ranks * self.rows):
-                numbers = range(first, min(first + self.rows, rows))
-                batch = text_batch(self.store, 0, 0, numbers, seq_len, rows_per_step=rows)
-                packing = Packing.of_documents(batch.documents).to(device)
-                hidden = decoder.model(batch.input_ids.to(device), packing=packing)
-                labels = batch.labels.flatten()
-                flat = hidden.last_hidden_state.flatten(0, 1)
-                nats += cross_entropy(flat, decoder.lm_head.weight, labels.to(device)).loss
-                n_bytes += int(self.store.token_bytes[labels[labels != UNSCORED].numpy()].sum())
-        total = sum_over_ranks({"nats": nats.item(), "bytes": float(n_bytes)})
-        return total["nats"] / math.log(2) / max(1.0, total["bytes"])
+            for name, store in self.heldout.items():
+                nats[name], n_bytes[name] = self._source(decoder, store)
+        nats, n_bytes = sum_over_ranks(nats), sum_over_ranks(n_bytes)
+        nats[""], n_bytes[""] = sum(nats.values()), sum(n_bytes.values())
+        return {name: nats[name] / math.log(2) / max(1.0, n_bytes[name]) for name in nats}
+
+    def _source(self, decoder: WindreachForCausalLM, store: TokenStore) -> tuple[float, float]:
+        """Nats and bytes of this rank's share of a source, in sequences of `data.seq_len` tokens or all that it has."""
+        rows = ConcatRows(store, min(self.settings.data.seq_len, store.n_tokens - 1))
+        n = min(len(rows), max(1, self.settings.training.validation_tokens // rows.seq_len))
+        mixture, device = Mixture({"": rows}, Shares([1.0], n, 1, seed=0)), decoder.device
+        nats, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0
+        for first in range(self.rank * self.rows, n, self.ranks * self.rows):
+            batch = text_batch(mixture, 0, range(first, min(first + self.rows, n)))
+            packing, labels = Packing.of_documents(batch.documents).to(device), batch.labels.flatten()
+            hidden = decoder.model(batch.input_ids.to(device), packing=packing).last_hidden_state.flatten(0, 1)
+            nats += cross_entropy(hidden, decoder.lm_head.weight, labels.to(device)).loss
+            n_bytes += int(store.token_bytes[labels[labels != UNSCORED].numpy()].sum())
+        return nats.item(), float(n_bytes)
 
     def recall(self, decoder: WindreachForCausalLM) -> "Recalled":
         """Share of questions whose answer is the most likely of all tokens; empty without recall."""

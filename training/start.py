@@ -9,7 +9,7 @@ from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 from model.growth import grow
 from training.objective import RELAY_HEAD
-from training.run.checkpoint import file_sha256, load_state, newest_valid
+from training.run.checkpoint import file_sha256, load_state, newest_valid, refuse_damaged
 from training.run.folder import check_same_data, read_facts, run_dir
 from training.settings.schema import Settings
 
@@ -26,10 +26,12 @@ def grow_from_run(
     named = settings.model.init.grow_from
     if named is None or (resume != "never" and (resume != "auto" or newest_valid(run_dir(settings)))):
         return {}, {}
-    run, export = Path(named), Path(named) / "hf"
+    run = Path(named).expanduser()
+    export = run / "hf"
     try:
         if not export.is_dir():
             raise UserError("holds no hf/, the export of a finished run; train that one first")
+        refuse_damaged(export)
         check_same_data(run, read_facts(run), {"tokenizer_sha256": tokenizer.sha256})
         grow(decoder, WindreachForCausalLM.from_pretrained(export))
         return {"grown_from_sha256": file_sha256(export / "model.safetensors")}, _relay_head(run, settings)

@@ -19,12 +19,12 @@ class Draws:
 
     def __init__(self, seed: int, step: int, rows: range):
         numbers = np.arange(rows.start, rows.stop, dtype=np.uint64)
-        self.keys = _mix(_mix(_mix(np.full_like(numbers, seed)) + np.uint64(step)) + numbers)
+        self.keys = mix(mix(mix(np.full_like(numbers, seed)) + np.uint64(step)) + numbers)
 
     def uniform(self, name: str, n: int) -> NDArray[np.float64]:
         """(B, n) on [0, 1), in steps of 2**-53."""
-        stream = _mix(self.keys + np.uint64(zlib.crc32(name.encode())))
-        bits = _mix(stream[:, None] + np.arange(n, dtype=np.uint64) * _GOLDEN)
+        stream = mix(self.keys + np.uint64(zlib.crc32(name.encode())))
+        bits = mix(stream[:, None] + np.arange(n, dtype=np.uint64) * _GOLDEN)
         return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def integers(self, name: str, n: int, high: int) -> IntArray:
@@ -89,7 +89,7 @@ class ItemDraws:
 TaskDraws = Draws | ItemDraws
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -84,12 +84,12 @@ def clean_filler(filler: IntArray, vocab: RecallVocabulary) -> IntArray:
 
 def filler_room(store: TokenStore, length: int) -> int:
     """Number of positions in the store at which `length` tokens may begin. Raises `UserError` when there are none."""
-    if len(store.tokens) < length:
+    if store.n_tokens < length:
         raise UserError(
-            f"a recall row needs {length:,} tokens of text and the data has {len(store.tokens):,}; "
+            f"a recall row needs {length:,} tokens of text and the data has {store.n_tokens:,}; "
             "give more text (data.train_files, data.heldout_files), or lower recall.seq_len or the distances"
         )
-    return len(store.tokens) - length + 1
+    return store.n_tokens - length + 1
 
 
 def item(
@@ -114,7 +114,7 @@ def item(
     if isinstance(filler, TokenStore) and TASKS[task].noise:
         filler = vocab.plain[rng.integers(len(vocab.plain), size=total_length)]
     elif isinstance(filler, TokenStore):
-        filler = filler.tokens[int(rng.integers(filler_room(filler, total_length))) :]
+        filler, _ = filler.read(int(rng.integers(filler_room(filler, total_length))), total_length)
     haystack = clean_filler(np.asarray(filler[:total_length], dtype=np.int64), vocab)
     assert len(haystack) == total_length, "the haystack is shorter than the item"
     draws = ItemDraws(rng)

@@ -48,6 +48,10 @@ def documents(
     """
     if not pretrained:
         raise UserError("windreach_recall needs to know the model: give --model_args pretrained=FOLDER")
+    if distances is not None and not (
+        isinstance(distances, list | tuple) and all(isinstance(d, int) and d > 0 for d in distances)
+    ):
+        raise UserError(f"distances is {distances!r}; give a list of tokens, such as [16, 64]")
     config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     hub_tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(tokenizer or pretrained, trust_remote_code=False))
     specs = specs_of(config)  # a model without windows gets the distances of W = 64

@@ -3,8 +3,9 @@
 from eval.plots.canvas import save, svg
 from eval.plots.curves import hero_figure, loss_figure, reach_figure, training_figure, training_panels
 from eval.plots.maps import heat_figure, relay_figure
+from eval.plots.needs import needs_figure
 
 __all__ = [
-    "heat_figure", "hero_figure", "loss_figure", "reach_figure", "relay_figure", "save", "svg", "training_figure",
-    "training_panels",
+    "heat_figure", "hero_figure", "loss_figure", "needs_figure", "reach_figure", "relay_figure", "save", "svg",
+    "training_figure", "training_panels",
 ]  # fmt: skip

@@ -14,6 +14,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from training.run.checkpoint import write_bytes
+
 matplotlib.use("Agg")
 
 INK, MUTED, GRID = "#1b1f24", "#6b7280", "#e5e7eb"
@@ -50,7 +52,12 @@ def distance_unit(result: dict[str, Any]) -> str:
 
 def save(figure: Figure, path: Path | BinaryIO) -> None:
     """Write the figure as a PNG to a path or an open file."""
-    figure.savefig(path, dpi=160, facecolor="white")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=160, facecolor="white")
+    if isinstance(path, Path):
+        write_bytes(path, buffer.getvalue())
+    else:
+        path.write(buffer.getvalue())
 
 
 def marks(ax: Axes, x: Any, y: Any, tips: Sequence[str], color: str, size: float = 26, **style: Any) -> None:

@@ -135,7 +135,8 @@ def loss_figure(losses: list[Result], narrow: bool = False) -> Figure:
     for ax, word, x_key in ((axes[0], "position", "middle"), (axes[1], "context", "context")):
         for color, loss in zip(cycle(COLORS), losses, strict=False):
             keys = (x_key, "bits_per_token", "standard_error")
-            x, y, error = np.array([[row[key] for key in keys] for row in loss[f"by_{word}"]]).T
+            rows = [[row[key] for key in keys] for row in loss[f"by_{word}"]]
+            x, y, error = np.array(rows).reshape(-1, 3).T
             style = {"color": color, "label": loss["model"]}
             _draw_interval(ax, np.maximum(1.0, x), y, y - 1.96 * error, y + 1.96 * error, style)
             for tokens, line in ((loss["window"], "-"), (loss["reach"], "--")):

@@ -23,6 +23,7 @@ from eval.report.runs import Result
 from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli
+from training.run.checkpoint import write_text
 
 
 def field_length(examined: Examined, max_tokens: int) -> int:
@@ -40,7 +41,7 @@ def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 
     sample = haystack.rows(texts, field_length(examined, max_tokens), seed)
     alphas = residual_shares(examined, sample)
     alpha = float(np.mean(alphas)) if alphas else None
-    rows, note = cliff(examined, seed, max_tokens)
+    field, (rows, note) = gradient_field(examined, sample, seed), cliff(examined, seed, max_tokens)
     return examined.header() | {
         "seed": seed,
         "receptive_field": None if examined.reach is None else examined.reach + 1,
@@ -50,7 +51,7 @@ def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 
         "cliff": rows,
         "cliff_note": note,
         "cliff_holds": cliff_holds(rows) if rows else None,
-        "gradient": gradient_field(examined, sample, seed),
+        "gradient": field,
         "alpha": {
             "residual_share": alpha,
             "attention_share": None if alpha is None else 1 - alpha,
@@ -71,7 +72,7 @@ def print_result(result: Result, console: Console) -> None:
         )
     elif others is not None:
         words += f" for global tokens and {others:,} tokens back for all others"
-    console.print(f"[bold]{result['model']}[/]: {result['layers']} layers{words}")
+    console.print(f"{result['model']}: {result['layers']} layers{words}", markup=False)
     if result["cliff_note"]:
         console.print(f"Cliff test: {result['cliff_note']}")
     for table in reach_tables(result).values():
@@ -87,7 +88,7 @@ def main() -> None:
     console = Console()
     examined, out, haystack = prepare(args)
     result = measure(examined, haystack, args.seed, args.texts, args.max_tokens)
-    (out / "reach.json").write_text(json.dumps(result, indent=1))
+    write_text(out / "reach.json", json.dumps(result, indent=1))
     print_result(result, console)
     if args.plot:
         from eval import plots
@@ -95,7 +96,7 @@ def main() -> None:
 
         masks.write(examined.specs, out)
         plots.save(plots.reach_figure(result), out / "reach.png")
-    console.print(f"Written: {out / 'reach.json'}")
+    print(f"Written: {out / 'reach.json'}")
     if result["cliff_holds"] is False:
         raise SystemExit("a token beyond the reach changed the output: the attention path that differs is at fault")
 

@@ -66,12 +66,12 @@ def main() -> None:
     args = parser.parse_args()
     runs = tell_apart([read_run(name) for name in dict.fromkeys(args.runs)])
 
+    from data.folders import write_text
     from eval.report.page import page  # imports matplotlib
 
     out = Path(args.out or (runs[0].folder / "report.html" if len(runs) == 1 else "comparison.html"))
     try:
-        with out.open("w", encoding="utf-8") as file:
-            file.write(page(runs))
+        write_text(out, page(runs))
     except OSError as error:
         raise UserError(f"--out {str(out)!r} can't be written: {error.strerror}; name another file") from error
     print(f"Written: {out}")

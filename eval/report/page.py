@@ -5,6 +5,8 @@ The sentences around them, the headline figures and the captions of the pictures
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -12,6 +14,11 @@ from matplotlib.figure import Figure
 from eval import plots
 from eval.report import tables
 from eval.report.runs import Result, Run
+from model.config import WindreachConfig
+from model.hub import load_config
+
+EXPLORER = Path(__file__).parents[2] / "docs" / "explore.html"
+LONGEST_EXPLORED = 1 << 20  # tokens; docs/explore.html draws no longer sequence
 
 Drawing = Callable[[bool], Figure]  # draws for wide screens (False) or for phones (True)
 Contents = tuple[dict[str, tables.Table], Mapping[str, Drawing]]  # by the names that they have in a tracker
@@ -43,6 +50,7 @@ def of_one(run: Run) -> Contents:
 def page(runs: list[Run]) -> str:
     """The whole report as HTML."""
     from eval.relay import finding as relay_finding  # imports torch
+    from training.planning.dry_run import duration
 
     loader = PackageLoader("eval.report")
     environment = Environment(
@@ -50,8 +58,33 @@ def page(runs: list[Run]) -> str:
     )
     return environment.get_template("report.html").render(
         title=title(runs), runs=runs, shared=shared(runs), contents=[of_one(run) for run in runs],
-        svg=plots.svg, tokens=tokens, identity=identity, relay_finding=relay_finding,
+        svg=plots.svg, tokens=tokens, duration=duration, identity=identity, relay_finding=relay_finding,
+        explorer=EXPLORER.read_text(encoding="utf-8"), stack=stack_of(runs[0]),
     )  # fmt: skip
+
+
+def stack_of(run: Run) -> str:
+    """The model of a run in the form of `explorer_settings`; empty for a folder of results without the model."""
+    folder = run.folder / "hf"
+    return explorer_settings(load_config(folder)) if (folder / "config.json").exists() else ""
+
+
+def explorer_settings(config: WindreachConfig) -> str:
+    """The settings of docs/explore.html, as they stand behind the # of its address, for the stack of `config`.
+
+    >>> explorer_settings(WindreachConfig(num_hidden_layers=3, layers=[{"window": 8}, {"window": 8}, {"kind": "full"}]))
+    'layers=3&pattern=sliding:2:8:1:0,full:1::1:0&length=64&heads=32&kv=8&head=128&bytes=2&hidden=4096&ffn=14336&vocab=32000'
+    """
+    layers = [(spec.kind, spec.window or "", spec.dilation, spec.global_tokens) for spec in config.specs]
+    period = next(n for n in range(1, len(layers) + 1) if layers == (layers[:n] * len(layers))[: len(layers)])
+    kinds = [(layer, len(list(equal))) for layer, equal in groupby(layers[:period])]
+    pattern = ",".join(f"{kind}:{count}:{window}:{gap}:{first}" for (kind, window, gap, first), count in kinds)
+    length = 1 + max(first for *_, first in layers) + int(1.15 * sum(spec.ring_slots or 0 for spec in config.specs))
+    return (
+        f"layers={len(layers)}&pattern={pattern}&length={min(max(64, length), LONGEST_EXPLORED)}"
+        f"&heads={config.num_attention_heads}&kv={config.num_key_value_heads}&head={config.head_dim}&bytes=2"
+        f"&hidden={config.hidden_size}&ffn={config.intermediate_size}&vocab={config.vocab_size}"
+    )
 
 
 def title(runs: list[Run]) -> str:

@@ -51,18 +51,18 @@ def read_run(name: str) -> Run:
     results = {key: read_result(file) for key in EVALUATIONS if (file := folder / f"{key}.json").exists()}
     if not results:
         raise UserError(f"RUN {name!r}: nothing measured yet; run `python -m eval.recall {name}` first")
-    settings = file.read_text() if (file := folder / "settings.yaml").exists() else ""
+    settings = file.read_text(errors="replace") if (file := folder / "settings.yaml").exists() else ""
     return Run(folder, results, read_metrics(folder / "metrics.jsonl"), settings)
 
 
 def read_metrics(file: Path) -> list[Result]:
     """The lines of metrics.jsonl. A last line that a killed run left incomplete is skipped."""
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
+            metrics.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             if number < len(lines):
                 raise UserError(f"{file}, line {number}: not JSON ({error}); correct or remove that line") from error
     return metrics

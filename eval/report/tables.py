@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from eval.report.runs import Result, Run
+from model.errors import printable
 
 TABLES = {  # name: caption, columns "heading = key of a row : format of a number"
     "recall": (
@@ -54,6 +55,19 @@ TABLES = {  # name: caption, columns "heading = key of a row : format of a numbe
         "Loss by position: every token, predicted from all tokens before it.",
         "position, tokens = label : | bits per token = bits_per_token : .3f | ± 95 % = margin : .3f",
     ),
+    "needs": (
+        "{text}: {tokens:,} tokens, predicted from fewer and from more tokens before them. Documents: {documents:,}. "
+        "95 % intervals are over {units:,} {unit}.",
+        "context = context : ,d | bits per token = bits : | bits gained = gain : | share of gain = share : | "
+        "need more = need : | by chance = by_chance :",
+    ),
+    "needs_advice": (
+        "Patterns of layers, for {serve_tokens:,} tokens and the shape of {shape}. The shares are of the measured gain "
+        "from {first:,} to {last:,} tokens. No pattern costs less than a ● and sees as much.",
+        " = front : | W = window : ,d | full layers = full_layers : d | R, tokens = reach : ,d | "
+        "in W = in_window : .0% | in one hop = in_one_hop : .0% | in R = in_reach : .0% | cache, MiB = cache : ,.1f | "
+        "MFLOPs a token = mflops : ,.0f",
+    ),
     "comparison": (
         "Shape and horizons of each run. A heading sorts its column.",
         "run = run : | task = task : | seed = seed : d | layers = layers : ,d | W = window : ,d | R = reach : ,d | "
@@ -77,11 +91,11 @@ class Table:
 
     def print(self, console: Console) -> None:
         """Print the table on a terminal."""
-        printed = rich_table.Table(title=self.caption, title_justify="left")
+        printed = rich_table.Table(title=escape(printable(self.caption)), title_justify="left")
         for heading, style in self.columns.items():
-            printed.add_column(heading, justify="right" if style else "left")
+            printed.add_column(escape(printable(heading)), justify="right" if style else "left")
         for row in self.rows:
-            printed.add_row(*map(escape, self.texts(row)))
+            printed.add_row(*(escape(printable(text)) for text in self.texts(row)))
         console.print(printed)
 
 
@@ -110,7 +124,29 @@ def tables_of(run: Run) -> dict[str, Table]:
     for name in ("by_context", "by_position") if "loss" in results else ():
         rows = [row | {"margin": 1.96 * row["standard_error"]} for row in results["loss"][name]]
         tables[f"loss_{name}"] = table(f"loss_{name}", rows)
+    if "needs" in results:
+        tables |= needs_tables(results["needs"])
     return tables
+
+
+def needs_tables(needs: Result) -> dict[str, Table]:
+    """What each text gains from context, and the patterns of layers with their costs."""
+    texts = needs["texts"] + [needs["together"]] * (len(needs["texts"]) > 1)
+    tables = {f"needs_{i}": table("needs", map(with_intervals, t["contexts"]), t) for i, t in enumerate(texts)}
+    rows = [
+        row
+        | {"front": "●" * row["pareto"], "cache": row["cache_bytes"] / 2**20, "mflops": row["flops_per_token"] / 1e6}
+        for row in needs["advice"]
+    ]
+    ends = {"first": texts[0]["contexts"][0]["context"], "last": texts[0]["contexts"][-1]["context"]}
+    return tables | ({"needs_advice": table("needs_advice", rows, needs | ends)} if rows else {})
+
+
+def with_intervals(row: Result) -> Result:
+    """The row with each [value, low, high] as text, shares of tokens in per cent."""
+    styles = {"bits": ".2f", "gain": ".3f", "share": ".0%", "need": ".1%", "by_chance": ".1%"}
+    texts = {key: "{:{s}} [{:{s}}, {:{s}}]".format(*row[key], s=style) for key, style in styles.items() if row[key]}
+    return {"context": row["context"]} | texts
 
 
 def reach_tables(reach: Result) -> dict[str, Table]:

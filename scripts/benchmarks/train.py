@@ -33,7 +33,7 @@ SCORES_LIMIT = 8 << 30  # bytes of attention scores kept for the backward pass b
 def plain_config(settings: Settings) -> WindreachConfig:
     """The model config of a run. Raises UserError where `MistralForCausalLM` can't compute the same function."""
     config = model_config(settings, settings.model.vocab_size or settings.data.tokenizer.vocab_size)
-    if not hub.is_mistral(config):
+    if hub.exported_type(config) != "mistral":
         raise UserError(f"{settings.name}: its layers are not all alike, as Mistral's are; give another config")
     return config
 

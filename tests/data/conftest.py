@@ -60,7 +60,7 @@ def store(tokenizer: Tokenizer) -> TokenStore:
     ids = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     starts = np.cumsum([0, *map(len, ids[:-1])])
     tokens = np.concatenate([np.array(i, dtype=np.uint16) for i in ids])
-    return TokenStore(tokens, starts, tokenizer.token_bytes())
+    return TokenStore.of(tokens, starts, tokenizer.token_bytes())
 
 
 @pytest.fixture

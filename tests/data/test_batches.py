@@ -1,7 +1,8 @@
-"""Batches: pure functions of (seed, step, row), each text chunk once an epoch, no label across a document's end."""
+"""Batches: pure functions of (seed, step, row), each text row once an epoch, no label across a document's end."""
 
 import itertools
 import time
+from collections import Counter
 from dataclasses import fields
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.batches import recall_batch, text_batch
+from data.mixture import BestFitRows, ConcatRows, Mixture, Shares, prepare_best_fit
 from data.tasks.layout import RowRules
 from data.tasks.question import UNSCORED
 from model.errors import UserError
@@ -32,9 +34,14 @@ def joined(parts):
     return kind(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(kind)))
 
 
+def alone(rows, rows_per_step, seed=0):
+    """A mixture of one source."""
+    return Mixture({"": rows}, Shares([1.0], rows_per_step, max_steps=1000, seed=seed))
+
+
 def makers(store, vocab):
     def text(step, rows, seed=0):
-        return text_batch(store, seed, step, rows, 32, rows_per_step=8)
+        return text_batch(alone(ConcatRows(store, 32), 8, seed), step, rows)
 
     def recall(step, rows, seed=0):
         return recall_batch(store, vocab, seed, step, rows, 64, far(40), TASKS)
@@ -66,34 +73,34 @@ def test_another_step_or_seed_gives_other_rows(kind, store, vocab):
 
 
 @given(rows_per_step=st.integers(1, 9))
-def test_every_chunk_is_seen_once_an_epoch_and_in_another_order_in_the_next(store, rows_per_step):
-    chunks = (len(store.tokens) - 1) // 64
+def test_every_row_is_seen_once_an_epoch_and_in_another_order_in_the_next(store, rows_per_step):
+    n, mixture = (store.n_tokens - 1) // 64, alone(ConcatRows(store, 64), rows_per_step, seed=3)
     rows = [
         tuple(row.tolist())
-        for step in range(2 * chunks // rows_per_step + 1)
-        for row in text_batch(store, 3, step, range(rows_per_step), 64, rows_per_step=rows_per_step).input_ids
+        for step in range(2 * n // rows_per_step + 1)
+        for row in text_batch(mixture, step, range(rows_per_step)).input_ids
     ]
-    expected = sorted(tuple(store.tokens[i * 64 : (i + 1) * 64].tolist()) for i in range(chunks))
-    assert sorted(rows[:chunks]) == sorted(rows[chunks : 2 * chunks]) == expected
-    assert rows[:chunks] != rows[chunks : 2 * chunks]
+    expected = sorted(tuple(store.read(i * 64, 64)[0].tolist()) for i in range(n))
+    assert sorted(rows[:n]) == sorted(rows[n : 2 * n]) == expected
+    assert rows[:n] != rows[n : 2 * n]
 
 
 def test_text_labels_are_the_next_tokens_and_never_cross_into_another_document(store):
-    chunks = (len(store.tokens) - 1) // 32
-    batch = text_batch(store, 0, 0, range(chunks), 32, rows_per_step=chunks)
+    rows = ConcatRows(store, 32)
+    batch = text_batch(alone(rows, len(rows)), 0, range(len(rows)))
     inner = batch.labels[:, :-1]
     crossing = batch.documents[:, 1:] != batch.documents[:, :-1]
     assert crossing.any()
     assert (inner[crossing] == UNSCORED).all()
     assert torch.equal(inner[~crossing], batch.input_ids[:, 1:][~crossing])
-    first = {tuple(store.tokens[s : s + 2].tolist()) for s in store.document_starts}
+    first = {tuple(store.read(start, 2)[0].tolist()) for start, _ in store.documents()}
     begun = {tuple(p) for p in zip(batch.input_ids[:, 1:-1][crossing[:, :-1]].tolist(),
                                    batch.input_ids[:, 2:][crossing[:, :-1]].tolist())}  # fmt: skip
     assert begun <= first
 
 
 def test_text_batches_ask_for_no_recall(store):
-    batch = text_batch(store, 0, 0, range(4), 32, rows_per_step=4)
+    batch = text_batch(alone(ConcatRows(store, 32), 4), 0, range(4))
     assert (batch.recall_labels == UNSCORED).all()
     assert (batch.relay_labels == UNSCORED).all()
     assert (batch.distances == 0).all()
@@ -154,6 +161,26 @@ def test_rows_too_short_for_the_distance_are_refused(store, vocab):
         recall_batch(store, vocab, 0, 0, range(1), 64, far(63), TASKS)
 
 
-def test_text_shorter_than_a_row_is_refused(store):
-    with pytest.raises(UserError, match=r"data\.seq_len is 99,999 and the training text has .* tokens; lower it"):
-        text_batch(store, 0, 0, range(1), 99_999, rows_per_step=1)
+@pytest.mark.parametrize("seq_len", [2, 7, 64, 300, 5000])
+def test_best_fit_rows_hold_every_token_once_an_epoch_and_padding_is_a_document_in_which_nothing_is_scored(
+    seq_len, store, tmp_path
+):
+    rows = BestFitRows(store, seq_len, prepare_best_fit(store, seq_len, tmp_path))
+    batch = text_batch(alone(rows, len(rows)), 0, range(len(rows)))
+    seen, padding = Counter(), []
+    for row in zip(batch.documents.tolist(), batch.input_ids.tolist(), batch.labels.tolist()):
+        pieces = [list(group) for _, group in itertools.groupby(zip(*row), key=lambda position: position[0])]
+        assert [piece[0][0] for piece in pieces] == list(range(len(pieces)))
+        if all(position[1:] == (0, UNSCORED) for position in pieces[-1]):
+            padding += pieces.pop()
+        seen.update(tuple(position[1:] for position in piece) for piece in pieces)
+    assert seen == Counter(pieces_of(store, seq_len))
+    assert len(padding) == len(rows) * seq_len - store.n_tokens
+
+
+def pieces_of(store, seq_len):
+    """(token, label) of each document, cut every `seq_len` tokens. A cut is scored, the end of a document is not."""
+    for start, end in store.documents():
+        tokens = store.read(start, end - start)[0].tolist()
+        scored = list(zip(tokens, [*tokens[1:], UNSCORED]))
+        yield from (tuple(scored[i : i + seq_len]) for i in range(0, len(scored), seq_len))

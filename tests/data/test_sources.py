@@ -7,17 +7,24 @@ import os
 import time
 
 import datasets
+import pyarrow
 import pytest
 
-from data import folders
-from data.sources import HELDOUT_EVERY, altered_files, documents, source_fingerprint, text_size
+from data import folders, sources
+from data.sources import altered_files, split_of
 from model.errors import UserError
 
 SENTENCES = [f"Sentence {i} of a text." for i in range(40)]
 
 
 def texts(run, split="train"):
-    return [document.text for document in documents(run.data, split)]
+    (source,) = run.data.mixture
+    return list(sources.texts(source, split))
+
+
+def source_fingerprint(data, split):
+    (source,) = data.mixture
+    return sources.source_fingerprint(source, split, data.cache_dir)
 
 
 def write_jsonl(path, rows):
@@ -46,15 +53,29 @@ def write_gzip(path, rows):
     return str(path)
 
 
+def write_zst(path, rows):
+    """In two frames, as parallel compressors write."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    codec = pyarrow.Codec("zstd")
+    path.write_bytes(b"".join(codec.compress("".join(half).encode(), asbytes=True) for half in (lines[:9], lines[9:])))
+    return str(path)
+
+
+def write_list(path, rows):
+    path.write_text(json.dumps(rows, indent=1))
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("write", "name"),
     [(write_jsonl, "rows [1].jsonl"), (write_jsonl, "rows.JSONL"), (write_jsonl, "rows.ndjson"),
-     (write_gzip, "rows.jsonl.gz"), (write_parquet, "rows [1].parquet"), (write_csv, "rows [1].csv")],
+     (write_gzip, "rows.jsonl.gz"), (write_zst, "rows.jsonl.zst"), (write_list, "rows.json"),
+     (write_jsonl, "rows.json"),
+     (write_parquet, "rows [1].parquet"), (write_csv, "rows [1].csv")],
 )  # fmt: skip
 def test_each_row_of_a_table_is_a_document(write, name, rows, make_settings, tmp_path):
     run = make_settings(train_files=[write(tmp_path / name, rows)], text_column="body")
     assert texts(run) == SENTENCES
-    assert [document.name for document in documents(run.data, "train")][:2] == [f"{name}#0", f"{name}#1"]
 
 
 def test_globs_are_read_in_order_and_text_files_whole(make_settings, tmp_path):
@@ -83,19 +104,65 @@ def test_cells_of_a_csv_file_are_text_as_written(make_settings, tmp_path):
     assert texts(make_settings(train_files=[str(tmp_path / "rows.csv")])) == ["NA", "two\nlines"]
 
 
-def test_without_heldout_files_every_twentieth_document_is_held_out_whole(rows, make_settings, tmp_path):
-    file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    run = make_settings(train_files=[file], heldout_files=[], text_column="body")
-    assert texts(run, "heldout") == [SENTENCES[19], SENTENCES[39]]
-    assert sorted(texts(run) + texts(run, "heldout")) == sorted(SENTENCES)
+def by_hash(make_settings, *files, share=0.3):
+    run = make_settings(train_files=list(map(str, files)), heldout_files=[], text_column="body", heldout_share=share)
+    return {split: texts(run, split) for split in ("train", "heldout")}
+
+
+def test_without_heldout_files_a_share_of_the_documents_is_held_out(make_settings, tmp_path):
+    many = [{"body": f"Document {i}."} for i in range(2000)]
+    file = write_jsonl(tmp_path / "rows.jsonl", many)
+    split = by_hash(make_settings, file, share=0.1)
+    assert sorted(split["train"] + split["heldout"]) == sorted(row["body"] for row in many)
+    assert 150 < len(split["heldout"]) < 250
+    run = make_settings(train_files=[file], heldout_files=[])
     assert source_fingerprint(run.data, "train") != source_fingerprint(run.data, "heldout")
+    assert source_fingerprint(make_settings(train_files=[file], heldout_files=[], heldout_share=0.1).data, "train") != (
+        source_fingerprint(run.data, "train")
+    )
+
+
+def test_another_file_another_name_and_another_order_move_no_document(rows, make_settings, tmp_path):
+    first, second = (write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in (("b", rows[:25]), ("c", rows[25:])))
+    before = by_hash(make_settings, first)
+    assert len(before["heldout"]) >= 2
+    more = by_hash(make_settings, second, first)
+    renamed = write_parquet(tmp_path / "renamed.parquet", rows[:25][::-1])
+    other = by_hash(make_settings, renamed)
+    for split in ("train", "heldout"):
+        assert set(before[split]) <= set(more[split])
+        assert sorted(other[split]) == sorted(before[split])
+
+
+def test_a_larger_share_holds_out_the_same_documents_and_more(rows, make_settings, tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    few, many = (set(by_hash(make_settings, file, share=share)["heldout"]) for share in (0.3, 0.6))
+    assert few < many
+
+
+def test_equal_documents_are_on_one_side(rows, make_settings, tmp_path):
+    split = by_hash(make_settings, write_jsonl(tmp_path / "rows.jsonl", rows * 3))
+    assert not set(split["train"]) & set(split["heldout"])
+
+
+def test_the_side_of_a_document_never_changes_silently():
+    assert [i for i in range(40) if split_of(f"Document {i}".encode(), 0.1) == "heldout"] == [1, 6, 13, 31]
 
 
 def test_too_few_documents_to_hold_some_out_are_refused(make_settings):
     with pytest.raises(
-        UserError, match=rf"data\.heldout_files \[\] has no text; name .*, or {HELDOUT_EVERY} documents in"
+        UserError,
+        match=r"^data\.heldout_files \[\] has no text; name another with text, or raise data\.heldout_share, "
+        r"which is 0\.001$",
     ):
-        texts(make_settings(heldout_files=[]), "heldout")
+        texts(make_settings(heldout_files=[], heldout_share=0.001), "heldout")
+
+
+def test_settings_of_a_named_source_are_named_with_it(make_settings):
+    run = make_settings(source="novels", train_files=[], heldout_files=[], sources=[
+        {"name": "web", "source": "files", "train_files": ["nowhere.txt"]}])  # fmt: skip
+    with pytest.raises(UserError, match=r"^data\.sources 'web': train_files: no such file: 'nowhere\.txt'"):
+        texts(run)
 
 
 @pytest.mark.parametrize("setting", ["train_files", "heldout_files"])
@@ -118,15 +185,29 @@ def test_a_corpus_without_text_is_refused(split, make_settings, tmp_path):
         texts(make_settings(), split)
 
 
-def test_a_missing_column_is_refused(rows, make_settings, tmp_path):
-    file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UserError, match=r"data\.text_column is 'text'; row 0 of 'rows\.jsonl' .* only \['body', 'n'\]"):
-        texts(make_settings(train_files=[file]))
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize(
+    ("column", "expected"), [("text", "top"), ("a.b", "inner"), ("a.c.d", "deep"), ("x.y", "a dot in its name")]
+)
+def test_a_column_may_be_nested_or_have_a_dot_in_its_name(write, column, expected, make_settings, tmp_path):
+    row = {"text": "top", "a": {"b": "inner", "c": {"d": "deep"}}, "x.y": "a dot in its name", "x": {"y": "nested"}}
+    file = write(tmp_path / f"rows.{write.__name__.removeprefix('write_')}", [row])
+    assert texts(make_settings(train_files=[file], text_column=column)) == [expected]
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("x.jsonl", b'{"text": \n'), ("x.jsonl.gz", b"no"), ("x.parquet", b"PAR0"), ("x.txt", b"\xff"), ("x.csv", b"")],
+    [
+        ("x.json", b'[{"text": "a"}'),
+        ("x.jsonl.gz", b"no"),
+        ("x.jsonl.zst", b"no"),
+        ("x.parquet", b"PAR0"),
+        ("x.txt", b"\xff"),
+        ("x.csv", b""),
+        ("x.csv", b"text\n\xff\n"),
+        ("x.txt.gz", gzip.compress(b"The sea.")[:-9]),
+        ("x.txt.zst", pyarrow.Codec("zstd").compress(b"The sea was calm. " * 99, asbytes=True)[:-9]),
+    ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(name, content, make_settings, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -153,6 +234,16 @@ def test_a_hub_data_set_is_read_by_its_splits(streaming, hub_folder, make_settin
     assert texts(make_settings(source="hub", hub=hub | {"max_documents": 3})) == SENTENCES[:3]
 
 
+def test_without_a_heldout_split_a_share_of_the_train_split_is_held_out(
+    hub_folder, make_settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    hub = {"name": str(hub_folder), "text_column": "body", "heldout_split": None}
+    run = make_settings(source="hub", hub=hub, heldout_share=0.3)
+    assert len(texts(run, "heldout")) >= 2
+    assert sorted(texts(run) + texts(run, "heldout")) == sorted(SENTENCES[:30])
+
+
 def test_a_hub_folder_is_known_by_its_content(hub_folder, rows, make_settings):
     run = make_settings(source="hub", hub={"name": str(hub_folder)})
     before = source_fingerprint(run.data, "train")
@@ -162,7 +253,7 @@ def test_a_hub_folder_is_known_by_its_content(hub_folder, rows, make_settings):
 
 
 def test_a_hub_data_set_that_is_not_there_is_refused(make_settings, tmp_path, hub_folder):
-    with pytest.raises(UserError, match=r"data\.hub\.name '.*hub', split 'test' can't be loaded: .*; check the name"):
+    with pytest.raises(UserError, match=r"data\.hub\.name '.*hub', split 'test' can't be read: .*; check the name"):
         texts(make_settings(source="hub", hub={"name": str(hub_folder), "train_split": "test", "streaming": True}))
 
 
@@ -229,10 +320,11 @@ def test_reading_every_file_again_finds_the_one_that_differs(make_settings, tmp_
     assert source_fingerprint(run.data, "train") == before
 
 
-def test_the_size_of_text_is_known_for_text_files_alone(make_settings, tmp_path):
-    size = (tmp_path / "train.txt").stat().st_size
-    assert text_size(make_settings().data, "train") == size
-    assert text_size(make_settings(heldout_files=[]).data, "heldout") == round(size / HELDOUT_EVERY)
-    (tmp_path / "rows.jsonl").touch()
-    assert text_size(make_settings(train_files=[str(tmp_path / "rows.jsonl")]).data, "train") is None
-    assert text_size(make_settings(source="novels").data, "train") is None
+def test_a_part_is_read_from_any_row_on(hub_folder, rows, make_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    run = make_settings(train_files=[write_csv(tmp_path / "rows.csv", rows)], text_column="body")
+    hub = make_settings(source="hub", hub={"name": str(hub_folder), "text_column": "body", "max_documents": 20})
+    for settings, end in ((run, 40), (hub, 20)):
+        (part, *_) = sources.parts(settings.data.mixture[0])
+        assert list(part.rows(7)) == SENTENCES[7:end]
+        assert list(part.rows(end)) == []

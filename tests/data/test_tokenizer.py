@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.tasks.vocabulary import RESERVED, recall_vocabulary
-from data.token_store import prepare_tokens
+from data.token_store import open_tokens, token_folders
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer, prepare_tokenizer, to_hugging_face, train_tokenizer
 from model.errors import UserError
 
@@ -50,7 +50,7 @@ def test_decoding_gives_the_text_back_byte_for_byte(tokenizer, text):
 @settings(deadline=None)
 def test_hugging_face_gives_the_same_ids_and_text(tokenizer, hugging_face, text):
     ids = tokenizer.encode(text)
-    assert hugging_face.encode(text) == ids
+    assert hugging_face.encode(text) == [tokenizer.bos_id, *ids]  # a text begins with <s>, as in training
     assert hugging_face.decode(ids) == text
 
 
@@ -72,7 +72,8 @@ def test_hugging_face_knows_the_special_tokens_and_the_size(tokenizer, hugging_f
 def test_a_saved_tokenizer_works_beside_a_mistral_config(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mistral", "architectures": ["MistralForCausalLM"]}')
-    assert AutoTokenizer.from_pretrained(tmp_path).encode(LANGUAGE) == tokenizer.encode(LANGUAGE)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.encode(LANGUAGE, add_special_tokens=False) == tokenizer.encode(LANGUAGE)
 
 
 def test_a_saved_tokenizer_is_loaded_from_its_folder_or_its_file(tokenizer, tmp_path):
@@ -154,7 +155,7 @@ def test_a_given_sentencepiece_model_has_the_same_ids_in_hugging_face(kind, opti
     hugging_face = AutoTokenizer.from_pretrained(tmp_path / "saved")
     for text in (*SENTENCES, LANGUAGE, "  two  blanks ", "", " ", "<0x41>"):
         ids = tokenizer.encode(text)
-        assert hugging_face.encode(text) == ids
+        assert hugging_face.encode(text) == [tokenizer.bos_id, *ids]
         if options:
             assert tokenizer.decode(ids) == hugging_face.decode(ids) == text
             prefix = options.get("add_dummy_prefix", True) and bool(text)
@@ -262,10 +263,15 @@ def test_bytes_of_the_tokens_of_a_tokenizer_json(tokenizer_json):
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode()) + prefix
 
 
+def train_tokens(settings, tokenizer):
+    """The stored tokens of the training text, in one shard."""
+    return open_tokens(token_folders(settings, tokenizer)[""], tokenizer)["train"].shard(0).tokens
+
+
 def test_markers_of_a_document_are_there_once(tokenizer_json, make_settings):
     tokenizer = load_tokenizer(tokenizer_json)
-    train, _ = prepare_tokens(make_settings(tokenizer={"model_file": str(tokenizer_json)}), tokenizer)
-    first, *between, last = train.tokens.tolist()
+    tokens = train_tokens(make_settings(tokenizer={"model_file": str(tokenizer_json)}), tokenizer)
+    first, *between, last = tokens.tolist()
     assert (first, last) == (tokenizer.bos_id, tokenizer.eos_id)
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(between)
 
@@ -336,9 +342,9 @@ def test_ids_beyond_65535_are_stored(make_settings, tmp_path):
     backend.add_tokens(["ship"])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
-    train, _ = prepare_tokens(make_settings(tokenizer={"model_file": str(tmp_path)}), tokenizer)
-    assert train.tokens.dtype == np.uint32
+    tokens = train_tokens(make_settings(tokenizer={"model_file": str(tmp_path)}), tokenizer)
+    assert tokens.dtype == np.uint32
     assert tokenizer.get_vocab()["ship"] > 1 << 16
-    text = tokenizer.decode(train.tokens[1:-1])
+    text = tokenizer.decode(tokens[1:-1])
     assert text == (tmp_path / "train.txt").read_text()
-    assert train.bytes_of(0, len(train.tokens)) == len(text)
+    assert tokenizer.token_bytes()[tokens].sum() == len(text)

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.mixture import open_sources, prepare_sources
 from data.tokenizer import prepare_tokenizer
 from model import hub
 from model.decoder import build_model
 from tests.integration import tiny_run
+from training.run.checkpoint import write_json
+from training.run.folder import data_hashes
 from training.settings.build import init_options, model_config
 from training.settings.schema import Settings
 
@@ -24,5 +27,7 @@ def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(model_config(settings, tokenizer.vocab_size), init_options(settings), seed=3)
     hub.save_hf(model, run / "hf")
     tokenizer.save(run / "hf")
+    sources = open_sources(prepare_sources(settings, tokenizer), tokenizer, settings.data)
+    write_json(run / "run.json", {"data_sha256": data_hashes(sources), "tokenizer_sha256": tokenizer.sha256})
     (run / "settings.yaml").write_text(yaml.safe_dump(described))
     return run

@@ -74,6 +74,9 @@ def test_refusals(asked):
         pack.documents()
     with pytest.raises(UserError, match="the harness cuts the front of what is longer than"):
         pack.documents(**(asked | {"distances": [1_000_000]}))
+    for wrong in (16, "16", [16, "64"], [0]):
+        with pytest.raises(UserError, match=r"distances is .*; give a list of tokens"):
+            pack.documents(**(asked | {"distances": wrong}))
 
 
 @pytest.mark.parametrize("task", ["windreach_recall", "windreach_recall_generate"])

@@ -1,16 +1,24 @@
 """Claims about bits per byte: every token once, every byte once."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.mixture import open_sources, prepare_sources
 from eval import loss
 from eval.forward import token_nats
-from eval.haystack import HeldOutDocument, encode_documents, open_haystack
+from eval.haystack import Haystack, HeldOutDocument, encode_documents, open_haystack
 from eval.models import load_model
+from eval.plots import loss_figure
+from model.errors import UserError
+from training.run.folder import data_hashes
+from training.settings.schema import Settings
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +33,16 @@ def test_stretches_score_each_token_once_and_with_its_context(n_tokens, context,
     assert scored == list(range(1, n_tokens))
     assert all(first - start == min(context, first) for start, first, _ in made)
     assert all(end - start <= context + more for start, _, end in made)
+
+
+@pytest.mark.parametrize(("text", "has_curves"), [("The sea was calm. " * 9, True), ("ab", False)])
+def test_short_documents_have_bits_per_byte_and_the_curves_that_fit(examined, text, has_curves):
+    haystack = Haystack("short", encode_documents(examined.tokenizer, [text] * 3, None))
+    result = loss.measure(examined, haystack, rows=4)
+    assert 0 < result["bits_per_byte"] < 30
+    assert result["tokens"] == sum(len(document.tokens) - 1 for document in haystack.documents)
+    assert bool(result["by_position"]) == bool(result["by_context"]) == has_curves
+    loss_figure([result])
 
 
 def test_bytes_of_the_held_out_text_are_exact(examined, untrained_run):
@@ -45,6 +63,51 @@ def test_a_text_is_cut_between_characters(examined):
     (document,) = encode_documents(examined.tokenizer, ["äöü" * 10], max_bytes=7)
     assert document.n_bytes == 6
     assert examined.tokenizer.decode(document.tokens.tolist()) == "äöü"
+
+
+def test_held_out_text_that_has_changed_since_the_run_is_refused(untrained_run, tmp_path):
+    """Its documents may be training text of the run."""
+    run = shutil.copytree(untrained_run, tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["data_sha256"]["heldout"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"run: the text under this run has changed since .*\n  heldout: sha256 0"):
+        open_haystack(load_model(str(run), "cpu"))
+    assert open_haystack(load_model(str(run), "cpu"), text=str(untrained_run.parent / "heldout.txt")).documents
+
+
+def test_bits_per_byte_are_also_told_by_source(examined):
+    documents = open_haystack(examined).documents[0].tokens
+    parts = {"web": [documents[:300], documents[300:500]], "books": [documents[500:700]]}
+
+    def named(name):
+        n_bytes = examined.tokenizer.token_bytes()
+        return [HeldOutDocument(tokens, int(n_bytes[tokens].sum()), name) for tokens in parts[name]]
+
+    def measured(documents):
+        return loss.bits_per_byte(examined, Haystack("text", documents), 60, 21)
+
+    both = measured([*named("web"), *named("books")])
+    by_source = both["bits_per_byte_by_source"]
+    assert by_source == {name: pytest.approx(measured(named(name))["bits_per_byte"], rel=1e-6) for name in parts}
+    assert by_source["web"] != by_source["books"]
+    assert "bits_per_byte_by_source" not in measured(named("web"))
+
+
+def test_every_source_of_a_run_gives_its_part_of_the_held_out_text(examined, untrained_run, tmp_path):
+    settings, run = yaml.safe_load((untrained_run / "settings.yaml").read_text()), tmp_path / "run"
+    data = settings["data"]
+    (tmp_path / "other.txt").write_text("A grey ship came over the water. " * 40)
+    web = {name: data.pop(name) for name in ("source", "train_files", "heldout_files")} | {"name": "web"}
+    data["sources"] = [web, web | {"name": "books", "heldout_files": [str(tmp_path / "other.txt")]}]
+    shutil.copytree(untrained_run, run)
+    (run / "settings.yaml").write_text(json.dumps(settings))  # JSON is YAML without aliases
+    described, tokenizer = Settings.model_validate(settings), examined.tokenizer
+    sources = open_sources(prepare_sources(described, tokenizer), tokenizer, described.data)
+    facts = {"data_sha256": data_hashes(sources), "tokenizer_sha256": tokenizer.sha256}
+    (run / "run.json").write_text(json.dumps(facts))
+    haystack = open_haystack(load_model(str(run), "cpu"), max_tokens=200)
+    assert [(len(d.tokens), d.source) for d in haystack.documents] == [(100, "web"), (100, "books")]
 
 
 def test_overlapping_stretches_give_the_loss_of_one_long_pass(examined):

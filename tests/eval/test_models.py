@@ -13,12 +13,13 @@ import yaml
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from eval import loss, relay
+from eval import loss, models, relay
 from eval.models import load_model, specs_of
 from eval.reach import __main__ as reach
 from eval.recall import __main__ as recall
 from model import windows
 from model.errors import UserError, cli
+from training.run.checkpoint import save_checkpoint
 
 W = 5
 SYLLABLES = ("ka", "lo", "mi", "ne", "su", "to", "ri")
@@ -144,7 +145,7 @@ def test_damaged_weights_of_another_maker_are_refused(tokenizer, tmp_path):
     folder = save_model("llama", tokenizer, tmp_path / "llama")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(UserError, match="its weights are damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors can't be read .* cut short"):
         load_model(str(folder), "cpu")
 
 
@@ -212,8 +213,42 @@ def test_a_broken_config_of_our_own_type_is_refused(own_type):
     with pytest.raises(UserError, match=r"model\.layers\[0\]: layer kind 'slidng' is unknown"):
         load_model(str(folder), "cpu")
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match="not a valid JSON file"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
         load_model(str(folder), "cpu")
+
+
+@pytest.fixture
+def two_checkpoints(untrained_run, tmp_path):
+    for step in (1, 2):
+        tensors = {"moment": torch.zeros(1)}
+        save_checkpoint(
+            tmp_path, step, {}, tensors, lambda hf: shutil.copytree(untrained_run / "hf", hf, dirs_exist_ok=True)
+        )
+    shutil.copy(untrained_run / "settings.yaml", tmp_path)
+    return [tmp_path / f"checkpoints/step-{step:06d}" for step in (1, 2)]
+
+
+def test_a_checkpoint_that_training_deletes_meanwhile_leads_to_the_next_one(two_checkpoints, tmp_path, monkeypatch):
+    load = models.load_weights
+
+    def load_late(folder, *rest):
+        shutil.rmtree(two_checkpoints[1], ignore_errors=True)
+        return load(folder, *rest)
+
+    monkeypatch.setattr(models, "load_weights", load_late)
+    assert load_model(str(tmp_path), "cpu").folder == two_checkpoints[0] / "hf"
+    with pytest.raises(UserError, match="no such folder"):
+        load_model(str(two_checkpoints[1]), "cpu")
+
+
+@pytest.mark.parametrize("below", ["", "hf"])
+def test_a_flipped_bit_in_a_checkpoint_is_refused(two_checkpoints, below):
+    file = two_checkpoints[0] / "hf/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"hf/model\.safetensors has another size or sha256 than when it was written"):
+        load_model(str(two_checkpoints[0] / below), "cpu")
 
 
 def test_the_settings_of_a_run_lead_to_its_own_window(untrained_run):

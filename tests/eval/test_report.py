@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from html import unescape
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from eval import heat, loss, relay
 from eval.haystack import open_haystack
@@ -25,7 +27,7 @@ from eval.report import __main__ as report
 from eval.report.page import identity, shared, title
 from eval.report.page import page as page_of
 from eval.report.runs import read_metrics, read_run, tell_apart
-from eval.report.tables import settings_table
+from eval.report.tables import settings_table, table
 from model.errors import UserError, cli
 from tests.eval.browser import look, needs_browser
 
@@ -65,7 +67,7 @@ def page(run):
 def twin(run, tmp_path_factory):
     """The same results under another window, seed and name."""
     folder = shutil.copytree(run, tmp_path_factory.mktemp("twin") / "run")
-    for file in folder.glob("*.json"):
+    for file in (file for file in folder.glob("*.json") if file.name != "run.json"):
         result = json.loads(file.read_text())
         result["settings"]["seed"] = 7
         result["settings"]["model"]["layers"] = [{"kind": "full"}]
@@ -85,7 +87,7 @@ def call(monkeypatch, *arguments):
 
 def test_a_report_fetches_nothing(page, comparison):
     for html in (page, comparison):
-        assert not re.search(r"https?:|//[a-z]|@import|<link|<iframe|<img", html)
+        assert not re.search(r"https?:|//[a-z]|@import|<link|<img", html)
         assert not re.search(r"\bsrc=", html)
         assert not re.search(r"""href=["'](?!#)""", html)
         assert not re.search(r"url\((?!#)", html)
@@ -145,6 +147,25 @@ def test_refusals(monkeypatch, capsys, run, tmp_path):
     assert "not whole JSON" in capsys.readouterr().err
 
 
+def test_a_page_that_can_not_be_written_whole_leaves_the_old_one(run, tmp_path, monkeypatch, capsys):
+    old = shutil.copytree(run, tmp_path / "run")
+    (old / "report.html").write_text("old")
+    monkeypatch.setattr("eval.report.page.page", lambda runs: "x" * 100_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # then writing fails with EFBIG
+    try:
+        assert call(monkeypatch, old) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "report.html' can't be written: File too large; name another file" in capsys.readouterr().err
+    assert (old / "report.html").read_text() == "old"
+
+
+def test_a_name_with_markup_or_commands_is_printed_as_it_is(capsys):
+    table("gradient", [{"moment": "[/b] \x1b[2J", "share": 0.5}]).print(Console(width=120))
+    assert r"[/b] \x1b[2J" in capsys.readouterr().out
+
+
 def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2"):
@@ -166,6 +187,7 @@ def test_the_page_says_when_and_how_it_was_measured(run, page):
         assert f"<code>python -m eval.{name} {run}</code>" in page
     day = datetime.fromtimestamp((run / "loss.json").stat().st_mtime).strftime("%Y-%m-%d")
     assert f"Measured on {day}" in page
+    assert re.search(r"eval\.heat \S+</code> in \d+ (s|minutes)\. On \d+ CPU cores, \w+\.</li>", page)
     assert f"torch {torch.__version__}" in page
     assert f"python train.py {run}/settings.yaml" in page
 
@@ -270,6 +292,22 @@ def test_a_browser_shows_a_comparison_on_a_phone(comparison, tmp_path):
     assert found["content"] <= 390
     assert found["after"] == sorted(found["before"], reverse=True)
     assert {"the-twin", "Settings that differ."} <= set(re.split(r"\n|\t", found["text"]))
+
+
+@needs_browser
+def test_the_report_holds_the_explorer_with_the_layers_of_the_run(page, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    script = """page => {
+      const explorer = page.querySelector("iframe").contentDocument;
+      return [explorer.querySelector("[aria-pressed=true]").textContent, explorer.getElementById("reach").textContent];
+    }"""
+    assert look(file, script, 900, tmp_path) == (["This run", "21 tokens"], [])
+
+
+def test_a_run_without_its_model_has_no_explorer(run, tmp_path):
+    results = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("hf"))
+    assert "<iframe" not in page_of([read_run(str(results))])
 
 
 @needs_browser

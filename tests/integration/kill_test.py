@@ -1,13 +1,16 @@
 """Kills a training run at random moments, again and again, and checks that nothing is lost.
 
     python tests/integration/kill_test.py configs/tiny.yaml --kills 100 --json results/kills/kills.json
+    python tests/integration/kill_test.py configs/tiny.yaml --kills 40 --launch configs/accelerate/fsdp2-cpu-2.yaml
 
-The reference run is not killed. The others get SIGKILL, with all processes of their group, at random moments of three
-kinds: some time after the start, some time after a step, and while a checkpoint is written. A killed run is started
-again by the same command until it ends; then another run begins in a new folder. After every kill:
+The reference run is not killed. The others get SIGKILL at random moments of three kinds: some time after the start,
+some time after a step, and while a checkpoint is written. With `--launch` either all processes of a run are killed, or
+one of them: the launcher or a rank. Then the others must end by themselves. A killed run is started again by the same
+command until it ends; then another run begins in a new folder. After every kill:
 
 - each figure logged so far, losses and gradient norms among them, is bit-equal to that of the reference;
-- no more is lost than the steps since the last checkpoint, and no half-written folder has a checkpoint's name.
+- no more is lost than the steps since the last checkpoint, and no half-written folder has a checkpoint's name;
+- no process of the run lives on.
 
 After the last step the weights are bit-equal to those of the reference. Any difference is printed, and the exit code
 is 1. A hundred kills take long, so this is run by hand; test_kill_test.py makes ten.
@@ -25,7 +28,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +85,8 @@ class Result:
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        victims = Victims(arguments.config, arguments.overrides, Path(folder), start_python, arguments.seed)
+        begin = partial(start_python, launch=arguments.launch)
+        victims = Victims(arguments.config, arguments.overrides, Path(folder), begin, arguments.seed)
         for _ in track(victims.kill(arguments.kills), "kills", total=arguments.kills):
             pass
     report(victims, arguments)
@@ -93,16 +99,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--launch", type=Path, metavar="X.yaml", help="a launch file for `accelerate launch`")
     parser.add_argument("--json", type=Path, help="write the result here")
     return parser.parse_intermixed_args()
 
 
-def start_python(arguments: list[str], log: Path) -> Process:
-    """`python train.py` in a process group of its own."""
+def start_python(arguments: list[str], log: Path, launch: Path | None) -> Process:
+    """`python train.py`, or `accelerate launch train.py`, in a process group of its own."""
+    module = ["-m", "accelerate.commands.launch", "--config_file", str(launch)] if launch else []
+    program = [sys.executable, *module, "train.py", *arguments]
     with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
-        )
+        return subprocess.Popen(program, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started, and those in turn."""
+    with suppress(OSError):  # it has ended meanwhile
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+        return [pid, *(descendant for child in children for descendant in family(child))]
+    return [pid]
 
 
 class Victims:
@@ -146,13 +162,29 @@ class Victims:
         process, log = self.begin(run)
         alive = wait(process, self.moment(kind, run))
         if alive:
-            os.killpg(process.pid, signal.SIGKILL)
+            started = [pid for pid in family(process.pid) if lives(pid)]
+            ranks = [pid for pid in started if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()] or started
+            for victim in started if self.random.random() < 0.5 else [self.random.choice(ranks)]:
+                with suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+            self.wait_for_family(run, started)
         wait(process, lambda: False)
         self.check_resumed(log, expected)
         if not alive:
             return None
         step = max((step for kind, step in logged(run) if kind == "train"), default=0)
         return Kill(kind, step, newest(run), any((run / "checkpoints").glob(".writing-*")))
+
+    def wait_for_family(self, run: Path, started: list[int]) -> None:
+        """Without one of its processes a run must end within a minute. What lives on is a problem, and is killed."""
+        deadline = time.monotonic() + 60
+        while living := [pid for pid in started if lives(pid)]:
+            if time.monotonic() > deadline:
+                self.result.problems.append(f"{run.name}: {len(living)} of {len(started)} processes live on")
+                for pid in living:
+                    os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.05)
 
     def begin(self, run: Path) -> tuple[Process, Path]:
         log = self.folder / f"{run.name}.log"
@@ -201,6 +233,14 @@ class Victims:
             if row != self.reference.get(key):
                 differing = [k for k in row if row[k] != self.reference.get(key, {}).get(k)]
                 self.result.problems.append(f"{name}: {key[0]} of step {key[1]} differs in {', '.join(differing)}")
+
+
+def lives(pid: int) -> bool:
+    """Whether a process still runs; one that only waits to be asked for its exit code does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def after(condition: Callable[[], bool], pause: float) -> Callable[[], bool]:
@@ -257,7 +297,8 @@ def report(victims: Victims, arguments: argparse.Namespace) -> None:
     lost = [kill.step - kill.checkpoint for kill in r.kills]
     summary = {
         "command": f"python tests/integration/kill_test.py {arguments.config} "
-        + " ".join([*arguments.overrides, f"--kills {arguments.kills} --seed {arguments.seed}"]),
+        + " ".join([*arguments.overrides, f"--kills {arguments.kills} --seed {arguments.seed}"])
+        + (f" --launch {arguments.launch}" if arguments.launch else ""),
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
         ).stdout.strip(),

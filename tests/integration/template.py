@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
-import gc, json, os, signal, sys
+import gc, importlib, json, os, signal, sys
 import train, training.loop  # `train.main` imports the loop late
 from model.errors import cli
 
@@ -31,7 +31,7 @@ def run(argv, streams, environment, absent):
     sys.argv = argv
     code = 1
     try:
-        code = cli(train.main)
+        code = cli(importlib.import_module(argv[0].removesuffix(".py")).main)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush(), sys.stderr.flush()
@@ -57,7 +57,8 @@ for line in sys.stdin:
 class Forked:
     """A run, with those methods of `subprocess.Popen` that tests use. It leads its own process group.
 
-    `environment` is added to ours. Packages in `absent` can't be imported.
+    `argv` begins with train.py or a module that has a `main`. `environment` is added to ours. Packages in `absent`
+    can't be imported. `preload` is a shared library for the template and all its forks.
     """
 
     def __init__(
@@ -66,15 +67,17 @@ class Forked:
         log: Path | None = None,
         environment: dict[str, str] | None = None,
         absent: tuple[str, ...] = (),
+        preload: str = "",
     ):
+        self.preload = preload
         self.streams = [log or Path(_new_file(suffix)) for suffix in ("-out", "-errors")]
         self.returncode: int | None = None
         request = {"argv": argv, "streams": [str(s) for s in self.streams]}
-        self.pid: int = _ask(request | {"environment": environment or {}, "absent": absent})
+        self.pid: int = self._ask(request | {"environment": environment or {}, "absent": absent})
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = _ask({"pid": self.pid, "options": os.WNOHANG})
+            self.returncode = self._ask({"pid": self.pid, "options": os.WNOHANG})
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -91,14 +94,13 @@ class Forked:
         out, errors = (s.read_text() for s in self.streams)
         return out, errors
 
-
-_servers: list[subprocess.Popen[str]] = []
-
-
-def _new_file(suffix: str) -> Path:
-    descriptor, path = tempfile.mkstemp(suffix, dir=_server_folder())
-    os.close(descriptor)
-    return Path(path)
+    def _ask(self, request: object) -> int:
+        server = _server(self.preload)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
 
 
 @cache
@@ -108,23 +110,18 @@ def _server_folder() -> str:
     return folder
 
 
-def _ask(request: object) -> int:
-    server = _server()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    return json.loads(server.stdout.readline())
+def _new_file(suffix: str) -> Path:
+    descriptor, path = tempfile.mkstemp(suffix, dir=_server_folder())
+    os.close(descriptor)
+    return Path(path)
 
 
-def _server() -> subprocess.Popen[str]:
-    if not _servers:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", SERVER]
-        _servers.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-        )
-        atexit.register(_servers[0].kill)
-    return _servers[0]
+@cache
+def _server(preload: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"LD_PRELOAD": preload} if preload else {})
+    command = [sys.executable, "-c", SERVER]
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    atexit.register(server.kill)
+    return server

@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data.tokenizer import load_tokenizer
 from tests.integration.template import ROOT
-from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config
+from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, wait_for_step, write_config
 from training.run.checkpoint import checkpoints, problem_with
 
 STEPS = 9
@@ -100,8 +102,8 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_what_to_do(tmp_path: Path, 
 MARK = "\u20ac"  # in a few sentences of the text; the tokenizer writes it as three bytes that are nowhere else
 
 
-def poison(checkpoint: Path, token: int) -> None:
-    """Make a token's embedding NaN, and the manifest true again."""
+def poison(checkpoint: Path, token: int | slice) -> None:
+    """Make embeddings of a checkpoint NaN, and the manifest true again."""
     weights = checkpoint / "hf/model.safetensors"
     tensors = load_file(weights)
     tensors["model.embed_tokens.weight"][token] = float("nan")
@@ -120,7 +122,7 @@ def mark_text(file: Path) -> None:
 
 
 def test_a_batch_that_gives_nan_is_skipped_counted_and_kept_and_the_run_goes_on(tmp_path: Path) -> None:
-    config = write_config(tmp_path, max_steps=40)
+    config = write_config(tmp_path, max_steps=40, save_every_steps=1, keep_checkpoints=99)
     mark_text(tmp_path / "train.txt")
     assert kill_after_step(tmp_path, config, 3, signal.SIGTERM) == 75
     token = load_tokenizer(tmp_path / "run/tokenizer").get_vocab()["<0xE2>"]
@@ -138,6 +140,13 @@ def test_a_batch_that_gives_nan_is_skipped_counted_and_kept_and_the_run_goes_on(
         assert any(token in ids for ids in facts["micro_batches"][0]["input_ids"])
         assert "nan" in facts["measured"].values()
         assert any(MARK in row for row in facts["text"])
+    whole, log = losses(tmp_path), (tmp_path / "run/metrics.jsonl").read_text()
+    path = tmp_path / f"run/checkpoints/step-{skipped[0] + 1:06d}"  # the skipped step does not count yet
+    assert not json.loads((path / "state.json").read_text())["progress"]["skipped"]
+    run(config, "--resume", str(path))
+    assert losses(tmp_path) == whole
+    rows = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "skipped_step" in line]
+    assert rows == [line for line in log.splitlines() if "skipped_step" in line]
     unharmed = [row for step, row in metrics(tmp_path).items() if step not in skipped]
     assert all(row["loss_text"] is not None and row["grad_norm_text"] is not None for row in unharmed)
 
@@ -151,18 +160,57 @@ def test_too_many_in_a_row_end_the_run_with_a_sentence(tmp_path: Path) -> None:
     assert list((tmp_path / "run/skipped").glob("*.json"))
 
 
-def test_skipped_steps_are_logged_once_whatever_checkpoint_is_resumed(tmp_path: Path) -> None:
-    """A checkpoint holds skipped steps that do not count yet."""
+def test_while_steps_are_skipped_nothing_is_saved_and_nothing_pruned_but_at_the_end(tmp_path: Path) -> None:
     options = {"max_steps": 7, "save_every_steps": 1, "keep_checkpoints": 9, "max_skipped_steps": 99}
     config = write_config(tmp_path, **options, optimizer={"lr": 1e30})
     assert "6 skipped" in run(config)
     whole, log = losses(tmp_path), tmp_path / "run/metrics.jsonl"
     rows = [line for line in log.read_text().splitlines() if "skipped_step" in line]
     assert {json.loads(row)["skipped_step"] for row in rows} == set(range(2, 8))
-    for step in (6, 4, 3, 1):
-        assert "6 skipped" in run(config, "--resume", str(tmp_path / f"run/checkpoints/step-{step:06d}"))
-        assert [line for line in log.read_text().splitlines() if "skipped_step" in line] == rows
-        assert losses(tmp_path) == whole
+    older, last = reversed(checkpoints(tmp_path / "run"))
+    assert (older.name, last.name) == ("step-000001", "step-000007")
+    assert "6 skipped" in run(config, "--resume", str(older))
+    assert [line for line in log.read_text().splitlines() if "skipped_step" in line] == rows
+    assert losses(tmp_path) == whole
+
+
+def test_broken_weights_push_no_good_checkpoint_out(tmp_path: Path) -> None:
+    options = {"save_every_steps": 1, "keep_checkpoints": 2, "max_skipped_steps": 4}
+    config = write_config(tmp_path, max_steps=2000, **options)
+    assert kill_after_step(tmp_path, config, 3, signal.SIGTERM) == 75
+    before = checkpoints(tmp_path / "run")
+    poison(before[0], slice(None))
+    assert "4 steps in a row" in run(config, expect=1)
+    assert checkpoints(tmp_path / "run") == before
+    assert problem_with(before[1]) is None
+
+
+# -- another process, another folder ----------------------------------------------------------------------------------
+
+
+def test_a_second_training_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=2000, save_every_steps=1000)
+    first = start(config)
+    wait_for_step(tmp_path, 2, [first])
+    for resume in ("auto", "never"):
+        said = run(config, "--resume", resume, expect=2)
+        assert f"process {first.pid} on {socket.gethostname()} is writing here" in said
+    first.send_signal(signal.SIGTERM)
+    out, errors = first.communicate(timeout=60)
+    assert first.returncode == 75, errors
+    assert f"stopped at step {max(metrics(tmp_path))}" in out
+    assert sorted(metrics(tmp_path)) == list(range(1, max(metrics(tmp_path)) + 1))
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved"))])
+def test_a_run_folder_that_is_deleted_or_moved_ends_the_run(tmp_path: Path, gone: Callable[[Path], object]) -> None:
+    process = start(write_config(tmp_path, max_steps=2000, save_every_steps=50))
+    wait_for_step(tmp_path, 2, [process])
+    gone(tmp_path / "run")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"{tmp_path}/run was deleted, moved or replaced while this run was training in it" in errors
+    assert not (tmp_path / "run").exists()
 
 
 # -- other text -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.integration.template import ROOT, Forked
-from tests.integration.tiny_run import metrics, run, start_as_a_user, start_ranks, wait_for_step, write_config
+from tests.integration.tiny_run import (
+    metrics,
+    run,
+    start_as_a_user,
+    start_ranks,
+    wait_for_step,
+    write_config,
+    write_mixture,
+)
 from training.run.checkpoint import checkpoints
 
 
@@ -92,6 +100,21 @@ def test_one_process_then_two_then_one_see_the_same_batches_as_one_alone(tmp_pat
         assert [r[column] for r in rows[0].values()] == [r[column] for r in rows[1].values()]
 
 
+def test_two_processes_that_go_on_with_a_mixture_of_one_see_its_batches(tmp_path: Path) -> None:
+    alone, changing = tmp_path / "alone", tmp_path / "changing"
+    for folder in (alone, changing):
+        folder.mkdir()
+        write_mixture(folder, max_steps=6)
+    run(alone / "tiny.yaml")
+    stop_after_step(changing, 2, start_ranks(changing / "tiny.yaml", processes=1))
+    assert 2 <= max(metrics(changing)) < 6
+    run(changing / "tiny.yaml", processes=2)
+    assert figures(changing) == pytest.approx(figures(alone), rel=1e-3)
+    for source in ("web", "books"):
+        by_source = [[row[f"loss_text_{source}"] for row in metrics(folder).values()] for folder in (alone, changing)]
+        assert by_source[0] == pytest.approx(by_source[1], rel=1e-3)
+
+
 def test_processes_that_cannot_share_a_step_equally_are_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path, max_steps=2)
     run(config)
@@ -139,6 +162,17 @@ def test_a_signal_to_launcher_and_ranks_alike_stops_all_with_a_checkpoint(tmp_pa
     out, errors = launcher.communicate(timeout=60)
     assert errors.count("SIGTERM: finishing this step, then a checkpoint") == 2
     assert out.count("stopped at step") == 1
+    assert len(checkpoints(tmp_path / "run")) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_when_the_launcher_is_killed_its_processes_write_a_checkpoint_and_end(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=2000, save_every_steps=1000)
+    launcher = start_as_a_user(config, processes=2)
+    wait_for_step(tmp_path, 2, [launcher])
+    launcher.kill()
+    _, errors = launcher.communicate(timeout=60)  # until its processes, which have the same streams, have ended
+    assert errors.count("SIGTERM: finishing this step, then a checkpoint") == 2
     assert len(checkpoints(tmp_path / "run")) == 1
 
 

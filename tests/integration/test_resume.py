@@ -1,3 +1,4 @@
+import json
 import signal
 import time
 from pathlib import Path
@@ -8,7 +9,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config
+from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config, write_mixture
+from training.run.checkpoint import file_sha256
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,43 @@ def test_a_mixture_of_tasks_is_resumed_bit_equal_with_every_curriculum_where_it_
     assert metrics(whole, "probe")[24]["by_task"].keys() == each.keys()
 
 
+def test_a_mixture_of_sources_is_resumed_bit_equal_and_logged_by_source(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    whole, killed = (tmp_path_factory.mktemp(name) for name in ("sources", "killed"))
+    output = run(write_mixture(whole, max_steps=24))
+    assert kill_after_step(killed, write_mixture(killed, max_steps=24), 11, signal.SIGKILL) == -signal.SIGKILL
+    assert "resumed" in run(killed / "tiny.yaml")
+    assert losses(killed) == losses(whole)
+    last, validated = losses(whole)[24], metrics(whole, "validation")[24]
+    for source in ("web", "books"):
+        assert {f"loss_text_{source}", f"accuracy_text_{source}"} <= last.keys()
+        assert f"  {source} {validated[f'bits_per_byte_{source}']:.3f}" in output
+    assert last["loss_text_web"] != last["loss_text_books"]
+    each = [last[f"loss_text_{source}"] for source in ("web", "books")]
+    assert min(each) < last["loss_text"] < max(each)
+
+
+def test_a_checkpoint_with_another_order_of_rows_is_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=3)
+    run(config)
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state.pop("row_order") == 2
+    rewrite(checkpoint, state)
+    output = run(config, expect=2)
+    assert "step-000003: was written by a version that reads the rows of text in another order" in output
+    assert "go on with that version (commit a715185), or start a run under another name, or --resume never" in output
+
+
+def rewrite(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Replace state.json, and its hash in the manifest."""
+    file, manifest = checkpoint / "state.json", json.loads((checkpoint / "manifest.json").read_text())
+    file.write_text(json.dumps(state))
+    manifest["files"]["state.json"] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_the_comparison_can_fail(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     run(write_config(tmp_path, max_steps=40), "seed=1")
     assert losses(tmp_path) != uninterrupted["losses"]
@@ -84,7 +123,7 @@ def test_a_signal_checkpoints_exits_75_and_the_next_start_goes_on(
     assert losses(tmp_path) == uninterrupted["losses"]
 
 
-def test_a_signal_before_the_first_step_saves_that_the_run_has_begun(
+def test_a_signal_before_the_first_step_ends_the_run_at_once_and_nothing_is_lost(
     tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
     config = write_config(tmp_path, max_steps=40)
@@ -92,10 +131,10 @@ def test_a_signal_before_the_first_step_saves_that_the_run_has_begun(
     while process.poll() is None and not (tmp_path / "run/settings.yaml").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert "stopped at step 0" in out
-    assert "step-000000 at step 0" in run(config)
+    assert "SIGTERM: stopped before the first step; run the same command again to go on" in errors
+    assert "resumed" not in run(config)
     assert losses(tmp_path) == uninterrupted["losses"]
 
 
@@ -173,5 +212,5 @@ def test_resume_from_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -
 def test_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = run(write_config(tmp_path), f"run_dir={tmp_path}/file/run", expect=2)
-    assert "can't be written" in output
+    assert "can't be read, written or set aside" in output
     assert "run_dir=PATH" in output

@@ -60,6 +60,19 @@ def write_config(folder: Path, **training: Any) -> Path:
     return path
 
 
+def write_mixture(folder: Path, **training: Any) -> Path:
+    """A run on two sources of text, the weights of which change halfway."""
+    path = write_config(folder, **training)
+    described = yaml.safe_load(path.read_text())
+    data = described["data"]
+    web = {name: data.pop(name) for name in ("source", "train_files", "heldout_files")} | {"name": "web"}
+    (folder / "books.txt").write_text((folder / "train.txt").read_text()[:9000].swapcase())
+    books = web | {"name": "books", "train_files": [str(folder / "books.txt")], "weight": [[0, 0.2], [0.5, 0.6]]}
+    data["sources"] = [web | {"weight": 0.8}, books]
+    path.write_text(json.dumps(described))  # JSON is YAML without aliases
+    return path
+
+
 def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
     program = [str(ROOT / "train.py"), str(config), *arguments]
     if processes == 1:

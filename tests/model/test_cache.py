@@ -187,6 +187,9 @@ def test_what_a_ring_cannot_do_is_refused() -> None:
         UserError, match=r"^RingCache serves Windreach models only; other models bring their own cache$"
     ):
         cache.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8), 0)
+    for change in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):
+        with pytest.raises(UserError, match=r"^a ring cache keeps its number of rows; repeat the rows of the input"):
+            change()
 
 
 @pytest.mark.parametrize("more", [1, W + 2])

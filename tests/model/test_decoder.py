@@ -199,6 +199,43 @@ def test_logits_to_keep_are_the_last_ones() -> None:
 
 
 @torch.no_grad()
+def test_hidden_states_are_those_of_mistral(pair: tuple) -> None:
+    ours, ids = pair[0], token_ids(2, T)
+    mine, its = (m(ids, output_hidden_states=True, logits_to_keep=3) for m in pair)
+    assert len(mine.hidden_states) == len(its.hidden_states)
+    for actual, expected in zip(mine.hidden_states, its.hidden_states, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine.logits, its.logits, atol=1e-4, rtol=0)
+    assert ours(ids).hidden_states is None
+
+
+@torch.no_grad()
+def test_return_dict_false_gives_a_tuple() -> None:
+    model, ids = tiny_model(), token_ids(1, T)
+    (logits,) = model(ids, return_dict=False)
+    assert torch.equal(logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_what_forward_does_not_know_is_refused() -> None:
+    model, ids = tiny_model(), token_ids(1, T)
+    with pytest.raises(TypeError, match="lables"):
+        model(ids, lables=ids)
+    with pytest.raises(UserError, match="output_attentions: no attention backend makes the weights"):
+        model(ids, output_attentions=True)
+    with pytest.raises(UserError, match=r"attention_mask has 4 dimensions; give \(batch, tokens\)"):
+        model(ids, attention_mask=torch.zeros(1, 1, T, T))
+
+
+def test_generation_from_embeddings_is_that_from_their_tokens(pair: tuple) -> None:
+    ours, _ = pair
+    ids = token_ids(2, 3 * W + 2)
+    embeddings = ours.model.embed_tokens(ids)
+    from_tokens = [row[ids.shape[1] :] for row in generate(ours, ids)]
+    assert ours.generate(inputs_embeds=embeddings, max_new_tokens=3 * W, do_sample=False).tolist() == from_tokens
+
+
+@torch.no_grad()
 def test_ignored_labels_do_not_count() -> None:
     model, ids = tiny_model(), token_ids(1, T)
     labels = ids.clone()

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -27,6 +28,18 @@ def test_a_user_s_mistake_is_a_sentence_and_code_2(capsys: pytest.CaptureFixture
 def test_a_full_disk_is_a_sentence_and_code_2_wherever_it_is_met(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(full_disk) == 2
     assert capsys.readouterr().err == ("error: No space left on device\n  make room and run the same command again\n")
+
+
+@pytest.mark.parametrize("name", ["EIO", "EACCES", "EROFS"])
+def test_a_failing_or_forbidden_disk_is_a_sentence_and_code_2(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    number = getattr(errno, name)
+
+    def refused() -> None:
+        raise OSError(number, os.strerror(number), "runs/a/run.json")
+
+    assert cli(refused) == 2
+    said = "see to that disk, or to who may write there, and run the same command again"
+    assert capsys.readouterr().err == f"error: runs/a/run.json: {os.strerror(number)}\n  {said}\n"
 
 
 def test_other_faults_keep_their_traceback(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, MinistralConfig, MinistralForCausalLM, Mist
 
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
-from model.hub import is_mistral, load_config, save_hf
+from model.hub import load_config, save_hf
 from tests.model.tiny import VOCAB, tiny_config, tiny_model, token_ids
 
 W, T = 5, 37
@@ -80,7 +80,6 @@ def written_config(folder: Path) -> dict:
 @pytest.mark.parametrize(
     "layers",
     [
-        MIXED,
         [{"window": W}, {"window": W + 1}],
         [{"kind": "chunked", "window": W}] * 2,
         [{"kind": "dilated", "window": W, "dilation": 2}] * 2,
@@ -91,9 +90,8 @@ def written_config(folder: Path) -> dict:
     ],
 )
 @torch.no_grad()
-def test_stack_that_mistral_cannot_express_is_never_saved_as_mistral(tmp_path: Path, layers: list[dict]) -> None:
+def test_stack_that_no_other_type_can_express_is_saved_as_ours(tmp_path: Path, layers: list[dict]) -> None:
     model, ids = tiny_model(layers), token_ids(2, T)
-    assert not is_mistral(model.config)
     save_hf(model, tmp_path)
     written = written_config(tmp_path)
     assert written["model_type"] == "windreach"
@@ -175,7 +173,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json is missing; give the folder of a checkpoint$"):
         WindreachForCausalLM.from_pretrained(tmp_path)
     (saved(tmp_path) / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no model\*\.safetensors file; give the folder of a checkpoint$"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors; give the folder of a checkpoint$"):
         WindreachForCausalLM.from_pretrained(tmp_path)
 
 
@@ -185,6 +183,27 @@ def test_file_in_the_format_of_mistral_beside_the_weights_is_left_alone(tmp_path
     got = WindreachForCausalLM.from_pretrained(tmp_path).state_dict()
     assert got.keys() == expected.state_dict().keys()
     assert all(torch.equal(got[name], weight) for name, weight in expected.state_dict().items())
+
+
+def test_an_old_copy_beside_the_weights_is_left_alone(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(2)}, saved(tmp_path) / "model_old.safetensors")
+    assert WindreachForCausalLM.from_pretrained(tmp_path).model.norm.weight.eq(1).all()
+
+
+def test_weights_in_several_files_are_those_that_the_index_names(tmp_path: Path) -> None:
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    placed = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for file in set(placed.values()):
+        save_file({name: weights[name] for name in placed if placed[name] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    got = WindreachForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(got["model.norm.weight"], weights["model.norm.weight"])
+    for wrong in ("../model.safetensors", "model-00003-of-00002.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": wrong}}))
+        with pytest.raises(UserError, match=f"holds no {wrong}; give the folder of a checkpoint"):
+            WindreachForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
@@ -203,11 +222,11 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         WindreachForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama", None])
+@pytest.mark.parametrize("kind", ["gpt2", None, 3])
 def test_other_architectures_are_refused(tmp_path: Path, kind: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(
-        UserError, match=rf"model_type is {kind!r}; this loader knows mistral, ministral, qwen3 and windreach$"
+        UserError, match=rf"model_type is {kind!r}; this loader knows llama, ministral, mistral, qwen3 and windreach$"
     ):
         WindreachForCausalLM.from_pretrained(tmp_path)
 

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,11 +182,45 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(examined: Examined, bloc
     assert "".join(short.answer(30)) == text[: text.index(text[10:12])]
 
 
-def test_a_model_of_another_kind_is_refused(examined: Examined) -> None:
-    examined.model = torch.nn.Linear(1, 1)
-    examined.model.config = SimpleNamespace(model_type="gpt2")
-    with pytest.raises(UserError, match="is a gpt2 model, which brings its own cache; give a Windreach run"):
-        talk(examined)
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # there are no weights
+    assert main_with(tmp_path, monkeypatch, "--prompt", "ship") == 2
+    assert (
+        "model_type is 'gpt2'; this loader knows llama, ministral, mistral, qwen3 and windreach"
+        in capfd.readouterr().err
+    )
+
+
+def test_a_text_of_any_length_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "MOST_BYTES", 5)
+    for text, refused in ((b"abcde", False), (b"abcdef", True)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        with pytest.raises(UserError, match="longer than 5 bytes") if refused else nullcontext():
+            assert generate.opening(parse(["runs/x"])) == "abcde"
+
+
+def test_logits_that_are_not_finite_are_no_text(examined: Examined) -> None:
+    with torch.no_grad():
+        examined.model.model.norm.weight.fill_(float("inf"))
+    talking = talk(examined)
+    talking.say("x")
+    with pytest.raises(UserError, match="logits are not finite"):
+        list(talking.answer(3))
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, r"a\x1b[2J"), (False, "a\x1b[2J")])
+def test_what_is_written_can_not_command_a_terminal(
+    examined: Examined, monkeypatch: pytest.MonkeyPatch, terminal: bool, shown: str
+) -> None:
+    out = io.StringIO()
+    out.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdout", out)
+    talking = talk(examined)
+    talking.answer = lambda max_tokens: iter(["a\x1b", "[2J"])  # type: ignore[method-assign]
+    generate.reply(talking, "x", 2)
+    assert out.getvalue() == shown + "\n"
 
 
 def test_a_text_that_can_not_be_spelled_is_refused(examined: Examined) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from argparse import Namespace
@@ -154,16 +155,31 @@ def test_the_quickstart_ends_with_the_exit_code_of_the_step_that_failed(
     assert (ended, len(commands)) == (code, steps)
 
 
-def test_a_signal_ends_the_quickstart_and_the_step_that_runs(clone: Path) -> None:
-    (clone / ".venv/bin/accelerate").write_text("#!/bin/bash\necho $$ >pid\nsleep 60 &\nwait\n")
+def start_quickstart(clone: Path, training: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A quickstart that has come to its training, the shell commands `training`, and the leader of their group."""
+    (clone / ".venv/bin/accelerate").write_text(f"#!/bin/bash\necho $$ >pid\n{training}\n")
     command = ["bash", "scripts/quickstart.sh", "configs/x.yaml"]
     environment = os.environ | {"GPUS": "0", "FAIL": "nothing", "LAUNCH": ""}
     process = subprocess.Popen(command, cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (clone / "pid").exists() or not (clone / "pid").read_text():
         time.sleep(0.05)
-    process.terminate()
+    return process, int((clone / "pid").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_the_quickstart_and_the_step_that_runs(clone: Path, number: signal.Signals) -> None:
+    process, leader = start_quickstart(clone, "sleep 60 &\nwait")
+    process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 75, output
     assert b"stopped; run the same command again to go on" in output
     with pytest.raises(ProcessLookupError):
-        os.killpg(int((clone / "pid").read_text()), 0)
+        os.killpg(leader, 0)
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="without setpriv a step is not told that its script was killed")
+def test_when_the_quickstart_is_killed_its_training_gets_a_sigterm(clone: Path) -> None:
+    process, _ = start_quickstart(clone, "trap 'echo asked to stop; exit' TERM\nwhile :; do sleep 0.1; done")
+    process.kill()
+    output, _ = process.communicate(timeout=30)  # until the training, which has the same stream, has ended
+    assert output.endswith(b"asked to stop\n")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,21 @@ def test_a_sweep_is_interrupted_goes_on_and_is_put_side_by_side(tmp_path: Path) 
     assert not stages_left(found(asked)[0], load_sweep(Path(asked[0])).evaluate)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_second_sweep_is_refused_and_the_trainings_of_a_killed_one_write_a_checkpoint_and_end(tmp_path: Path) -> None:
+    out, cache = tmp_path / "out", f"data.cache_dir={tmp_path / 'cache'}"
+    asked = [str(sweep_file(tmp_path, SMALL)), "--out", str(out), cache, "training.max_steps=5000"]
+    process = start(*asked)
+    run = out / "window=8,seed=0"
+    wait_for(lambda: '"kind": "train"' in text_of(run / "metrics.jsonl"), process)
+    assert f"{out}: process {process.pid} on {socket.gethostname()} is writing here" in run_sweep(*asked, expect=2)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: "stopped at step" in text_of(run / "train.log"))
+    assert "SIGTERM: finishing this step, then a checkpoint" in text_of(run / "train.log")
+    assert list((run / "checkpoints").glob("step-*"))
+
+
 SMALL = """
 set: {training.save_every_steps: 20, training.validate_every_steps: 60}
 grid:
@@ -92,10 +108,10 @@ def text_of(file: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + 600
     while not happened():
-        assert process.poll() is None, process.communicate()[0]
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

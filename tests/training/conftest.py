@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from data.token_store import TokenStore, prepare_tokens
+from data.mixture import Source, open_sources, prepare_sources
 from data.tokenizer import Tokenizer, prepare_tokenizer
 from tests.integration import tiny_run
 from training.settings.schema import Settings
@@ -16,12 +16,7 @@ class Prepared:
 
     settings: Settings
     tokenizer: Tokenizer
-    train: TokenStore
-    heldout: TokenStore
-
-    @property
-    def stores(self) -> dict[str, TokenStore]:
-        return {"train": self.train, "heldout": self.heldout}
+    sources: dict[str, Source]
 
 
 @pytest.fixture(scope="session")
@@ -30,4 +25,5 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     tiny_run.write_text(folder)
     settings = Settings.model_validate(tiny_run.settings(folder))
     tokenizer = prepare_tokenizer(settings)
-    return Prepared(settings, tokenizer, *prepare_tokens(settings, tokenizer))
+    folders = prepare_sources(settings, tokenizer)
+    return Prepared(settings, tokenizer, open_sources(folders, tokenizer, settings.data))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.cross_entropy
 from data.tasks.question import UNSCORED
-from training.cross_entropy import cross_entropy
+from training.cross_entropy import Score, cross_entropy
 
 N, E, V = 37, 8, 29
 
@@ -24,17 +24,19 @@ def case(n: int = N, v: int = V, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
     return hidden, weight, torch.randint(v, (n,), generator=generator)
 
 
-def outcome(loss: Tensor, right: Tensor, hidden: Tensor, weight: Tensor, scale: float = 0.25) -> tuple[Tensor, ...]:
-    """Loss, hits and both gradients, taken through a factor as training does."""
-    return (loss.detach(), right, *torch.autograd.grad(scale * loss, (hidden, weight)))
+def outcome(score: Score, hidden: Tensor, weight: Tensor, scale: float = 0.25) -> tuple[Tensor, ...]:
+    """Loss, hits, the loss of each position, and both gradients, taken through a factor as training does."""
+    loss, right, losses = score
+    assert not losses.requires_grad
+    return (loss.detach(), right, losses, *torch.autograd.grad(scale * loss, (hidden, weight)))
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 50), st.integers(2, 40), st.integers(1, 60), st.sampled_from([0.0, 0.01]), st.integers(0, 99))
 def test_chunks_of_any_size_equal_the_loss_at_once(n: int, v: int, rows: int, z_weight: float, seed: int) -> None:
     hidden, weight, labels = case(n, v, seed)
-    chunks = outcome(*cross_entropy(hidden, weight, labels, z_weight, rows), hidden, weight)
-    whole = outcome(*cross_entropy(hidden, weight, labels, z_weight, rows=n), hidden, weight)
+    chunks = outcome(cross_entropy(hidden, weight, labels, z_weight, rows), hidden, weight)
+    whole = outcome(cross_entropy(hidden, weight, labels, z_weight, rows=n), hidden, weight)
     for a, b in zip(chunks, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -43,10 +45,11 @@ def test_chunks_of_any_size_equal_the_loss_at_once(n: int, v: int, rows: int, z_
 def test_labels_that_are_not_scored_change_nothing_and_get_no_gradient(rows: int) -> None:
     hidden, weight, labels = case()
     wide, unscored = torch.cat((hidden, hidden[:3])), torch.cat((labels, labels.new_full((3,), UNSCORED)))
-    more = outcome(*cross_entropy(wide, weight, unscored, 0.01, rows), hidden, weight)
-    less = outcome(*cross_entropy(hidden, weight, labels, 0.01, rows), hidden, weight)
+    more = outcome(cross_entropy(wide, weight, unscored, 0.01, rows), hidden, weight)
+    less = outcome(cross_entropy(hidden, weight, labels, 0.01, rows), hidden, weight)
     assert not more[1][N:].any()
-    for a, b in zip((more[0], more[1][:N], *more[2:]), less, strict=True):
+    assert not more[2][N:].any()
+    for a, b in zip((more[0], more[1][:N], more[2][:N], *more[3:]), less, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -80,7 +83,7 @@ def test_under_autocast_both_multiply_in_bfloat16_and_sum_in_float32() -> None:
     assert chunks[0].dtype == whole[0].dtype == torch.float32
     assert torch.equal(chunks[1], whole[1])
     torch.testing.assert_close(chunks[0], whole[0], rtol=1e-5, atol=0)
-    for a, b in zip(outcome(*chunks, hidden, weight)[2:], outcome(*whole, hidden, weight)[2:], strict=True):
+    for a, b in zip(outcome(chunks, hidden, weight)[3:], outcome(whole, hidden, weight)[3:], strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
 
 
@@ -104,14 +107,14 @@ def test_many_logits_are_never_there_at_once_and_few_are(
     monkeypatch.setattr(training.cross_entropy, "LOGITS_AT_ONCE", at_most)
     hidden, weight, labels = case()
     with Largest() as largest:
-        outcome(*cross_entropy(hidden, weight, labels), hidden, weight)
+        outcome(cross_entropy(hidden, weight, labels), hidden, weight)
     assert largest.elements == (N * E if chunked else N * V)  # chunked: the gradient of the hidden states
 
 
 def test_z_loss_pulls_the_normaliser_to_one_and_is_not_in_the_reported_loss() -> None:
     hidden, weight, labels = case()
-    plain, _ = cross_entropy(hidden, weight, labels)
-    loss, _ = cross_entropy(hidden, weight, labels, z_weight=0.5)
+    plain, *_ = cross_entropy(hidden, weight, labels)
+    loss, *_ = cross_entropy(hidden, weight, labels, z_weight=0.5)
     assert torch.equal(loss, plain)
     explicit = plain + 0.5 * F.linear(hidden, weight).logsumexp(-1).square().sum()
     for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, explicit)), strict=True):

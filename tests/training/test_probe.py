@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.batches import Batch, text_batch
+from data.mixture import ConcatRows, Mixture, Shares
 from data.tasks.vocabulary import RecallVocabulary, recall_vocabulary
+from data.token_store import TokenStore
 from model.decoder import InitOptions, WindreachForCausalLM, build_model
 from model.windows import reach
 from tests.training.conftest import Prepared
@@ -35,7 +38,11 @@ def vocabulary(prepared: Prepared) -> RecallVocabulary:
 def make_probe(prepared: Prepared, vocabulary: RecallVocabulary | None, **training: object) -> Probe:
     settings = with_training(prepared.settings, **training)
     curriculum = Curriculum(settings.recall.curriculum, WINDOW, REACH)
-    return Probe(settings, prepared.heldout, vocabulary, curriculum)
+    return Probe(settings, {"": heldout(prepared)}, vocabulary, curriculum)
+
+
+def heldout(prepared: Prepared) -> TokenStore:
+    return prepared.sources[""].heldout
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -45,19 +52,18 @@ def test_a_model_that_knows_nothing_pays_log_v_bits_a_token(prepared: Prepared, 
     """Logits that are all equal: bits per byte follow from the counts of tokens and bytes alone."""
     torch.nn.init.zeros_(decoder.lm_head.weight)
     rows, seq_len = 8, prepared.settings.data.seq_len
-    labels = torch.cat([labels_of_row(prepared, row) for row in range(rows)])
+    labels = probed(prepared, rows).labels
     scored = labels[labels != -100]
-    n_bytes = prepared.heldout.token_bytes[scored.numpy()].sum()
+    n_bytes = heldout(prepared).token_bytes[scored.numpy()].sum()
     expected = len(scored) * math.log2(prepared.tokenizer.vocab_size) / n_bytes
     measured = make_probe(prepared, None, validation_tokens=rows * seq_len).text(decoder)
-    assert measured == pytest.approx(expected, rel=1e-6)
+    assert measured == {"": pytest.approx(expected, rel=1e-6)}
 
 
-def labels_of_row(prepared: Prepared, row: int) -> torch.Tensor:
-    """Next tokens of the row that the probe reads at that place, by the batch's own rule."""
-    from data.batches import text_batch
-
-    return text_batch(prepared.heldout, 0, 0, range(row, row + 1), 64, rows_per_step=8).labels.flatten()
+def probed(prepared: Prepared, rows: int) -> Batch:
+    """The sequences that the probe reads, by the batch's own rule."""
+    mixture = Mixture({"": ConcatRows(heldout(prepared), 64)}, Shares([1.0], rows, 1, seed=0))
+    return text_batch(mixture, 0, range(rows))
 
 
 def test_bits_do_not_depend_on_how_rows_are_grouped(
@@ -70,9 +76,20 @@ def test_bits_do_not_depend_on_how_rows_are_grouped(
 
 
 def test_text_shorter_than_asked_for_is_read_once(prepared: Prepared, decoder: WindreachForCausalLM) -> None:
-    rows = (len(prepared.heldout.tokens) - 1) // 64
+    rows = (heldout(prepared).n_tokens - 1) // 64
     all_rows = make_probe(prepared, None, validation_tokens=rows * 64).text(decoder)
     assert make_probe(prepared, None, validation_tokens=10**9).text(decoder) == all_rows
+
+
+def test_bits_are_told_by_source_and_together(prepared: Prepared, decoder: WindreachForCausalLM) -> None:
+    """The same text twice has the same bits twice, and another text others; all together lie between them."""
+    settings = with_training(prepared.settings, validation_tokens=512)
+    stores = {"web": heldout(prepared), "again": heldout(prepared), "books": prepared.sources[""].train}
+    bits = Probe(settings, stores, None, Curriculum(settings.recall.curriculum, WINDOW, REACH)).text(decoder)
+    assert bits["web"] == bits["again"] != bits["books"]
+    assert min(bits.values()) < bits[""] < max(bits.values())
+    alone = make_probe(prepared, None, validation_tokens=512).text(decoder)
+    assert alone == {"": bits["web"]}
 
 
 # -- recall -----------------------------------------------------------------------------------------------------------
@@ -149,12 +166,10 @@ def test_a_probe_leaves_the_decoder_as_it_was(
 
 
 def test_bits_are_those_of_cross_entropy(prepared: Prepared, decoder: WindreachForCausalLM) -> None:
-    from data.batches import text_batch
-
-    batch = text_batch(prepared.heldout, 0, 0, range(4), 64, rows_per_step=4)
+    batch = probed(prepared, 4)
     with torch.no_grad():
         logits = decoder(batch.input_ids, batch.documents).logits
     nats = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
     scored = batch.labels[batch.labels != -100]
-    expected = nats / math.log(2) / prepared.heldout.token_bytes[scored.numpy()].sum()
-    assert make_probe(prepared, None, validation_tokens=256).text(decoder) == pytest.approx(expected, rel=1e-5)
+    expected = nats / math.log(2) / heldout(prepared).token_bytes[scored.numpy()].sum()
+    assert make_probe(prepared, None, validation_tokens=256).text(decoder)[""] == pytest.approx(expected, rel=1e-5)

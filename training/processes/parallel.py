@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -30,18 +31,15 @@ Tensors = dict[str, Tensor]
 
 
 def spread(module: nn.Module, precision: str) -> tuple[Accelerator, nn.Module]:
-    """The accelerator, and `module` wrapped for these processes. Raises UserError for FSDP options we don't support."""
-    mixed = "bf16" if precision == "bf16" else "no"
+    """The accelerator, and `module` wrapped for these processes."""
+    options: dict[str, Any] = {"mixed_precision": "bf16" if precision == "bf16" else "no"}
+    # Loss is divided once, by us: ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment must not do it again.
+    options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        accelerator = Accelerator(mixed_precision=mixed)
+        accelerator = Accelerator(**options)
         return accelerator, accelerator.prepare(module)
-    where, version = "in the accelerate config file", os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise UserError(f"fsdp_config.fsdp_version is {version} {where}; set it to 2")
-    if (plugin := FullyShardedDataParallelPlugin()).activation_checkpointing:
-        remedy = "remove it and set training.activation_checkpointing: true"
-        raise UserError(f"fsdp_config.fsdp_activation_checkpointing is true {where}; {remedy}")
-    accelerator = Accelerator(mixed_precision=mixed, fsdp_plugin=plugin)
+    plugin = FullyShardedDataParallelPlugin()
+    accelerator = Accelerator(fsdp_plugin=plugin, **options)
     _shard(module.to(accelerator.device), plugin, accelerator.device.type, precision == "bf16")
     return accelerator, module
 

@@ -13,6 +13,8 @@ import torch
 from training.processes.signals import TrainingFault
 from training.settings.schema import Settings
 
+ROUNDS = 3  # of measurements, in turn for each precision, so that both see the same other programs on a busy machine
+PRODUCTS = 3  # the fewest that count in a measurement: a process that is held up measures nothing else in its time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_GAIN = 1.5  # autocast also costs casts, so a smaller gain of the bare matmul does not pay
 
@@ -55,8 +57,10 @@ class Machine:
 
 @cache
 def measure(device: torch.device) -> Machine:
-    """The rates with this process's number of threads at the first call; later calls return the same."""
-    return Machine(matmul_rate(device, torch.float32), matmul_rate(device, torch.bfloat16))
+    """The best of several rates with this process's number of threads at the first call; later calls repeat it."""
+    dtypes = torch.float32, torch.bfloat16
+    rounds = [[matmul_rate(device, dtype, seconds=0.2 / ROUNDS) for dtype in dtypes] for _ in range(ROUNDS)]
+    return Machine(*map(max, zip(*rounds, strict=True)))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
@@ -65,13 +69,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seco
     A CPU starts at an eighth of `size` and stays lower if it is slow, as in bfloat16 without instructions for it.
     """
     size, width = (8 * size, 8 * size) if device.type == "cuda" else (size, size // 8)
-    best, end = 0.0, math.inf
-    while time.perf_counter() < end:
+    best, end, products = 0.0, math.inf, -1
+    while time.perf_counter() < end or products < PRODUCTS:
         a = torch.randn(width, width, device=device, dtype=dtype)  # a GPU is a tenth faster with equal numbers
         a[0, 0].item()  # waits for the device, as it does below
         start = time.perf_counter()
         (a @ a)[0, 0].item()
-        took = time.perf_counter() - start
+        took, products = time.perf_counter() - start, products + 1
         if end == math.inf:  # the first one also loads the kernel
             end = time.perf_counter() + seconds
             continue

@@ -1,16 +1,22 @@
-"""How a run ends. The first signal asks for a checkpoint and a stop, the second leaves at once."""
+"""How a run ends. The first signal asks for a checkpoint and a stop, the second leaves at once.
+
+Before the first step of a start there is nothing to save, so there the first signal leaves at once too.
+"""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-STOPPED = 75  # exit code: stopped by a signal after a checkpoint, run again to go on
+STOPPED = 75  # exit code: stopped by a signal, run again to go on
 ECHO_SECONDS = 2.0  # a launcher in the same process group passes on the signal that its processes already have
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: a batch system's early warning
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class TrainingFault(Exception):
@@ -18,29 +24,47 @@ class TrainingFault(Exception):
 
 
 class StopRequest:
-    """True once a signal has come."""
+    """True once a signal has come. Until `training` is set a signal ends the process at once, with code 75."""
 
     def __init__(self) -> None:
-        self.received_at: float | None = None
+        self.training, self.received_at = False, -1.0
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
-                signal.signal(number, self._handle)
+        handle_signals(self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received_at is not None:
+        if self:
             if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.received_at < ECHO_SECONDS:
                 return
             os._exit(128 + number)
         self.received_at = time.monotonic()
         for stream in self.terminals if number == signal.SIGHUP else ():  # the terminal is gone: a write would fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        name = signal.Signals(number).name
-        with contextlib.suppress(OSError):  # os.write, because `print` fails inside a handler that interrupts a print
-            os.write(2, f"\n{name}: finishing this step, then a checkpoint; again to leave at once\n".encode())
+        if not self.training:
+            say_signal(number, "stopped before the first step; run the same command again to go on")
+            os._exit(STOPPED)
+        say_signal(number, "finishing this step, then a checkpoint; again to leave at once")
 
     def __bool__(self) -> bool:
-        return self.received_at is not None
+        return self.received_at >= 0
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call `handler` for every signal that asks a program to end; not for SIGHUP if `nohup` ignores it."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def say_signal(number: int, text: str) -> None:
+    """Print inside a signal handler, where `print` fails if the signal has interrupted a print."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
+
+
+def end_with_parent() -> None:
+    """Ask the system for a SIGTERM when the process that started this one ends, also by SIGKILL. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_process(code: int) -> NoReturn:

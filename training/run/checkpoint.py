@@ -9,8 +9,10 @@ checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "step-"
+OURS = re.compile(PREFIX + "([0-9]+)")  # a user's own copy, step-000010-good, is no checkpoint and is never deleted
+LEFTOVER = re.compile(rf"\.(writing|deleting|shards)-{PREFIX}[0-9]+")
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
 Write = Callable[[Path], None]  # writes files into an existing folder
@@ -55,56 +59,111 @@ def save_checkpoint(
 
     try:
         replace_folder(path, write)  # an invalid one that the last resume passed over may be there
-    except (OSError, SafetensorError) as problem:  # safetensors reports a full disk as an error of its own
+    except OSError as problem:
         clear_leftovers(run_dir)
         what = f"the checkpoint of step {step} could not be written"
-        raise UserError(f"{path}: {what}: {problem}\n{MAKE_ROOM}") from problem
+        raise UserError(f"{path}: {what}: {problem.strerror}\n{MAKE_ROOM}") from problem
 
 
 def replace_folder(path: Path, write: Write) -> None:
-    """Write a new folder, which replaces the one at `path` once everything is synced."""
+    """Write a new folder, which replaces the one at `path` once everything is synced. Raises OSError."""
     aside = path.with_name(f".writing-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    for file in [*aside.rglob("*"), aside]:
-        _sync(file)
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
+    _delete(aside)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        for file in [*aside.rglob("*"), aside]:
+            _sync(file)
+        _delete(path)
+        aside.rename(path)
+    except Exception as problem:  # safetensors and tokenizers report a full disk as an error of their own
+        number = re.search(r"\(os error ([0-9]+)\)", str(problem))
+        if isinstance(problem, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), str(problem), str(path)) from problem
+    finally:
+        with suppress(OSError):
+            _delete(aside)
     _sync(path.parent)
 
 
-def problem_with(path: Path) -> str | None:
-    """Why the checkpoint can't be trusted; None if every file has its size and hash in the manifest."""
+def _delete(path: Path) -> None:
+    """Delete a folder, or a file; of a link only the link."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def problem_with(path: Path, below: str = "") -> str | None:
+    """Why the checkpoint can't be trusted; None if it is complete and each file has its size and hash in the manifest.
+
+    A file of weights or settings that is not in the manifest is a problem too: a loader could take it for one of ours.
+    Only files whose names begin with `below` are read.
+    """
     try:
+        if not (path / MANIFEST).is_file():
+            return f"{MANIFEST} can't be read (no such file)"
         files = json.loads((path / MANIFEST).read_text())["files"]
-        expected = {path / name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+        there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+        return _difference(path, expected, there, below)
+    except OSError as problem:
+        return f"{Path(problem.filename or path).name} can't be read ({problem.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
-    for file, size_and_hash in expected.items():
-        if not file.is_file():
-            return f"{file.relative_to(path)} is missing"
-        if (file.stat().st_size, file_sha256(file)) != size_and_hash:
-            return f"{file.relative_to(path)} has another size or sha256 than when it was written"
+
+
+def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[str], below: str) -> str | None:
+    """What tells the files of a checkpoint from those of its manifest."""
+    tensors = {str(Path(name).parent) for name in expected if name.endswith(".safetensors")}
+    if {"state.json", "hf/config.json"} - expected.keys() or {".", "hf"} - tensors:
+        return f"{MANIFEST} lists no complete checkpoint"
+    if missing := sorted(expected.keys() - there):
+        return f"{missing[0]} is missing"
+    unlisted = [name for name in sorted(there - expected.keys()) if name.startswith("hf/") or name.endswith("tensors")]
+    if unlisted:
+        return f"{unlisted[0]} is not in {MANIFEST}; move it elsewhere"
+    for name, size_and_hash in expected.items():
+        if name.startswith(below) and ((path / name).stat().st_size, file_sha256(path / name)) != size_and_hash:
+            return f"{name} has another size or sha256 than when it was written"
     return None
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raises UserError if `folder` is a checkpoint, or the `hf` of one, whose `hf` is not that of its manifest."""
+    for path in (folder, folder.parent):
+        if (path / MANIFEST).exists() and (path / "hf").is_dir() and (problem := problem_with(path, "hf/")):
+            raise UserError(f"{path}: {problem}\n  take another checkpoint, or restore this one from a backup")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, newest first, not verified."""
-    steps = {path.name.removeprefix(PREFIX): path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")}
-    return [steps[step] for step in sorted(filter(str.isdigit, steps), key=int, reverse=True)]
+    steps = {path: OURS.fullmatch(path.name) for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")}
+    return sorted((path for path, step in steps.items() if step), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest valid checkpoint; None if there is none at all. Reports invalid ones; UserError if all are invalid."""
-    problems = ""
-    for path in checkpoints(run_dir):
-        problem = problem_with(path)
-        if problem is None:
-            return path
-        problems += f"{path}: {problem}\n  "
-        say(f"checkpoint passed over: {path}: {problem}")
-    if problems:
+    """The newest valid checkpoint; None if there is none at all. Reports invalid ones; UserError if all are invalid.
+
+    If the training deletes checkpoints while they are looked at, those that it wrote meanwhile are looked at too.
+    """
+    listed: list[Path] = []
+    while listed != (listed := checkpoints(run_dir)):
+        problems = ""
+        for path in listed:
+            problem = problem_with(path)
+            if problem is None:
+                return path
+            if path.exists():
+                problems += f"{path}: {problem}\n  "
+                say(f"checkpoint passed over: {path}: {problem}")
+    if listed:
         remedy = "restore one from a backup, or start again with --resume never (the folder is set aside, not deleted)"
         raise UserError(f"no valid checkpoint is left to resume from:\n  {problems}{remedy}")
     return None
@@ -117,20 +176,28 @@ def load_state(path: Path, like: "Mapping[str, Tensor] | None" = None) -> "tuple
     from training.processes.parallel import read_shards
 
     state, whole = json.loads((path / "state.json").read_text()), path / "trainer.safetensors"
-    return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
+    try:
+        return state, load_file(whole) if whole.exists() else read_shards(path, like or {})
+    except SafetensorError as problem:
+        raise UserError(f"{whole} can't be read ({problem})\n  run the same command again") from problem
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep`, and leftovers."""
-    for path in checkpoints(run_dir)[keep:]:
+    """Delete all checkpoints but the newest `keep`, and leftovers.
+
+    At least two stay: no step has shown yet that the weights of the newest one are good.
+    """
+    for path in checkpoints(run_dir)[max(2, keep) :]:
         path.rename(path.with_name(f".deleting-{path.name}"))
     clear_leftovers(run_dir)
 
 
 def clear_leftovers(run_dir: Path) -> None:
     """Delete what interrupted writes and deletions left: it takes room and is no checkpoint."""
-    for leftover in (run_dir / "checkpoints").glob(".*-step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for path in (run_dir / "checkpoints").glob(f".*-{PREFIX}*"):
+        if LEFTOVER.fullmatch(path.name):
+            with suppress(OSError):
+                _delete(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -138,9 +205,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
     aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
+    aside.write_bytes(content)
     _sync(aside)
     aside.replace(path)
 

@@ -1,6 +1,7 @@
 """From YAML files and the command line to `Settings`, or to one message with every problem.
 
-    extends: base.yaml            a file, or a list of files (later ones win), relative to the file that says so
+    extends: base.yaml            a file, or a list of files (later ones win), relative to the file that says so;
+                                  one that is named again, by any of them, is read the first time alone
     training:
       optimizer: {lr: 3e-4}       sections merge key by key; lists and values replace; null takes the default back
 
@@ -11,6 +12,7 @@ Files are YAML 1.2 (core schema). PyYAML alone reads YAML 1.1, where `3e-4` is t
 `yes` and dates are text. A key twice in one section, aliases and tags are refused: files share settings by `extends`.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +22,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from model.errors import UserError
+from model.errors import UserError, read_small_file
 from training.settings.consistency import inconsistencies
-from training.settings.problems import Keys, Problem, explain
+from training.settings.problems import MOST_SHOWN, Keys, Problem, explain
 from training.settings.schema import Settings
+
+MOST_BYTES, MOST_KEYS = 1 << 18, 16  # of a file, which PyYAML reads in a second or two; in the path of an override
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -34,7 +38,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """
     tree: dict[str, Any] = {}
     origins: dict[Keys, str] = {}
-    _read(Path(path), tree, origins, ())
+    _read(Path(path), tree, origins, (), set())
     problems = [problem for text in overrides if (problem := _override(text, tree, origins))]
     tree = _without_nulls(tree)
     try:
@@ -48,9 +52,10 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def report(path: str, problems: list[Problem], origins: Mapping[Keys, str] = MappingProxyType({})) -> str:
-    """One message with all problems in `path`, each with the origin of its key or of the nearest section."""
-    lines = [f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the settings"]
-    for problem in problems:
+    """One message with the first problems in `path`, each with the origin of its key or of the nearest section."""
+    more = f"more than {MOST_SHOWN}, of which these are the first" if len(problems) > MOST_SHOWN else ""
+    lines = [f"{path}: {more or len(problems)} problem{'s' * (len(problems) > 1)} in the settings"]
+    for problem in problems[:MOST_SHOWN]:
         keys = problem.keys
         while keys and keys not in origins:
             keys = keys[:-1]
@@ -64,17 +69,26 @@ def _without_nulls(tree: Any) -> Any:
     return [_without_nulls(v) for v in tree] if isinstance(tree, list) else tree
 
 
-def _read(path: Path, settings: dict[str, Any], origins: dict[Keys, str], chain: tuple[Path, ...]) -> None:
-    """Merge `path` and what it extends into the settings; `chain` are the files that led here."""
-    if path.resolve() in [p.resolve() for p in chain]:
+def _read(
+    path: Path, settings: dict[str, Any], origins: dict[Keys, str], chain: tuple[Path, ...], seen: set[str]
+) -> None:
+    """Merge `path` and what it extends into the settings, but for what was `seen`; `chain` are the files that led here.
+
+    Without `seen`, files that name two others each would be read 2, 4, 8 ... times.
+    """
+    real = os.path.realpath(path)
+    if real in map(os.path.realpath, chain):
         raise UserError("extends runs in a circle: " + " -> ".join(map(str, (*chain, path))) + "\n  remove one of them")
+    if real in seen:
+        return
+    seen.add(real)
     tree, lines = parse_file(path, chain)
     parents = tree.pop("extends", None) or []
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
         raise UserError(f"{path}: extends = {parents!r}\n  expected a file name or a list of them")
     for name in parents:
-        _read(path.parent / name, settings, origins, (*chain, path))
+        _read(path.parent / name, settings, origins, (*chain, path), seen)
     settings |= _merged(settings, tree)
     origins |= {keys: f"{path}:{line}" for keys, line in lines.items()}
 
@@ -82,7 +96,7 @@ def _read(path: Path, settings: dict[str, Any], origins: dict[Keys, str], chain:
 def parse_file(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[Keys, int]]:
     """The sections of a YAML file and the line of each key; `chain` are the files that led to it. Raises UserError."""
     try:
-        tree, lines = parse(path.read_bytes())
+        tree, lines = parse(read_small_file(path, MOST_BYTES))
     except OSError as problem:
         files = ", ".join(sorted(p.name for p in path.parent.glob("*.y*ml"))) or "no YAML file"
         remedy = f"{chain[-1]} extends it; the path is relative to that file" if chain else f"{path.parent} has {files}"
@@ -114,7 +128,7 @@ def _override(text: str, settings: dict[str, Any], origins: dict[Keys, str]) -> 
     """Apply `a.b.0.c=value` to the settings, or return why that is impossible."""
     name, equals, value_text = text.partition("=")
     names = name.strip().split(".")
-    if not equals or not all(names):
+    if not equals or not all(names) or len(names) > MOST_KEYS:
         return Problem((), text, "expected key=value", "write for example training.max_steps=100", "command line")
     try:
         tree, _ = parse(value_text)
@@ -174,6 +188,8 @@ def parse(text: str | bytes) -> tuple[Any, dict[Keys, int]]:
         return (None if node is None else _value(node, (), lines)), lines
     except RecursionError as problem:
         raise yaml.YAMLError("nested too deeply") from problem
+    except ValueError as problem:  # an escape such as "\\U00110000"
+        raise yaml.YAMLError(f"text holds a character that does not exist ({problem})") from problem
 
 
 def _value(node: Any, path: Keys, lines: dict[Keys, int]) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from functools import reduce
 from typing import Any
 
+from data.settings import DataSettings, SourceSettings
 from data.tasks import TASKS
 from model.windows import LayerSpec, reach
 from training.settings.build import layer_dicts
@@ -63,24 +64,45 @@ def _layers(s: Settings) -> Iterator[Check]:
 def _model_and_data(s: Settings) -> list[Check]:
     m, d, heads = s.model, s.data, f"model.num_attention_heads = {s.model.num_attention_heads}"
     uneven = m.head_dim is None and m.hidden_size % m.num_attention_heads
-    unused = f"data.source is {d.source}, so it has no effect"
-    hub, files = d.source == "hub", d.source == "files"
     return [
         ("model.num_key_value_heads", m.num_attention_heads % m.num_key_value_heads, f"{heads} is not a multiple of it",
          f"use {m.num_attention_heads} or a divisor of it"),
         ("model.hidden_size", uneven, f"not a multiple of {heads}", "change one of them, or give model.head_dim"),
         ("model.head_dim", not uneven and m.head_size % 2, "rotary positions need heads of even size",
          f"set model.head_dim to {m.head_size + 1}"),
-        ("data.hub", hub and d.hub is None, "data.source is hub, but no data set is named",
-         "add a section such as hub: {name: wikitext}"),
-        ("data.hub", not hub and d.hub is not None, unused, "remove it, or use data.source: hub"),
-        ("data.train_files", files and not d.train_files, "data.source is files, but none is given",
-         "add train_files: [texts/*.txt]"),
-        ("data.train_files", not files and d.train_files, unused, "remove it, or use data.source: files"),
-        ("data.heldout_files", not files and d.heldout_files, unused, "remove it, or use data.source: files"),
         ("data.seq_len", d.seq_len > m.max_position_embeddings,
          f"model.max_position_embeddings is {m.max_position_embeddings}", "lower one, raise the other"),
+        *(_source("data", d) if not d.sources else _mixture(d)),
     ]  # fmt: skip
+
+
+def _source(at: str, d: SourceSettings) -> Iterator[Check]:
+    """`at` is the path of the source."""
+    hub, files = d.source == "hub", d.source == "files"
+    unused = f"{at}.source is {d.source}, so it has no effect"
+    yield (f"{at}.hub", hub and d.hub is None, f"{at}.source is hub, but no data set is named",
+           "add a section such as hub: {name: wikitext}")  # fmt: skip
+    yield f"{at}.hub", not hub and d.hub is not None, unused, f"remove it, or use {at}.source: hub"
+    yield (f"{at}.train_files", files and not d.train_files, f"{at}.source is files, but none is given",
+           "add train_files: [texts/*.txt]")  # fmt: skip
+    for name in ("train_files", "heldout_files"):
+        yield f"{at}.{name}", not files and getattr(d, name), unused, f"remove it, or use {at}.source: files"
+
+
+def _mixture(d: DataSettings) -> Iterator[Check]:
+    for name, field in SourceSettings.model_fields.items():
+        differs = getattr(d, name) != field.get_default(call_default_factory=True)
+        yield f"data.{name}", differs, "data.sources is given, so it has no effect", "move it to the sources"
+    names = [source.name for source in d.sources]
+    for i, source in enumerate(d.sources):
+        yield (f"data.sources.{i}.name", source.name in names[:i], "another source has this name",
+               "give each source its own")  # fmt: skip
+        yield from _source(f"data.sources.{i}", source)
+    points = [[(0.0, s.weight)] if isinstance(s.weight, float) else sorted(s.weight) for s in d.sources]
+    for start in sorted({0.0, *(at for source in points for at, _ in source)} - {1.0}):
+        weights = [[weight for at, weight in source if at <= start][-1:] for source in points]
+        yield ("data.sources", not any(map(any, weights)), f"from {start:g} of all steps on, no source has a weight",
+               "give one of them a weight above 0")  # fmt: skip
 
 
 def _steps(s: Settings) -> Iterator[Check]:

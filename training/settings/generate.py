@@ -57,7 +57,7 @@ def _base_lines(model: type[BaseModel], depth: int = 0) -> Iterator[str]:
         comment = f"{indent}# {'(example) ' if info.examples else ''}{choices}{described(info)}"
         yield from [""] if section and depth == 0 else []
         yield from textwrap.wrap(comment, 118, subsequent_indent=f"{indent}# ")
-        if section is None or value is None:
+        if section is None or value in (None, []):  # a section that is absent
             yield f"{indent}{name}: " + json.dumps(value).replace('"', "")  # no default needs quotes in YAML
         elif get_origin(info.annotation) is list:
             first, *others = _base_lines(section, depth + 2)

@@ -13,6 +13,7 @@ from training.settings.schema import Settings
 
 Keys = tuple[str | int, ...]
 ABSENT = object()  # the value of a setting that is missing
+MOST_SHOWN = 20  # problems of a file
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Problem:
         return replace(self, origin=origin)
 
     def __str__(self) -> str:
-        value = repr(self.value) if len(repr(self.value)) <= 60 else f"{repr(self.value)[:57]}..."
+        value = repr(self.value)
+        value = value if len(value) <= 60 else f"{value[:57]}..."
         parts = [".".join(map(str, self.keys))] * bool(self.keys) + [value] * (self.value is not ABSENT)
         return f"  {' = '.join(parts)}  ({self.origin})\n    {self.what}; {self.remedy}"
 
@@ -53,10 +55,15 @@ _REMEDIES = {  # by pydantic's name of the mistake
 
 
 def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings) -> list[Problem]:
-    """One problem for each wrong key of `tree`, from pydantic's errors; `root` is the class that raised them."""
+    """One problem for each wrong key of `tree`, from pydantic's errors; `root` is the class that raised them.
+
+    They end soon after `MOST_SHOWN`.
+    """
     problems: dict[Keys, Problem] = {}
     fields = dict(all_fields(root))
     for error in errors.errors(include_url=False):
+        if len(problems) > MOST_SHOWN:
+            break
         keys = _keys(error["loc"], tree)
         names = [key for key in keys if isinstance(key, str)]  # without indices
         at = error["loc"] if "[key]" in error["loc"] else keys  # a wrong key of a dict and its wrong value are two
@@ -73,7 +80,10 @@ def explain(errors: ValidationError, tree: Any, root: type[BaseModel] = Settings
                 what = re.sub(theirs, ours, what)
             if at in problems:  # the value may have one of several types
                 what = f"{problems[at].what} or {what.removeprefix('expected ')}"
-            if near := get_close_matches(str(value), re.findall(r"'([^']*)'", facts.get("expected", "")), n=1):
+            known = re.findall(r"'([^']*)'", facts.get("expected", ""))
+            if value in ("none", "off", "no", False) and "disabled" in known:
+                remedy = "did you mean disabled?"
+            elif near := get_close_matches(str(value), known, n=1):
                 remedy = f"did you mean {near[0]}?"
         problems[at] = Problem(keys, value, what, remedy)
     return list(problems.values())

@@ -9,11 +9,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from data.settings import DataSettings, Fraction, PositiveInt, QuestionSettings, RowSettings, Strict, TaskName
-
-NonNegative = Annotated[float, Field(ge=0.0)]
-Point = Annotated[tuple[Fraction, NonNegative], Field(strict=False)]  # YAML has lists, no tuples
-Points = Annotated[list[Point], Field(min_length=1)]
+from data.settings import (
+    DataSettings,
+    Fraction,
+    NonNegative,
+    Points,
+    PositiveInt,
+    QuestionSettings,
+    RowSettings,
+    Strict,
+    TaskName,
+)  # fmt: skip
 
 
 class LayerSettings(Strict):
@@ -223,7 +229,7 @@ class TrainingSettings(Strict):
     save_every_steps: PositiveInt = 200
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep. At least 2 are kept."""
 
 
 class TrackingSettings(Strict):

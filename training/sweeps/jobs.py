@@ -2,7 +2,7 @@
 
 Each finished stage (training, then each evaluation) is noted in the run's folder, in `sweep.json`, with its command.
 Started again, a sweep skips these stages. A signal is passed to the running processes, which write a checkpoint; a
-second signal kills them.
+second signal kills them. If the sweep itself is killed, they write a checkpoint and end too.
 """
 
 import os
@@ -22,13 +22,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from data.token_store import prepare_tokens
+from data.mixture import prepare_sources
 from data.tokenizer import prepare_tokenizer
 from model.flops import count_parameters
 from model.windows import reach
 from training.planning.dry_run import vocab_size
 from training.planning.formulas import work
-from training.processes.signals import STOPPED
+from training.processes.signals import SIGNALS, STOPPED, end_with_parent, handle_signals, say_signal
 from training.run.checkpoint import write_json
 from training.run.folder import read_facts
 from training.settings.build import model_config
@@ -80,9 +80,10 @@ def run_all(
     console.print(f"{sweep.name}: {len(listed)} runs, {len(outcomes) - len(left)} done before; {len(places)} at a time")
     needed = {f"{s.data.model_dump_json()} {s.recall.values}": s for s in (settings[o.run.name] for o in left)}
     for s in needed.values():  # prepared once, because runs that start at the same time would prepare it twice
-        prepare_tokens(s, prepare_tokenizer(s))
+        prepare_sources(s, prepare_tokenizer(s))
     at_work = _Jobs(sweep.evaluate, console, outcomes)
-    before = {number: signal.signal(number, at_work.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handle_signals(at_work.stop)
     try:
         with ThreadPoolExecutor(len(places)) as pool:
             list(pool.map(at_work.work, places))
@@ -134,7 +135,7 @@ class _Jobs:
         with log.open("ab") as sink:
             child = subprocess.Popen(  # in a session of its own, which Ctrl-C does not reach
                 [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
-                env=environment, start_new_session=True,
+                env=environment, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
         self.children.add(child)
         if self.stopping.is_set():  # the signal came while the process started
@@ -149,8 +150,7 @@ class _Jobs:
         again = self.stopping.is_set()
         self.stopping.set()
         if not again:
-            name = signal.Signals(number).name
-            print(f"\n{name}: waiting for the runs at work to write a checkpoint; again to kill them", file=sys.stderr)
+            say_signal(number, "waiting for the runs at work to write a checkpoint; again to kill them")
         for child in list(self.children):
             _kill_group(child) if again else child.terminate()  # not its group, which it may still need
 

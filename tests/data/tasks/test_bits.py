@@ -19,7 +19,7 @@ from training.settings.generate import ROOT
 
 VOCAB = RecallVocabulary((3,), (4,), tuple(range(5, 37)), np.arange(37, 2048))
 TEXT = np.random.default_rng(17).integers(0, 2048, 50_000).astype(np.uint16)
-STORE = TokenStore(TEXT, np.array([0, 20_000, 31_234]), np.ones(2048, dtype=np.int64))
+STORE = TokenStore.of(TEXT, np.array([0, 20_000, 31_234]), np.ones(2048, dtype=np.int64))
 RULES = RowRules(relay_share=0.5, relay_pace=9.0, layers=20)
 
 

@@ -20,7 +20,7 @@ from model.decoder import build_model
 
 VOCAB = RecallVocabulary((1,), (2,), tuple(range(3, 11)), np.arange(19, 64), tuple(range(11, 19)))
 TEXT = np.random.default_rng(0).integers(19, 64, 50_000).astype(np.uint16)
-STORE = TokenStore(TEXT, np.array([0]), np.ones(64, dtype=np.int64))
+STORE = TokenStore.of(TEXT, np.array([0]), np.ones(64, dtype=np.int64))
 LENGTH, FAR, STEPS, ITEMS = 32, 20, 130, 100
 
 

@@ -261,10 +261,10 @@ def test_batches_mix_the_tasks_and_each_keeps_its_own_distance(store, tokenizer)
     distances = {name: task_size(name, vocab, TaskOptions()).nearest + 3 * i for i, name in enumerate(TASKS)}
     options = TaskOptions(hops=1)
     batch = recall_batch(store, vocab, 0, 0, range(240), 90, distances, shares, RowRules(), options)
-    seen = {name: batch.distances[batch.tasks == i].max().item() for i, name in enumerate(TASKS)}
+    seen = {name: batch.distances[batch.groups == i].max().item() for i, name in enumerate(TASKS)}
     assert all(0 < seen[name] <= distances[name] for name in TASKS)
     for i, name in enumerate(TASKS):
-        rows = (batch.tasks == i).nonzero()[:, 0].tolist()
+        rows = (batch.groups == i).nonzero()[:, 0].tolist()
         assert 20 < len(rows) < 60
         for r in rows:
             for end in batch.distances[r].nonzero()[:, 0].tolist():

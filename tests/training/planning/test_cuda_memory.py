@@ -11,7 +11,7 @@ from model.attention import Device
 from model.config import WindreachConfig
 from model.decoder import build_model
 from model.packing import Packing
-from training.objective import Scorer
+from training.objective import Scorer, Target
 from training.optimizer import SummedOptimizer
 from training.planning.formulas import Setup, memory
 from training.settings.build import init_options, model_config
@@ -52,7 +52,7 @@ def measured_peak(settings: Settings, config: WindreachConfig, device: str, comp
     optimizer = SummedOptimizer(scorer.named_parameters(), ["text"], settings.training.optimizer)
     ids = torch.randint(VOCABULARY, (4, settings.data.seq_len), generator=torch.Generator().manual_seed(0)).to(device)
     packing = Packing.of_whole_rows(settings.data.seq_len, ids.device)
-    targets = {"text": (torch.arange(ids.numel(), device=device), ids.flatten())}
+    targets = {"text": Target(torch.arange(ids.numel(), device=device), ids.flatten())}
     for _ in range(3):  # the first one also makes the moments, and what compilation needs
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):

@@ -10,7 +10,7 @@ from model.config import WindreachConfig
 from model.decoder import build_model
 from model.flops import count_parameters
 from tests.training.updates import update
-from training.objective import Plan, Scorer
+from training.objective import Plan, Scorer, Target
 from training.optimizer import SummedOptimizer
 from training.planning.formulas import Setup, Work, micro_batch_bytes, optimizer_bytes
 from training.planning.memory import PeakBytes
@@ -44,13 +44,13 @@ def measured_peak(config: WindreachConfig, setup: Setup, work: Work) -> int:
     rows, seq_len = work.last.rows, work.last.seq_len
     ids = torch.randint(config.vocab_size, (rows, seq_len), generator=draw)
     n, relayed = rows * work.scored_per_row, rows * RELAYED_PER_ROW
-    targets = {"text": (torch.arange(n), torch.randint(config.vocab_size, (n,), generator=draw))}
+    targets = {"text": Target(torch.arange(n), torch.randint(config.vocab_size, (n,), generator=draw))}
     if work.relay:
         asked = torch.randint((len(config.specs) + 1) * ids.numel(), (relayed,), generator=draw)
-        targets["relay"] = (asked, torch.randint(RELAY_VALUES, (relayed,), generator=draw))
+        targets["relay"] = Target(asked, torch.randint(RELAY_VALUES, (relayed,), generator=draw))
     with PeakBytes() as watched:
         with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16"):
-            loss = torch.stack([total for total, _ in scorer(ids, None, targets).values()]).sum()
+            loss = torch.stack([score.loss for score in scorer(ids, None, targets).values()]).sum()
         loss.backward()
     return watched.peak
 

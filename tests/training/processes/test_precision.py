@@ -23,6 +23,11 @@ def test_measured_rate_is_plausible() -> None:
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, size=256, seconds=0.02) < 1e14
 
 
+def test_a_process_that_is_held_up_measures_a_rate_all_the_same() -> None:
+    """All of its time is over before the first matrix product that counts."""
+    assert matmul_rate(torch.device("cpu"), torch.float32, size=256, seconds=0.0) > 1e7
+
+
 def test_measuring_takes_no_longer_where_the_matmul_is_slow() -> None:
     """float16 and bfloat16 have no fast kernel on many CPUs: one matmul of 1,024 rows takes seconds there."""
     cpu = torch.device("cpu")

@@ -13,6 +13,7 @@ PROGRAM = """
 import sys, time
 from training.processes.signals import STOPPED, StopRequest
 stop = StopRequest()
+stop.training = sys.argv[1] != "early"
 print("ready", flush=True)
 while not (stop and sys.argv[1] == "polite"):
     time.sleep(0.01)
@@ -36,6 +37,28 @@ def test_first_signal_ends_the_loop_with_code_75(number: signal.Signals) -> None
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 75
     assert f"{number.name}: finishing this step" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_before_the_first_step_a_signal_leaves_at_once_with_code_75(number: signal.Signals) -> None:
+    process = start("early")
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=10)
+    assert (process.returncode, out) == (75, "")
+    assert errors == f"\n{number.name}: stopped before the first step; run the same command again to go on\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_process_whose_parent_is_killed_gets_a_sigterm() -> None:
+    child = f"from training.processes.signals import end_with_parent\nend_with_parent(){PROGRAM}"
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}, 'polite'])"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    out, errors = process.communicate(timeout=10)  # until the child, which has the same streams, has ended
+    assert out == "stopping\n"
+    assert "SIGTERM: finishing this step" in errors
 
 
 def test_a_run_whose_terminal_closes_can_still_print_and_stop() -> None:

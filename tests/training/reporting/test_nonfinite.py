@@ -18,7 +18,7 @@ NAN = Measured({"text": float("nan")}, {"text": 0.0}, {"text": 504.0}, grad_norm
 def both(prepared: Prepared) -> list[Objective]:
     curriculum = Curriculum(prepared.settings.recall.curriculum, window=8, reach=21)
     vocabulary = recall_vocabulary(prepared.tokenizer, prepared.settings.recall.values)
-    return objectives(prepared.settings, prepared.train, vocabulary, curriculum, ranks=1)
+    return objectives(prepared.settings, prepared.sources, vocabulary, curriculum, ranks=1)
 
 
 def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
@@ -33,7 +33,7 @@ def test_what_is_kept_is_the_batch_of_the_step_with_its_figures_and_text(
     documents = batch.packing.documents
     assert kept["input_ids"] == batch.input_ids.tolist()
     assert kept["documents"] == (None if documents is None else documents.tolist())
-    assert kept["targets"]["text"] == [tensor.tolist() for tensor in batch.targets["text"]]
+    assert kept["targets"]["text"] == [*(tensor.tolist() for tensor in batch.targets["text"][:2]), None]
     assert (facts["step"], facts["objective"], facts["distances"], facts["rows"]) == (13, "text", FAR, [0])
     assert facts["measured"] == {"accuracy_text": "0.0", "grad_norm_text": "inf", "loss_text": "nan"}
     assert facts["text"] == [prepared.tokenizer.decode(row) for row in batch.input_ids.tolist()]
@@ -45,7 +45,8 @@ def test_recall_rows_are_kept_with_all_that_was_asked(
     keep_batch(tmp_path, both[1], Measured({}, {}, {}, grad_norm=float("nan")), 0, FAR, prepared.tokenizer)
     (kept,) = json.loads((tmp_path / "skipped/step-000001-recall-rank-0.json").read_text())["micro_batches"]
     batch = both[1].micro_batch(0, both[1].plan(FAR), range(8), FAR)
-    assert kept["targets"] == {term: [tensor.tolist() for tensor in batch.targets[term]] for term in batch.targets}
+    for term, target in batch.targets.items():
+        assert kept["targets"][term] == [part if part is None else part.tolist() for part in target]
     assert {"answer", "relay"} <= kept["targets"].keys()
     assert kept["documents"] is None
 

@@ -1,6 +1,9 @@
 import json
+import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +12,27 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
-from training.run.checkpoint import checkpoints, load_state, newest_valid, problem_with, prune, save_checkpoint
+from training.run.checkpoint import (
+    checkpoints,
+    file_sha256,
+    load_state,
+    newest_valid,
+    problem_with,
+    prune,
+    refuse_damaged,
+    save_checkpoint,
+)  # fmt: skip
 
 
 def write_hf(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
+
+
+def rewrite(path: Path, **files: Any) -> None:
+    """Change what the manifest lists."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | files))
 
 
 FILES = ["hf/config.json", "hf/model.safetensors", "trainer.safetensors", "state.json", "manifest.json"]
@@ -144,13 +162,91 @@ def take_name(folder: Path) -> None:
     (folder / "trainer.safetensors").mkdir()
 
 
-def test_prune_keeps_the_newest_and_what_is_no_checkpoint_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints/step-000001-copy").mkdir(parents=True)
+@pytest.mark.parametrize("keep", [1, 2])
+def test_prune_keeps_the_newest_at_least_two_and_what_is_no_checkpoint_of_ours(tmp_path: Path, keep: int) -> None:
+    others = ["step-000001-copy", "step-\u00b2", ".backup-step-000001", ".writing-step-000001-mine"]
+    for name in others:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
     for step in (1, 2, 3):
         save(tmp_path, step)
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000003", "step-000002"]
-    assert (tmp_path / "checkpoints/step-000001-copy").is_dir()
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {*others, "step-000003", "step-000002"}
+
+
+def test_prune_deletes_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
+    elsewhere = save(tmp_path, 1).rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints/step-000001").symlink_to(elsewhere)
+    save(tmp_path, 2), save(tmp_path, 3)
+    prune(tmp_path, keep=2)
+    assert problem_with(elsewhere) is None
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize("odd", [Path.touch, os.mkfifo, lambda path: path.symlink_to(path.name)])
+def test_what_is_no_folder_is_no_checkpoint(tmp_path: Path, odd: Callable[[Path], None]) -> None:
+    older = save(tmp_path, 1)
+    odd(tmp_path / "checkpoints/step-000002")
+    assert newest_valid(tmp_path, lambda _: None) == older
+    assert save(tmp_path, 2).is_dir()
+
+
+@pytest.mark.parametrize("file", ["hf/model.safetensors", "manifest.json"])
+def test_a_file_that_can_not_be_read_is_that_checkpoint_s_problem(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails. The superuser may read every file, so permissions would not show it."""
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    (newer / file).unlink()
+    os.mkfifo(newer / file)
+    assert newest_valid(tmp_path, lambda _: None) == older
+
+
+@pytest.mark.parametrize("extra", ["hf/model_old.safetensors", "hf/adapter_config.json", "shard-00003.safetensors"])
+def test_an_extra_file_that_a_loader_could_take_is_a_problem(tmp_path: Path, extra: str) -> None:
+    path = save(tmp_path, 1)
+    (path / "notes.txt").touch()
+    assert problem_with(path) is None
+    (path / extra).touch()
+    assert problem_with(path) == f"{extra} is not in manifest.json; move it elsewhere"
+
+
+def test_a_manifest_without_the_files_of_a_checkpoint_or_with_others_is_a_problem(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    listed = json.loads((path / "manifest.json").read_text())["files"]
+    for name in ("state.json", "hf/model.safetensors", "trainer.safetensors"):
+        rewrite(path, files={k: v for k, v in listed.items() if k != name})
+        assert problem_with(path) == "manifest.json lists no complete checkpoint"
+    rewrite(path, files={})
+    assert problem_with(path) == "manifest.json lists no complete checkpoint"
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"")
+    rewrite(path, files=listed | {"../../outside": {"bytes": 0, "sha256": file_sha256(outside)}})
+    assert problem_with(path) == "../../outside is missing"
+
+
+def test_a_damaged_checkpoint_is_refused_by_all_who_load_from_it(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    refuse_damaged(path / "hf")
+    refuse_damaged(tmp_path)
+    (path / "hf/config.json").write_text("{ }")
+    for folder in (path, path / "hf"):
+        with pytest.raises(UserError, match=rf"{path}: hf/config.json has another size(.|\n)*take another checkpoint"):
+            refuse_damaged(folder)
+
+
+def test_checkpoints_that_are_deleted_meanwhile_lead_to_the_next_one(tmp_path: Path) -> None:
+    """The training prunes while an evaluation looks for the newest."""
+    (save(tmp_path, 1) / "state.json").write_text("")
+
+    def train_on(_: str) -> None:
+        for step in (2, 3, 4):
+            save(tmp_path, step)
+        prune(tmp_path, 2)
+
+    newest = newest_valid(tmp_path, train_on)
+    assert newest is not None
+    assert newest.name == "step-000004"
 
 
 def test_manifest_lists_every_file(tmp_path: Path) -> None:

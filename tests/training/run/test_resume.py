@@ -9,10 +9,10 @@ import torch
 from data.tasks.vocabulary import recall_vocabulary
 from model.errors import UserError
 from tests.training.conftest import Prepared
-from tests.training.run.test_folder import changed
+from tests.training.run.test_folder import changed, opened
 from training.curriculum import Curriculum, CurriculumState, State
 from training.objective import Objective, objectives, step_plan
-from training.run.folder import check_same_batches, check_same_data, decide_once, open_run
+from training.run.folder import check_same_batches, check_same_data, decide_once
 
 HERE = Path("runs/a/checkpoints/step-000003")
 
@@ -21,7 +21,7 @@ def for_processes(prepared: Prepared, processes: int, **dotted: Any) -> list[Obj
     settings = changed(prepared.settings, **dotted)
     curriculum = Curriculum(settings.recall.curriculum, window=8, reach=21)
     vocabulary = recall_vocabulary(prepared.tokenizer, settings.recall.values)
-    return objectives(settings, prepared.train, vocabulary, curriculum, processes)
+    return objectives(settings, prepared.sources, vocabulary, curriculum, processes)
 
 
 def needle(first: int, end: int) -> list[dict[str, int]]:
@@ -87,8 +87,8 @@ def test_a_checkpoint_made_from_other_text_or_tokens_is_refused(
     prepared: Prepared, tmp_path: Path, fact: str, other: Any, expected: str
 ) -> None:
     settings = changed(prepared.settings, run_dir=str(tmp_path / "run"))
-    open_run(settings, "auto")
-    facts = decide_once(settings, prepared.tokenizer, prepared.stores, torch.device("cpu"))
+    opened(settings, "auto")
+    facts = decide_once(settings, prepared.tokenizer, prepared.sources, torch.device("cpu"))
     check_same_data(HERE, facts, facts)
     with pytest.raises(UserError, match=expected):
         check_same_data(HERE, facts, facts | {fact: other})

@@ -1,4 +1,5 @@
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ training: {max_steps: many, lr: 3e-4, optimizer: {lr: 0}, schedule: {kind: cosin
             "recall.curriculum.start_distance = 'lst'  (override recall.curriculum.start_distance=lst)\n"
             "    expected a whole number or 'last'; did you mean last?",
         ),
+        ("tracking.wandb_mode=none", "'offline', 'online' or 'disabled'; did you mean disabled?"),
+        ("tracking.wandb_mode=ofline", "'offline', 'online' or 'disabled'; did you mean offline?"),
         ("name.x=3", "name = {'x': 3}  (override name.x=3)\n    expected a valid string"),
         ("model.layrs.0.kind=full", "unknown key; did you mean model.layers?"),
         ("data.hub={}", "data.hub.name  (override data.hub={})\n    missing"),
@@ -212,6 +215,28 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
         (["data.source=hub"], "data.source is hub, but no data set is named; add a section such as hub:"),
         (["data.hub={name: wikitext}"], "data.source is novels, so it has no effect; remove it, or use data.source"),
         (["data.train_files=[a.txt]"], "data.source is novels, so it has no effect; remove it, or use"),
+        (
+            ["data.sources=[{name: a}]", "data.train_files=[a.txt]"],
+            "data.train_files = ['a.txt']  (override data.train_files=[a.txt])\n"
+            "    data.sources is given, so it has no effect; move it to the sources",
+        ),
+        (["data.sources=[{name: a}]", "data.source=files"], "data.source = 'files'"),
+        (["data.sources=[{name: a}]", "data.heldout_share=0.1"], "data.heldout_share = 0.1"),
+        (["data.sources=[{name: a}, {name: b}, {name: a}]"], "data.sources.2.name = 'a'"),
+        (["data.sources=[{name: a}, {name: a}]"], "another source has this name; give each source its own"),
+        (
+            ["data.sources=[{name: a, source: files}]"],
+            "data.sources.0.source is files, but none is given; add train_files: [texts/*.txt]",
+        ),
+        (
+            ["data.sources=[{name: a}, {name: b, hub: {name: wikitext}}]"],
+            "data.sources.1.source is novels, so it has no effect; remove it, or use data.sources.1.source: hub",
+        ),
+        (
+            ["data.sources=[{name: a, weight: [[0.5, 0], [0, 1]]}, {name: b, weight: [[0.7, 1]]}]"],
+            "from 0.5 of all steps on, no source has a weight; give one of them a weight above 0",
+        ),
+        (["data.sources=[{name: a, weight: [[0.1, 1]]}]"], "from 0 of all steps on, no source has a weight"),
         (["model.layers=[{kind: full, window: 3}]"], "model.layers.0.window = 3"),
         (["model.layers=[{dilation: 2}]"], "a sliding layer has no dilation; remove it, or use kind: dilated"),
         (["model.layers=[{rope: false, rope_theta: 9}]"], "rope is false on this layer, so it has no effect"),
@@ -222,6 +247,11 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(good: Path, overrides: list[str], expected: str) -> None:
     assert expected in refusal(good, *overrides)
+
+
+def test_a_mixture_with_a_weight_at_every_step_is_fine(good: Path) -> None:
+    sources = "data.sources=[{name: a, weight: [[0, 1], [0.5, 0]]}, {name: b, weight: [[0.5, 2], [1, 0]]}]"
+    assert [source.name for source in load_settings(good, [sources]).data.mixture] == ["a", "b"]
 
 
 def test_text_alone_may_have_rows_within_one_window(good: Path) -> None:
@@ -272,6 +302,7 @@ def test_a_circle_of_extends_is_refused_with_its_chain(tmp_path: Path) -> None:
         ("[" * 5000, "nested too deeply"),
         ("name: a\0b\n", "special characters are not allowed"),
         ('name: a\nrun_dir: "\\0"\n', r"run.yaml:2: text holds the character '\x00'"),
+        ('name: "\\U00110000"\n', "text holds a character that does not exist"),
         ('"\\ud800": 3\n', r"run.yaml:1: text holds the character '\ud800'"),
     ],
 )
@@ -281,6 +312,43 @@ def test_text_that_is_not_settings_is_refused(tmp_path: Path, text: str, expecte
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     assert "can't be read: Is a directory" in refusal(tmp_path)
+
+
+def test_a_file_is_read_once_however_often_it_is_named(tmp_path: Path) -> None:
+    """Twenty files that name the next one twice each: a million reads without memory of what was read."""
+    write(tmp_path, GOOD, "20.yaml")
+    for i in range(20):
+        write(tmp_path, f"extends: [{i + 1}.yaml, {i + 1}.yaml]\nseed: {i}\n", f"{i}.yaml")
+    assert load_settings(tmp_path / "0.yaml").seed == 0
+
+
+def test_the_common_parent_of_two_files_does_not_take_back_what_the_first_says(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, "base.yaml")
+    write(tmp_path, "extends: base.yaml\nname: from-b\n", "b.yaml")
+    write(tmp_path, "extends: base.yaml\nseed: 7\n", "c.yaml")
+    read = load_settings(write(tmp_path, "extends: [b.yaml, c.yaml]\n"))
+    assert (read.name, read.seed) == ("from-b", 7)
+
+
+def test_only_the_first_problems_are_told(good: Path, tmp_path: Path) -> None:
+    many = write(tmp_path, f"extends: {good.name}\n" + "".join(f"k{i}: 1\n" for i in range(9000)), "many.yaml")
+    message = refusal(many)
+    assert message.startswith(f"{many}: more than 20, of which these are the first problems in the settings\n  k0 = 1")
+    assert message.count("unknown key") == 20
+
+
+def test_devices_pipes_and_large_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (Path("/dev/zero"), tmp_path / "pipe.yaml"):
+        assert "is a device or a pipe; give a regular file" in refusal(path)
+    large = write(tmp_path, "#" * 300_000)
+    assert "is larger than 262,144 bytes, the most that is read" in refusal(large)
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    assert "can't be read: Too many levels of symbolic links" in refusal(tmp_path / "loop.yaml")
+
+
+def test_an_override_that_is_deeper_than_any_setting_is_refused(good: Path) -> None:
+    assert "expected key=value" in refusal(good, ".".join(["a"] * 2000) + "=1")
 
 
 # -- any file at all --------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Which window do these documents need? `python -m eval.needs` measures it with a model and prices the patterns."""
