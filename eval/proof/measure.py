@@ -113,7 +113,7 @@ def export(model: WindreachForCausalLM) -> Any:
     """The model as a checkpoint on disk gives it back: of a class of transformers where one can express the stack."""
     with tempfile.TemporaryDirectory() as folder:
         hub.save_hf(model, folder)
-        if hub.is_mistral(model.config) or hub.is_qwen3(model.config):
+        if hub.exported_type(model.config) != "windreach":
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
         return WindreachForCausalLM.from_pretrained(Path(folder)).to(model.device)
 

@@ -34,6 +34,7 @@ STACKS = {
     "some global": [SLIDING, replace(SLIDING, global_tokens=3), LayerSpec("chunked", 4, global_tokens=1)],
     "full": [LayerSpec("full")] * 2,
     "hybrid": [SLIDING, LayerSpec("full", rope=False), SLIDING],
+    "hybrid with RoPE": [SLIDING, LayerSpec("full"), SLIDING],
     "sinks": [replace(SLIDING, sink=True)] * 5,
     "no RoPE": [replace(SLIDING, rope=False), SLIDING] * 3,
     "one radian a token": [LayerSpec("sliding", 50, rope_theta=1.0), LayerSpec("full", rope_theta=1.0)],
@@ -109,6 +110,7 @@ def test_cache_and_export_give_the_logits_of_the_forward_pass() -> None:
     model = relay(STACKS["sliding"])
     exported = export(model)
     assert type(exported).__name__ == "MistralForCausalLM"
+    assert type(export(relay([SLIDING, LayerSpec("full")]))).__name__ == "MinistralForCausalLM"
     assert type(export(relay(STACKS["hybrid"]))).__name__ == "WindreachForCausalLM"
     assert type(export(relay(STACKS["sliding"], qk_norm=True))).__name__ == "Qwen3ForCausalLM"
     ids = torch.full((1, 40), FILLER).index_fill(1, torch.tensor(3), VALUE)
