@@ -114,9 +114,10 @@ def no_text(source: MixtureSource, split: str) -> UserError:
         named, value = f"{at}hub.{split}_split", getattr(source.hub, f"{split}_split")
     else:
         named, value = f"{at}{split}_files", getattr(source, f"{split}_files")
-    more = (
-        f", or raise {at}heldout_share, which is {source.heldout_share:g}" if split == "heldout" and not value else ""
-    )
+    more, share = "", f"{at}heldout_share, which is {source.heldout_share:g}"
+    if _splits_by_hash(source):
+        cap = f"{at}heldout_megabytes, which is {source.heldout_megabytes}"
+        more = f", or raise {share}, or {cap}" if split == "heldout" else f", or lower {share}"
     return UserError(f"{named} {value} has no text; name another with text{more}")
 
 
@@ -232,7 +233,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with _stream(path) as stream:
             yield stream
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(
             f"{str(path)!r} can't be read: {reason}; name UTF-8 text, or a table ({', '.join(_TABLES)})"
@@ -258,7 +259,8 @@ def _text_row(path: Path) -> Iterator[str]:
 def _json_rows(path: Path, column: str) -> Iterator[Any]:
     """One row for each line, or for each element of a list. Empty lines are no rows."""
     with _opened(path) as file:
-        if _plain_name(path).endswith(".json") and file.peek(1)[:1] == b"[":
+        begins = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")  # after a byte order mark and blanks
+        if _plain_name(path).endswith(".json") and begins[:1] == b"[":
             yield from (_cell(row, column) for row in json.load(file))
         else:
             yield from (JsonLine(line) for line in file if not line.isspace())

@@ -165,7 +165,7 @@ def token_folders(settings: RunSettings, tokenizer: "Tokenizer", workers: int | 
 
 
 def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer", workers: int | None) -> Path:
-    hashes = {split: source_fingerprint(source, split, cache_dir) for split in SPLITS}
+    hashes = _text_hashes(source, cache_dir)
     facts = json.dumps([VERSION, list(hashes.values()), tokenizer.sha256])
     folder = Path(cache_dir) / f"tokens-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
     if read_index(folder) is None:
@@ -175,9 +175,17 @@ def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer",
                 tokenizer.token_bytes()  # raises UserError before the work, not after it
                 part = folder.with_suffix(".part")
                 write_tokens(part, source, hashes, tokenizer, workers)
+                if _text_hashes(source, cache_dir) != hashes:
+                    shutil.rmtree(part)
+                    what = f"the text{f' of {source.name}' if source.name else ''} changed while it was encoded"
+                    raise UserError(f"{what}; run the same command again when its files are complete")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(part, folder)
     return folder
+
+
+def _text_hashes(source: MixtureSource, cache_dir: str) -> dict[str, str]:
+    return {split: source_fingerprint(source, split, cache_dir) for split in SPLITS}
 
 
 def open_tokens(folder: Path, tokenizer: "Tokenizer") -> dict[str, TokenStore]:

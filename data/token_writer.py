@@ -46,7 +46,7 @@ def write_tokens(
     writer = _Writer(folder, source, hashes, tokenizer)
     writer.write(workers)
     for split in SPLITS:
-        if not writer.total("documents", split):
+        if writer.total("tokens", split) < 2:  # one token predicts nothing
             raise no_text(source, split)
 
 
@@ -93,8 +93,9 @@ class _Writer:
             self.index["bad_rows"] += 1
             if self.index["bad_rows"] > self.source.max_bad_rows:
                 at, column = setting(self.source), self.encoder.column
+                named = f"{at}{'hub.' if self.source.hub else ''}text_column"
                 raise UserError(
-                    f"{at}text_column is {column!r}; row {row + 1} of {self.parts[part].name!r}: {reason}; mend it, "
+                    f"{named} is {column!r}; row {row + 1} of {self.parts[part].name!r}: {reason}; mend it, "
                     f"name another column, or set {at}max_bad_rows to the number of rows to skip"
                 )
 

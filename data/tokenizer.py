@@ -75,6 +75,9 @@ class SentencePieceTokenizer:
         if self._unigram is not None:
             self._unigram.encode_special_tokens = True  # as text: sentencepiece makes no marker of a written <s>
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self.model,)  # in a worker process: `tokenizers` forgets the line above
+
     def encode(self, text: str) -> list[int]:
         if self._unigram is not None:
             return list(self._unigram.encode(text, add_special_tokens=False).ids)

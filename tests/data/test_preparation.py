@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from data import encoding, token_writer
 from data.encoding import Encoder, Position
 from data.sources import Part
 from data.token_store import open_tokens, token_folders
-from data.token_writer import read_index
+from data.token_writer import read_index, write_tokens
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError
 
@@ -158,6 +159,23 @@ def test_progress_off_a_terminal_is_a_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "web: 2,000 documents, 80 MB, 2.0 MB/s, about 1.0 minutes left\n"
 
 
+def test_text_that_changes_while_it_is_encoded_is_refused(make_settings, monkeypatch, tmp_path):
+    run = make_settings()
+    tokenizer = prepare_tokenizer(run)
+    encode = type(tokenizer).encode
+
+    def disturbed(tokenizer, text):
+        (tmp_path / "train.txt").write_text("Another text.")
+        return encode(tokenizer, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "encode", disturbed)
+        with pytest.raises(UserError, match=r"^the text changed while it was encoded; run the same command again"):
+            token_folders(run, tokenizer, 1)
+    assert {path.suffix for path in tmp_path.glob("cache/tokens-*")} == {".lock"}
+    assert open_tokens(token_folders(run, tokenizer, 1)[""], tokenizer)["train"].n_bytes == len("Another text.")
+
+
 # -- bad rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +221,24 @@ def test_a_corpus_without_text_is_refused(make_settings, tmp_path):
     (tmp_path / "heldout.txt").write_text(" \n\n")
     with pytest.raises(UserError, match=r"data\.heldout_files .*heldout\.txt.* has no text; name another with text$"):
         prepare(make_settings())
+
+
+def test_held_out_text_of_one_token_is_refused(make_settings, tmp_path):
+    tokenizer = SimpleNamespace(vocab_size=9, bos_id=None, eos_id=1, encode=lambda text: [2] * (len(text) - 1))
+    (tmp_path / "heldout.txt").write_text("a")
+    (source,) = make_settings().data.mixture
+    with pytest.raises(UserError, match=r"data\.heldout_files .*heldout\.txt.* has no text"):
+        write_tokens(tmp_path / "tokens", source, {}, tokenizer, 1)
+
+
+def test_a_bad_row_of_the_hub_is_refused_with_the_setting_of_its_column(make_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_list([{"text": "a"}]).to_parquet(tmp_path / "hub" / "train.parquet")
+    hub = {"name": str(tmp_path / "hub"), "heldout_split": None, "text_column": "body", "streaming": True}
+    run = make_settings(source="hub", train_files=[], heldout_files=[], hub=hub)
+    with pytest.raises(UserError, match=r"^data\.hub\.text_column is 'body'; row 1 of '.*hub/train': no column 'body'"):
+        write_tokens(tmp_path / "tokens", run.data.mixture[0], {}, prepare_tokenizer(make_settings()), 1)
 
 
 # -- the cap on held-out text -----------------------------------------------------------------------------------------

@@ -208,6 +208,8 @@ def test_a_process_that_was_faster_is_no_fault(tmp_path):
         assert (tmp_path / "cache" / "file").exists()
     _put_both(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    (tmp_path / "any").mkdir()
+    assert (tmp_path / "cache").stat().st_mode == (tmp_path / "any").stat().st_mode  # other users may read both
     assert (tmp_path / "cache" / "file").read_text() == "the same"
 
 

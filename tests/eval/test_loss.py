@@ -65,6 +65,12 @@ def test_a_text_is_cut_between_characters(examined):
     assert examined.tokenizer.decode(document.tokens.tolist()) == "äöü"
 
 
+def test_no_more_text_is_read_than_is_asked_for(examined):
+    texts = iter(["The sea", " was calm.", "A ship came."])
+    assert [document.n_bytes for document in encode_documents(examined.tokenizer, texts, max_bytes=9)] == [7, 2]
+    assert list(texts) == ["A ship came."]
+
+
 def test_held_out_text_that_has_changed_since_the_run_is_refused(untrained_run, tmp_path):
     """Its documents may be training text of the run."""
     run = shutil.copytree(untrained_run, tmp_path / "run")
