@@ -43,7 +43,8 @@ def file_hashes(paths: Iterable[Path], memory: Path, *, trust: bool = True) -> l
         if time.time_ns() - max(stamp[1:]) > SETTLED_NS and _stamp(path) == stamp:
             settled[name] = [*stamp, hashes[-1]]
     if any(known.get(name) != entry for name, entry in settled.items()):
-        others = [item for item in known.items() if item[0] not in settled]
+        # Another process may have added its own while this one read the files.
+        others = [item for item in remembered(memory).items() if item[0] not in settled]
         with suppress(OSError):  # in a cache that can't be written, the next start reads the files again
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(memory, json.dumps(dict(others[-FORGET_AFTER:]) | settled))

@@ -50,17 +50,21 @@ class Part(NamedTuple):
 
 
 def parts(source: MixtureSource) -> list[Part]:
-    """All parts of a source, in a fixed order. Raises `UserError` for a missing file or data set."""
+    """All parts of a source, in a fixed order. Raises `UserError` for a missing file, and for one of both splits."""
     shared, column = _splits_by_hash(source), column_of(source)
     if source.source == "novels":
         return [Part("novels", split, partial(_novel_rows, split)) for split in SPLITS]
     if source.hub:
         names = {None: source.hub.train_split} if shared else {s: getattr(source.hub, f"{s}_split") for s in SPLITS}
         return [Part(f"{source.hub.name}/{name}", s, partial(_hub_rows, source, name)) for s, name in names.items()]
+    files = {split: _files(source, split) for split in SPLITS}
+    if both := {path.resolve() for path in files["train"]} & {path.resolve() for path in files["heldout"]}:
+        at = setting(source)
+        raise UserError(f"{at}heldout_files: {str(min(both))!r} is one of {at}train_files too; leave it out of one")
     return [
         Part(path.name, None if shared else split, partial(_file_rows, path, column), _bytes_of_text(path))
-        for split in SPLITS
-        for path in _files(source, split)
+        for split, paths in files.items()
+        for path in paths
     ]
 
 

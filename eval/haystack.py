@@ -36,7 +36,10 @@ class Haystack:
         self.name = name
         self.documents = [document for document in documents if len(document.tokens) > 1]
         if not self.documents:
-            raise UserError(f"held-out text {name!r} is empty; give some with --text FILE")
+            raise UserError(
+                f"held-out text {name!r} has no document of two tokens; give a longer text with --text FILE, or raise "
+                "--max-tokens if you gave it"
+            )
 
     def filler(self, index: int, length: int, seed: int) -> IntArray:
         """(length,) tokens of stretch `index`, a pure function of (seed, index); UserError if all are shorter."""

@@ -175,6 +175,13 @@ def test_settings_of_a_named_source_are_named_with_it(make_settings):
         texts(run)
 
 
+def test_a_held_out_file_that_is_trained_on_is_refused(make_settings, tmp_path):
+    with pytest.raises(
+        UserError, match=r"^data\.heldout_files: '/.*/heldout\.txt' is one of data\.train_files too; leave"
+    ):
+        texts(make_settings(train_files=[str(tmp_path / "*.txt")]))
+
+
 @pytest.mark.parametrize("setting", ["train_files", "heldout_files"])
 @pytest.mark.parametrize("name", ["nowhere.txt", "nowhere-*.jsonl"])
 def test_a_missing_file_is_refused(setting, name, make_settings):
@@ -311,6 +318,19 @@ def test_damaged_hashes_are_made_again(damage, make_settings, tmp_path, remember
     before = source_fingerprint(run.data, "train")
     (tmp_path / "cache" / "hashes.json").write_text(damage.replace("%s", str(tmp_path / "train.txt")))
     assert source_fingerprint(run.data, "train") == before
+
+
+def test_hashes_that_another_process_adds_meanwhile_are_kept(make_settings, tmp_path, monkeypatch, remembering):
+    memory, sha256_of = tmp_path / "cache" / "hashes.json", folders.sha256_of
+
+    def slow(path):
+        monkeypatch.setattr(folders, "sha256_of", sha256_of)
+        folders.file_hashes([tmp_path / "heldout.txt"], memory)
+        return sha256_of(path)
+
+    monkeypatch.setattr(folders, "sha256_of", slow)
+    folders.file_hashes([tmp_path / "train.txt"], memory)
+    assert list(folders.remembered(memory)) == [str(tmp_path / name) for name in ("heldout.txt", "train.txt")]
 
 
 def test_hashes_of_other_files_are_forgotten_oldest_first(make_settings, tmp_path, monkeypatch, remembering):

@@ -59,6 +59,11 @@ def test_bytes_of_a_text_cut_short_are_those_of_its_tokens(examined, max_tokens)
     assert document.n_bytes == len(text.encode())
 
 
+def test_held_out_text_of_one_token_is_refused(examined):
+    with pytest.raises(UserError, match=r"^held-out text '.*' has no document of two tokens; give .*--max-tokens"):
+        open_haystack(examined, max_tokens=1)
+
+
 def test_a_text_is_cut_between_characters(examined):
     (document,) = encode_documents(examined.tokenizer, ["äöü" * 10], max_bytes=7)
     assert document.n_bytes == 6
