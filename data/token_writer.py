@@ -157,7 +157,7 @@ def read_index(folder: Path, complete: bool = True) -> dict[str, Any] | None:
                     if (folder / f"{split}-{number:05}{suffix}").stat().st_size != size:
                         return None
         return index if index["complete"] or not complete else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
