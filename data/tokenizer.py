@@ -51,6 +51,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     unk_id: int | None
     sha256: str  # of the files that decide the ids
+    lines_apart: bool  # whether a text has the ids of its lines, one after another
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -69,6 +70,7 @@ class SentencePieceTokenizer:
         ids = self.processor.bos_id(), self.processor.eos_id(), self.processor.unk_id()
         self.bos_id, self.eos_id, self.unk_id = (i if i >= 0 else None for i in ids)
         self.sha256 = hashlib.sha256(model).hexdigest()
+        self.lines_apart = _keeps_lines_apart(ModelProto.FromString(model))
         # Two splits may score the same but for rounding, to float32 in sentencepiece and to float64 in `tokenizers`.
         # So only `tokenizers` gives the ids of the export.
         self._unigram = to_hugging_face(model) if _is_unigram(ModelProto.FromString(model)) else None
@@ -111,6 +113,8 @@ class SentencePieceTokenizer:
 
 class HubTokenizer:
     """A Hugging Face tokenizer. `content` is its tokenizer.json; it may be empty where only ids and text are needed."""
+
+    lines_apart = False  # not known
 
     def __init__(self, tokenizer: Any, content: bytes = b""):
         self.hf, self.content = tokenizer, content
@@ -311,3 +315,11 @@ def _is_unigram(proto: ModelProto) -> bool:
     if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
         raise ValueError("a model of words or characters")
     return bool(trainer.model_type == trainer.UNIGRAM)
+
+
+def _keeps_lines_apart(proto: ModelProto) -> bool:
+    """Whether nothing that the model does to a line depends on the lines beside it."""
+    spec = proto.normalizer_spec
+    changes_text = spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    spans_lines = any("\n" in piece.piece for piece in proto.pieces)
+    return bool(proto.trainer_spec.byte_fallback and not changes_text and not spans_lines)
