@@ -2,8 +2,8 @@
 
 Random excerpts of the documents are scored once for each context c, in strided passes. Each token is predicted from the
 c to c + stride - 1 tokens before it, or from all that precede it in its document if they are fewer. The stride is
-c / 4, and at most one excerpt. So what context c gains over context b comes from tokens that are more than b and less than
-c + stride tokens back.
+c / 4, and at most one excerpt. So what context c gains over context b comes from tokens that are more than b and less
+than c + stride tokens back.
 
 Legend: N scored tokens, C contexts, U units of the bootstrap, S resamples.
 """
