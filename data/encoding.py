@@ -1,4 +1,4 @@
-"""Token ids of documents, encoded by worker processes: the same ids in the same order for any number of workers."""
+"""Encodes documents into token ids with worker processes. Ids and order are the same for any number of workers."""
 
 import multiprocessing
 import os

@@ -1,8 +1,8 @@
 """Tokenizers: one trained on the training text, a given sentencepiece `.model`, or a Hugging Face `tokenizer.json`.
 
-A trained tokenizer is lossless: `decode(encode(text)) == text`, blanks and line ends included. Nothing is normalised,
-and unknown characters become bytes. The one exception is U+2581, sentencepiece's mark for a blank, which becomes one.
-It is a BPE model of sentencepiece. Its first tokens are <unk>, <s>, </s> and the tokens of the recall tasks.
+A trained tokenizer is a sentencepiece BPE model. Its first tokens are <unk>, <s>, </s> and the tokens of the recall
+tasks. It is lossless: `decode(encode(text)) == text`, spaces and line ends included. Nothing is normalised, and unknown
+characters become bytes. The one exception is U+2581, which sentencepiece writes for a space: it becomes a space.
 
 No tokenizer adds <s> or </s> to what it encodes. `data.token_store` adds them to each document.
 """
