@@ -1,4 +1,4 @@
-"""Cache folders that appear complete or not at all, and hashes of files."""
+"""Writes cache folders completely or not at all, and remembers the hashes of files."""
 
 import errno
 import fcntl

@@ -1,7 +1,7 @@
-"""Which text each row of a run is: a pure function of (seed, step, row), for one source or a mixture of several.
+"""Chooses the text of each row of a run: a pure function of (seed, step, row), for one source or a mixture of several.
 
-Rows are counted over the whole run. The source of a row is such that every source has its exact share of the rows (see
-`Shares`). Within a source, an epoch visits all its rows once, in an order of its own.
+A row is a training sequence of `data.seq_len` tokens. Rows are counted over the whole run. Every source gets its exact
+share of the rows (see `Shares`). An epoch visits all rows of a source once, and each epoch has its own order.
 """
 
 import zlib

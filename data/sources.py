@@ -1,10 +1,10 @@
-"""Rows of text to train on: the novels, local files (text, jsonl, csv, parquet), or a data set of the hub.
+"""Reads documents from the novels, from local files (text, jsonl, csv, parquet) or from a data set of the hub.
 
-A source consists of parts, each a file or a split. The rows of a part are read one by one, from any row on. A row
-becomes the text of a document by `text_of`, which worker processes may call.
+A source consists of parts. A part is a file or a split of a data set. Its rows are read one by one, from any row on; a
+row holds one document, and is no training sequence here. `text_of` returns the text of a row. Worker processes call it.
 
-Held-out text is named by `heldout_files` or `hub.heldout_split`. Where none is named, the hash of its text decides for
-each document.
+Held-out text is named by `heldout_files` or `hub.heldout_split`. If none is named, the hash of a document decides
+whether it is held out.
 """
 
 import csv

@@ -1,12 +1,12 @@
 """The token ids of a source on disk, written once and mapped into memory.
 
     cache_dir/tokens-<fingerprint>/{train,heldout}-00000.bin      all documents of a shard, as uint16 or uint32
-                                   {train,heldout}-00000.starts   where each of them starts in it, as int64
+                                   {train,heldout}-00000.starts   position of the first token of each, as int64
                                    index.json                     sizes and hashes of the shards, hash of the text
 
 Numbers are little-endian. Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none. A shard holds
-whole documents. The fingerprint covers the content of the source, the tokenizer and `VERSION`, so a change of any of
-them leads to another folder. A folder whose files have other sizes is written again.
+whole documents. The fingerprint covers the content of the source, the tokenizer and `VERSION`. A change of any of them
+gives another folder. A folder whose files do not have the sizes in index.json is written again.
 
 A folder is written by `data.token_writer` as `tokens-<fingerprint>.part`, and renamed when it is complete.
 """

@@ -1,7 +1,7 @@
 """Writes the tokens of a source, shard by shard; see `data.token_store` for the files.
 
-A shard is written aside, synced, renamed and then named in the index, with the row of the source that comes after it.
-A start after a kill goes on there.
+A shard is written under another name, synced, renamed and then added to the index. The index also names the next row of
+the source. After a kill, the next start continues with that row.
 """
 
 import hashlib

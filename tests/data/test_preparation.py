@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 
 from data import encoding, token_writer
@@ -128,7 +129,7 @@ def test_a_damaged_shard_of_a_part_is_not_gone_on_from(many, monkeypatch, tmp_pa
 
 def test_a_killed_worker_is_reported(monkeypatch):
     monkeypatch.setattr(encoding, "FEW", 1)
-    tokenizer = SimpleNamespace(vocab_size=2, bos_id=0, eos_id=1, encode=exec)
+    tokenizer = SimpleNamespace(vocab_size=2, bos_id=0, eos_id=1, encode=exec, lines_apart=False)
     part = Part("rows", "train", lambda first: ["import os; os._exit(1)"])
     with pytest.raises(UserError, match=r"was killed, perhaps for lack of memory; run the same command again"):
         list(encoding.encoded([part], Position(0, 0), Encoder(tokenizer, "text", 0.1), 2))
@@ -224,7 +225,9 @@ def test_a_corpus_without_text_is_refused(make_settings, tmp_path):
 
 
 def test_held_out_text_of_one_token_is_refused(make_settings, tmp_path):
-    tokenizer = SimpleNamespace(vocab_size=9, bos_id=None, eos_id=1, encode=lambda text: [2] * (len(text) - 1))
+    tokenizer = SimpleNamespace(
+        vocab_size=9, bos_id=None, eos_id=1, lines_apart=False, encode=lambda text: [2] * (len(text) - 1)
+    )
     (tmp_path / "heldout.txt").write_text("a")
     (source,) = make_settings().data.mixture
     with pytest.raises(UserError, match=r"data\.heldout_files .*heldout\.txt.* has no text"):
@@ -259,3 +262,28 @@ def test_held_out_documents_beyond_the_cap_are_unused(many, monkeypatch, tmp_pat
     assert capped_train == train
     assert 0 < capped == heldout - unused < heldout
     assert 800 < n_bytes <= 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The sea was calm.\n" * 30,
+        "one\n\n  two\n" * 40,
+        "\n" * 50 + "end",
+        "no line end at all " * 20,
+        "日本\n語🙂\n" * 30,
+    ],
+)
+def test_a_long_text_is_encoded_in_parts_with_the_same_ids(text, tokenizer, monkeypatch):
+    assert tokenizer.lines_apart
+    encoder, batch = Encoder(tokenizer, "text", 0.5), [encoding.Rows(Position(0, 0), "train", [text])]
+    whole = encoder(batch).splits["train"]
+    monkeypatch.setattr(encoding, "BATCH", 7)
+    calls = []
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, part: calls.append(part) or list(self.processor.encode(part))
+    )
+    parts = encoder(batch).splits["train"]
+    assert len(calls) > 1 or "\n" not in text
+    np.testing.assert_array_equal(parts.tokens, whole.tokens)
+    np.testing.assert_array_equal(parts.lengths, whole.lengths)
