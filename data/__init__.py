@@ -1,1 +1,1 @@
-"""Text sources, tokenizer, packing and recall tasks: what models are trained on and asked."""
+"""Text sources, tokenizers, packing and recall tasks: what models are trained and tested on."""

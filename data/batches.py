@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step, row): a resume has nothing to restore, and ranks may split them anyhow.
+"""Batches as pure functions of (seed, step, row): a resume restores nothing, and ranks may divide the rows in any way.
 
 Legend: B sequences, T positions. Labels are already shifted: labels[b, t] is what position t must predict.
 """

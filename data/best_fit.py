@@ -1,4 +1,4 @@
-"""Packs documents into rows without cutting them: best-fit decreasing, and what it saves over plain concatenation.
+"""Packs documents into rows without cutting those that fit into a row (best-fit decreasing), and counts what is lost.
 
 Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.
 

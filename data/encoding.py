@@ -1,4 +1,4 @@
-"""Token ids of documents, encoded by worker processes: the same ids in the same order for any number of workers."""
+"""Encodes documents into token ids with worker processes. Ids and order are the same for any number of workers."""
 
 import multiprocessing
 import os
@@ -67,7 +67,7 @@ class Encoder(NamedTuple):
     def __call__(self, batch: list[Rows]) -> Batch:
         splits: dict[str, list[tuple[NDArray[Any], int]]] = {split: [] for split in SPLITS}
         bad, dtype, tokenizer = [], token_dtype(self.tokenizer), self.tokenizer
-        before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+        before, after = (np.array([] if i is None else [i], dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
         for (part, first), named, rows in batch:
             for number, row in enumerate(rows, first):
                 try:
@@ -76,9 +76,19 @@ class Encoder(NamedTuple):
                     bad.append((Position(part, number), str(reason)))
                     continue
                 if text.strip():
-                    ids = np.array([*before, *tokenizer.encode(text), *after], dtype=dtype)
+                    ids = np.concatenate(
+                        [before, *(np.array(tokenizer.encode(t), dtype) for t in self._cut(text)), after]
+                    )
                     splits[named or split_of(content, self.share)].append((ids, len(content)))
         return Batch({split: _joined(documents, dtype) for split, documents in splits.items()}, bad)
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """A long text in parts, where that changes no id: the ids of a whole book as a list take 50 bytes a byte."""
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + BATCH) + 1 if self.tokenizer.lines_apart else 0
+            yield text[start : end or len(text)]
+            start = end or len(text)
 
 
 def _joined(documents: list[tuple[NDArray[Any], int]], dtype: np.dtype[Any]) -> Encoded:

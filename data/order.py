@@ -1,7 +1,7 @@
-"""An order of n numbers that takes no memory: a keyed permutation, computed for each number by itself.
+"""Permutes n numbers without memory: a keyed permutation, computed for each number separately.
 
-It is a Feistel network over the bits of the number (Luby and Rackoff, 1988). Its results are below a power of two. One
-that is not below n goes through the network again, until it is ("cycle walking"; Black and Rogaway, 2002).
+It is a Feistel network over the bits of the number (Luby and Rackoff, 1988). It permutes the numbers below a power of
+two. A result that is not below n goes through the network again until it is ("cycle walking"; Black and Rogaway, 2002).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Settings of the data: where text comes from, the tokenizer, and how recall rows and their questions are drawn.
 
-`training.settings.schema` puts them into the settings of a run, as `data`, `recall.rows` and `recall.questions`.
-The text below a field or a class is its description in configs/base.yaml and in editors.
+`training.settings.schema` includes them in the settings of a run, as `data`, `recall.rows` and `recall.questions`.
+The docstring of a field or a class is its description in configs/base.yaml and in editors.
 """
 
 from typing import Annotated, Any, Literal, Protocol

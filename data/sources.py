@@ -1,10 +1,10 @@
-"""Rows of text to train on: the novels, local files (text, jsonl, csv, parquet), or a data set of the hub.
+"""Reads documents from the novels, from local files (text, jsonl, csv, parquet) or from a data set of the hub.
 
-A source consists of parts, each a file or a split. The rows of a part are read one by one, from any row on. A row
-becomes the text of a document by `text_of`, which worker processes may call.
+A source consists of parts. A part is a file or a split of a data set. Its rows are read one by one, from any row on; a
+row holds one document, and is no training sequence here. `text_of` returns the text of a row. Worker processes call it.
 
-Held-out text is named by `heldout_files` or `hub.heldout_split`. Where none is named, the hash of its text decides for
-each document.
+Held-out text is named by `heldout_files` or `hub.heldout_split`. If none is named, the hash of a document decides
+whether it is held out.
 """
 
 import csv
@@ -50,17 +50,21 @@ class Part(NamedTuple):
 
 
 def parts(source: MixtureSource) -> list[Part]:
-    """All parts of a source, in a fixed order. Raises `UserError` for a missing file or data set."""
+    """All parts of a source, in a fixed order. Raises `UserError` for a missing file, and for one of both splits."""
     shared, column = _splits_by_hash(source), column_of(source)
     if source.source == "novels":
         return [Part("novels", split, partial(_novel_rows, split)) for split in SPLITS]
     if source.hub:
         names = {None: source.hub.train_split} if shared else {s: getattr(source.hub, f"{s}_split") for s in SPLITS}
         return [Part(f"{source.hub.name}/{name}", s, partial(_hub_rows, source, name)) for s, name in names.items()]
+    files = {split: _files(source, split) for split in SPLITS}
+    if both := {path.resolve() for path in files["train"]} & {path.resolve() for path in files["heldout"]}:
+        at = setting(source)
+        raise UserError(f"{at}heldout_files: {str(min(both))!r} is one of {at}train_files too; leave it out of one")
     return [
         Part(path.name, None if shared else split, partial(_file_rows, path, column), _bytes_of_text(path))
-        for split in SPLITS
-        for path in _files(source, split)
+        for split, paths in files.items()
+        for path in paths
     ]
 
 
@@ -114,9 +118,10 @@ def no_text(source: MixtureSource, split: str) -> UserError:
         named, value = f"{at}hub.{split}_split", getattr(source.hub, f"{split}_split")
     else:
         named, value = f"{at}{split}_files", getattr(source, f"{split}_files")
-    more = (
-        f", or raise {at}heldout_share, which is {source.heldout_share:g}" if split == "heldout" and not value else ""
-    )
+    more, share = "", f"{at}heldout_share, which is {source.heldout_share:g}"
+    if _splits_by_hash(source):
+        cap = f"{at}heldout_megabytes, which is {source.heldout_megabytes}"
+        more = f", or raise {share}, or {cap}" if split == "heldout" else f", or lower {share}"
     return UserError(f"{named} {value} has no text; name another with text{more}")
 
 
@@ -232,7 +237,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with _stream(path) as stream:
             yield stream
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(
             f"{str(path)!r} can't be read: {reason}; name UTF-8 text, or a table ({', '.join(_TABLES)})"
@@ -258,7 +263,8 @@ def _text_row(path: Path) -> Iterator[str]:
 def _json_rows(path: Path, column: str) -> Iterator[Any]:
     """One row for each line, or for each element of a list. Empty lines are no rows."""
     with _opened(path) as file:
-        if _plain_name(path).endswith(".json") and file.peek(1)[:1] == b"[":
+        begins = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")  # after a byte order mark and blanks
+        if _plain_name(path).endswith(".json") and begins[:1] == b"[":
             yield from (_cell(row, column) for row in json.load(file))
         else:
             yield from (JsonLine(line) for line in file if not line.isspace())

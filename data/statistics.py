@@ -1,6 +1,6 @@
-"""What a source of text consists of, from one pass over its tokens.
+"""Lengths, packing losses and duplicates of the documents of a source, from one pass over its tokens.
 
-The memory is that of one shard, and eight bytes for each document.
+The memory used is one shard and eight bytes for each document.
 """
 
 from collections.abc import Iterable, Mapping

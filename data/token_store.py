@@ -1,12 +1,12 @@
 """The token ids of a source on disk, written once and mapped into memory.
 
     cache_dir/tokens-<fingerprint>/{train,heldout}-00000.bin      all documents of a shard, as uint16 or uint32
-                                   {train,heldout}-00000.starts   where each of them starts in it, as int64
+                                   {train,heldout}-00000.starts   position of the first token of each, as int64
                                    index.json                     sizes and hashes of the shards, hash of the text
 
 Numbers are little-endian. Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none. A shard holds
-whole documents. The fingerprint covers the content of the source, the tokenizer and `VERSION`, so a change of any of
-them leads to another folder. A folder whose files have other sizes is written again.
+whole documents. The fingerprint covers the content of the source, the tokenizer and `VERSION`. A change of any of them
+gives another folder. A folder whose files do not have the sizes in index.json is written again.
 
 A folder is written by `data.token_writer` as `tokens-<fingerprint>.part`, and renamed when it is complete.
 """
@@ -165,7 +165,7 @@ def token_folders(settings: RunSettings, tokenizer: "Tokenizer", workers: int | 
 
 
 def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer", workers: int | None) -> Path:
-    hashes = {split: source_fingerprint(source, split, cache_dir) for split in SPLITS}
+    hashes = _text_hashes(source, cache_dir)
     facts = json.dumps([VERSION, list(hashes.values()), tokenizer.sha256])
     folder = Path(cache_dir) / f"tokens-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
     if read_index(folder) is None:
@@ -175,9 +175,17 @@ def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer",
                 tokenizer.token_bytes()  # raises UserError before the work, not after it
                 part = folder.with_suffix(".part")
                 write_tokens(part, source, hashes, tokenizer, workers)
+                if _text_hashes(source, cache_dir) != hashes:
+                    shutil.rmtree(part)
+                    what = f"the text{f' of {source.name}' if source.name else ''} changed while it was encoded"
+                    raise UserError(f"{what}; run the same command again when its files are complete")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(part, folder)
     return folder
+
+
+def _text_hashes(source: MixtureSource, cache_dir: str) -> dict[str, str]:
+    return {split: source_fingerprint(source, split, cache_dir) for split in SPLITS}
 
 
 def open_tokens(folder: Path, tokenizer: "Tokenizer") -> dict[str, TokenStore]:

@@ -1,7 +1,7 @@
 """Writes the tokens of a source, shard by shard; see `data.token_store` for the files.
 
-A shard is written aside, synced, renamed and then named in the index, with the row of the source that comes after it.
-A start after a kill goes on there.
+A shard is written under another name, synced, renamed and then added to the index. The index also names the next row of
+the source. After a kill, the next start continues with that row.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def write_tokens(
     writer = _Writer(folder, source, hashes, tokenizer)
     writer.write(workers)
     for split in SPLITS:
-        if not writer.total("documents", split):
+        if writer.total("tokens", split) < 2:  # one token predicts nothing
             raise no_text(source, split)
 
 
@@ -93,8 +93,9 @@ class _Writer:
             self.index["bad_rows"] += 1
             if self.index["bad_rows"] > self.source.max_bad_rows:
                 at, column = setting(self.source), self.encoder.column
+                named = f"{at}{'hub.' if self.source.hub else ''}text_column"
                 raise UserError(
-                    f"{at}text_column is {column!r}; row {row + 1} of {self.parts[part].name!r}: {reason}; mend it, "
+                    f"{named} is {column!r}; row {row + 1} of {self.parts[part].name!r}: {reason}; mend it, "
                     f"name another column, or set {at}max_bad_rows to the number of rows to skip"
                 )
 
@@ -156,7 +157,7 @@ def read_index(folder: Path, complete: bool = True) -> dict[str, Any] | None:
                     if (folder / f"{split}-{number:05}{suffix}").stat().st_size != size:
                         return None
         return index if index["complete"] or not complete else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -1,8 +1,8 @@
 """Tokenizers: one trained on the training text, a given sentencepiece `.model`, or a Hugging Face `tokenizer.json`.
 
-A trained tokenizer is lossless: `decode(encode(text)) == text`, blanks and line ends included. Nothing is normalised,
-and unknown characters become bytes. The one exception is U+2581, sentencepiece's mark for a blank, which becomes one.
-It is a BPE model of sentencepiece. Its first tokens are <unk>, <s>, </s> and the tokens of the recall tasks.
+A trained tokenizer is a sentencepiece BPE model. Its first tokens are <unk>, <s>, </s> and the tokens of the recall
+tasks. It is lossless: `decode(encode(text)) == text`, spaces and line ends included. Nothing is normalised, and unknown
+characters become bytes. The one exception is U+2581, which sentencepiece writes for a space: it becomes a space.
 
 No tokenizer adds <s> or </s> to what it encodes. `data.token_store` adds them to each document.
 """
@@ -51,6 +51,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     unk_id: int | None
     sha256: str  # of the files that decide the ids
+    lines_apart: bool  # whether a text has the ids of its lines, one after another
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -69,11 +70,15 @@ class SentencePieceTokenizer:
         ids = self.processor.bos_id(), self.processor.eos_id(), self.processor.unk_id()
         self.bos_id, self.eos_id, self.unk_id = (i if i >= 0 else None for i in ids)
         self.sha256 = hashlib.sha256(model).hexdigest()
+        self.lines_apart = _keeps_lines_apart(ModelProto.FromString(model))
         # Two splits may score the same but for rounding, to float32 in sentencepiece and to float64 in `tokenizers`.
         # So only `tokenizers` gives the ids of the export.
         self._unigram = to_hugging_face(model) if _is_unigram(ModelProto.FromString(model)) else None
         if self._unigram is not None:
             self._unigram.encode_special_tokens = True  # as text: sentencepiece makes no marker of a written <s>
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self.model,)  # in a worker process: `tokenizers` forgets the line above
 
     def encode(self, text: str) -> list[int]:
         if self._unigram is not None:
@@ -111,6 +116,8 @@ class SentencePieceTokenizer:
 
 class HubTokenizer:
     """A Hugging Face tokenizer. `content` is its tokenizer.json; it may be empty where only ids and text are needed."""
+
+    lines_apart = False  # not known
 
     def __init__(self, tokenizer: Any, content: bytes = b""):
         self.hf, self.content = tokenizer, content
@@ -311,3 +318,11 @@ def _is_unigram(proto: ModelProto) -> bool:
     if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
         raise ValueError("a model of words or characters")
     return bool(trainer.model_type == trainer.UNIGRAM)
+
+
+def _keeps_lines_apart(proto: ModelProto) -> bool:
+    """Whether nothing that the model does to a line depends on the lines beside it."""
+    spec = proto.normalizer_spec
+    changes_text = spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    spans_lines = any("\n" in piece.piece for piece in proto.pieces)
+    return bool(proto.trainer_spec.byte_fallback and not changes_text and not spans_lines)

@@ -4,6 +4,8 @@
 model the held-out novels in its own tokens.
 """
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +36,10 @@ class Haystack:
         self.name = name
         self.documents = [document for document in documents if len(document.tokens) > 1]
         if not self.documents:
-            raise UserError(f"held-out text {name!r} is empty; give some with --text FILE")
+            raise UserError(
+                f"held-out text {name!r} has no document of two tokens; give a longer text with --text FILE, or raise "
+                "--max-tokens if you gave it"
+            )
 
     def filler(self, index: int, length: int, seed: int) -> IntArray:
         """(length,) tokens of stretch `index`, a pure function of (seed, index); UserError if all are shorter."""
@@ -99,18 +104,18 @@ def read_haystack(
 
     if text:
         try:
-            name, texts = Path(text).name, [Path(text).read_text(encoding="utf-8")]
+            name, texts = Path(text).name, iter([Path(text).read_text(encoding="utf-8")])
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"--text {text!r} can't be read: {error}; give a file of UTF-8 text") from error
     else:
         data = load_settings(config).data if config else DataSettings.model_validate({})
         name = config or "held-out novels"
-        texts = [text for source in data.mixture for text in texts_of(source, "heldout")]
+        texts = chain.from_iterable(texts_of(source, "heldout") for source in data.mixture)
     return Haystack(name, encode_documents(tokenizer, texts, max_tokens and 4 * max_tokens))
 
 
-def encode_documents(tokenizer: Any, texts: list[str], max_bytes: int | None) -> list[HeldOutDocument]:
-    """Tokenise the texts, at most `max_bytes` of them in all. A text is cut between two characters."""
+def encode_documents(tokenizer: Any, texts: Iterable[str], max_bytes: int | None) -> list[HeldOutDocument]:
+    """Tokenise the texts, at most `max_bytes` of them in all. The last one is cut between two characters."""
     documents, left = [], 1 << 62 if max_bytes is None else max_bytes
     for text in texts:
         cut = text.encode()[:left].decode(errors="ignore")
@@ -118,4 +123,6 @@ def encode_documents(tokenizer: Any, texts: list[str], max_bytes: int | None) ->
         left -= n_bytes
         if cut:
             documents.append(HeldOutDocument(np.asarray(tokenizer.encode(cut), dtype=np.int64), n_bytes))
+        if cut != text:  # the others may be far more than fits into memory
+            break
     return documents

@@ -4,8 +4,8 @@
     python -m eval.conformance --config FOLDER
 
 MODEL is a run folder, a checkpoint or any Hugging Face causal language model. `--config` builds a small model with
-random weights, which takes seconds: from a folder with config.json, or by the name of a model type. Writes
-conformance.json. The exit code is 1 when something runs that was not asked for.
+random weights instead, from a folder with config.json or from the name of a model type. That takes seconds. The command
+writes conformance.json. The exit code is 1 if there is a fault.
 """
 
 import json

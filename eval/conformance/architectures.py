@@ -1,8 +1,9 @@
-"""The architectures of transformers that have windows, small and with random weights, in all modes.
+"""Checks the architectures of transformers that have windows, small and with random weights, in all modes.
 
     python -m eval.conformance.architectures [NAME ...] [--out FOLDER]
 
-Writes architectures.json and architectures.md, the table of docs/instruments.md.
+Without NAME it checks all that are listed here. Writes architectures.json and architectures.md. The latter is the table
+of docs/instruments.md.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The model to be checked: with its weights, or small and with random weights from a config."""
+"""Makes the model to check: loads it with its weights, or builds a small one with random weights from a config."""
 
 from pathlib import Path
 from typing import Any

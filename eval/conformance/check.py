@@ -1,9 +1,9 @@
-"""All modes under all attention implementations: `check(model)` returns what conformance.json holds.
+"""Checks a model in all modes and attention implementations: `check(model)` returns the content of conformance.json.
 
     report = check(model, attention=["sdpa"], modes=["train", "packed"])
     assert not report["faults"]
 
-The model may be wrapped by PEFT or `accelerate`. It need not be one of transformers: it needs a `config`, a list of
+The model may be wrapped by PEFT or `accelerate`. It need not be a class of transformers: it needs a `config`, a list of
 decoder layers, and `forward(input_ids, attention_mask, position_ids, past_key_values, use_cache)`.
 """
 

@@ -1,12 +1,12 @@
-"""Which outputs change, in every bit, when one position of an input is changed.
+"""Measures which outputs differ in any bit when one position of an input is changed.
 
-**One layer.** The input of each decoder layer is set to that of the reference: a plain forward pass over the text. Then
-one position of it is changed, and the outputs of the layer's attention are compared with `!=`. No influence is lost to
-rounding, since it goes through one softmax only, and all layers are measured in the same pass.
+**One layer.** The input of each decoder layer is replaced by its input in the reference, a plain forward pass over the
+text. Then one position of it is changed, and the outputs of the layer's attention are compared with `!=`. The influence
+passes only one softmax, so rounding can't hide it. All layers are measured in the same pass.
 
 **The stack.** One token is changed, and the logits are compared.
 
-A row is only ever compared with itself in a batch of the same shape, so that both runs round alike.
+Both passes have a batch of the same shape, and each row is compared with the same row, so both round alike.
 
 Legend: B rows, S columns, E hidden size, T tokens of the text.
 """

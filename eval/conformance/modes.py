@@ -1,7 +1,7 @@
-"""The ways to feed a model: what each mode gives to the model, and how many tokens at a time.
+"""The ways to feed a model: what each mode passes to the model, and how many tokens at a time.
 
-Every document of a batch is a prefix of one text. So the output at position p of a document must equal the output at
-position p of the text alone, in every mode, and one plain forward pass is the reference for all of them.
+Every document of a batch is a prefix of one text. So in every mode the output at position p of a document must equal
+the output at position p of the text. One plain forward pass over the text is the reference for all modes.
 
 Legend: B rows, S columns of a batch, T tokens of the text, V vocabulary.
 """

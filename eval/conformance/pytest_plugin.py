@@ -1,4 +1,4 @@
-"""The fixture `assert_windows` for the tests of any repository: pytest -p eval.conformance.pytest_plugin
+"""The fixture `assert_windows` for the tests of any repository. Load: pytest -p eval.conformance.pytest_plugin
 
 def test_my_model_keeps_its_windows(assert_windows):
     assert_windows(model, modes=["train", "packed"])

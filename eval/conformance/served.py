@@ -1,15 +1,15 @@
-"""How far a served model sees, measured from outside, by requests to an OpenAI-compatible server.
+"""Measures how far a served model sees, by requests to an OpenAI-compatible server.
 
     python -m eval.conformance.served --endpoint http://127.0.0.1:8000 --model NAME --window W --layers K
 
 Tokens at distance d before the end of a prompt are changed, and the log-probabilities of the tokens that follow are
-compared. With greedy decoding a difference above the tolerance means that the model sees that far. No difference means
-less: the influence may be there and be smaller than the tolerance. So a reach is reported as "at least".
+compared. With greedy decoding a difference above the tolerance means that the model sees that far. No difference proves
+less: the influence may be smaller than the tolerance. So a reach is reported as "at least".
 
-1. **Repeats**: the same prompt again, and after others that share its beginning or nothing. They show errors of the
-   prefix cache and of chunked prefill. The rounding that they show sets the tolerance.
-2. **Search**: all tokens from distance d back to the front are changed; bisection finds the largest d that matters.
-3. **Profile**: the same, and one token alone, at powers of two and around the edges that were asked for and found.
+1. **Repeats**: the same prompt again, at once and after prompts that share its beginning or nothing. Differences show
+   errors of the prefix cache and of chunked prefill. Small ones are rounding; they set the tolerance.
+2. **Search**: all tokens from distance d back to the front are changed. Bisection finds the largest d with influence.
+3. **Profile**: the same, and one token alone, at powers of two and around R and the reach found.
 
 The environment variable WINDREACH_API_KEY holds the key, if the server wants one. Exit code 1 reports a fault.
 """

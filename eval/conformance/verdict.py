@@ -1,4 +1,4 @@
-"""What was asked for, what was measured, and the likely cause where they differ.
+"""Compares what was measured with what was asked for, and names the likely cause where they differ.
 
 Legend: B rows, S columns.
 """

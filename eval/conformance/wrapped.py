@@ -1,4 +1,4 @@
-"""The parts of a model that the check hooks, whatever wraps the model."""
+"""Finds the decoder layers and attention modules of a model, also inside PEFT or `DistributedDataParallel`."""
 
 from typing import Any, NamedTuple
 

@@ -1,1 +1,1 @@
-"""Which window do these documents need? `python -m eval.needs` measures it with a model and prices the patterns."""
+"""Which window do these documents need? `python -m eval.needs` measures it and computes what windows cost."""

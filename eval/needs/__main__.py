@@ -1,10 +1,10 @@
-"""Which window do these documents need? Measures what a model gains from distant tokens, and prices patterns.
+"""Which window do these documents need? Measures what a model gains from more context, and computes what windows cost.
 
     python -m eval.needs TEXT ... --model MODEL [--contexts 16,64,256,1024] [--plan configs/X.yaml]
 
-A text is a file, a pattern in quotes, or the YAML file of a run, which stands for its held-out text. Each text gets a
-row for each context, so that code, novels and chats can be compared. The advice is for all texts together. MODEL should
-have full attention: a window hides what it can't see.
+A TEXT is a file, a glob in quotes, or the YAML file of a run, which stands for its held-out text. Each text has its own
+rows in the table. The advice is for all texts together. MODEL should have full attention: a model with windows gains
+nothing from what it can't see.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""What each pattern of layers would see of the measured gain, and what it would cost.
+"""Estimates which share of the measured gain each pattern of layers would see, and computes what the pattern costs.
 
 Measured: the share of the gain by context, with one model on the given texts.
-Computed: reach, cache bytes and FLOPs, of a dense decoder with the shape of the measured model or of a run's config.
+Computed: reach, cache bytes and FLOPs of a dense decoder, with the shape of the measured model or of a run's config.
 Assumed: another model would gain from the same distances. Keys and values take 2 bytes a number.
 
-What a pattern uses of its reach is not known before it is trained. So each pattern gets three shares of the gain:
-inside the window of every sliding layer, inside the farthest hop of any layer, and inside the reach of the stack.
+How much of its reach a stack uses is not known before it is trained. So each pattern gets three shares of the gain:
+within the window of the sliding layers, within the farthest hop of any layer, and within the reach of the stack.
 """
 
 from collections.abc import Iterator, Sequence

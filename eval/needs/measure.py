@@ -1,9 +1,9 @@
-"""What a text asks of a model: how well the same tokens are predicted from fewer and from more tokens before them.
+"""Measures how well the same tokens are predicted from fewer and from more tokens before them.
 
-Random excerpts of the documents are scored once for each context c. The passes are strided. Each token is predicted
-from the last c to c + stride - 1 tokens before it, or from all that precede it in its document if they are fewer. The
-stride is c / 4, and at most one excerpt. So what context c gains over context b comes from tokens that are more than b
-and less than c + stride tokens back.
+Random excerpts of the documents are scored once for each context c, in strided passes. Each token is predicted from the
+c to c + stride - 1 tokens before it, or from all that precede it in its document if they are fewer. The stride is
+c / 4, and at most one excerpt. So what context c gains over context b comes from tokens that are more than b and less
+than c + stride tokens back.
 
 Legend: N scored tokens, C contexts, U units of the bootstrap, S resamples.
 """

@@ -1,6 +1,7 @@
 """Mixtures: exact shares, an own epoch and order for each source, the same for any split of the rows."""
 
 import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches import text_batch
-from data.mixture import ConcatRows, Mixture, Shares, open_sources, prepare_sources
+from data.folders import one_at_a_time
+from data.mixture import ConcatRows, Mixture, Shares, open_sources, prepare_best_fit, prepare_sources
 from data.token_store import TokenStore
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError
@@ -201,6 +203,18 @@ def test_best_fit_is_prepared_once_beside_the_tokens(make_settings, tmp_path):
     assert len(before) == 2 * 4
     opened(run)
     assert {path: path.stat().st_mtime_ns for path in Path(tmp_path).glob("cache/tokens-*/best_fit-32/*")} == before
+
+
+def test_best_fit_waits_for_another_process_and_keeps_what_it_wrote(store, tmp_path):
+    folder = tmp_path / "best_fit-32"
+    preparing = threading.Thread(target=prepare_best_fit, args=(store, 32, tmp_path))
+    with one_at_a_time(tmp_path):
+        preparing.start()
+        preparing.join(0.2)
+        assert preparing.is_alive()
+        folder.mkdir()
+    preparing.join()
+    assert list(folder.iterdir()) == []
 
 
 def test_text_shorter_than_a_row_is_refused(make_settings, tmp_path):

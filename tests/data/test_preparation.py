@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 
 from data import encoding, token_writer
 from data.encoding import Encoder, Position
 from data.sources import Part
 from data.token_store import open_tokens, token_folders
-from data.token_writer import read_index
+from data.token_writer import read_index, write_tokens
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError
 
@@ -127,7 +129,7 @@ def test_a_damaged_shard_of_a_part_is_not_gone_on_from(many, monkeypatch, tmp_pa
 
 def test_a_killed_worker_is_reported(monkeypatch):
     monkeypatch.setattr(encoding, "FEW", 1)
-    tokenizer = SimpleNamespace(vocab_size=2, bos_id=0, eos_id=1, encode=exec)
+    tokenizer = SimpleNamespace(vocab_size=2, bos_id=0, eos_id=1, encode=exec, lines_apart=False)
     part = Part("rows", "train", lambda first: ["import os; os._exit(1)"])
     with pytest.raises(UserError, match=r"was killed, perhaps for lack of memory; run the same command again"):
         list(encoding.encoded([part], Position(0, 0), Encoder(tokenizer, "text", 0.1), 2))
@@ -156,6 +158,23 @@ def test_progress_off_a_terminal_is_a_line(capsys, monkeypatch):
         advance(60_000_000, 1)
         advance(80_000_000, 2000)
     assert capsys.readouterr().err == "web: 2,000 documents, 80 MB, 2.0 MB/s, about 1.0 minutes left\n"
+
+
+def test_text_that_changes_while_it_is_encoded_is_refused(make_settings, monkeypatch, tmp_path):
+    run = make_settings()
+    tokenizer = prepare_tokenizer(run)
+    encode = type(tokenizer).encode
+
+    def disturbed(tokenizer, text):
+        (tmp_path / "train.txt").write_text("Another text.")
+        return encode(tokenizer, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "encode", disturbed)
+        with pytest.raises(UserError, match=r"^the text changed while it was encoded; run the same command again"):
+            token_folders(run, tokenizer, 1)
+    assert {path.suffix for path in tmp_path.glob("cache/tokens-*")} == {".lock"}
+    assert open_tokens(token_folders(run, tokenizer, 1)[""], tokenizer)["train"].n_bytes == len("Another text.")
 
 
 # -- bad rows ---------------------------------------------------------------------------------------------------------
@@ -205,6 +224,26 @@ def test_a_corpus_without_text_is_refused(make_settings, tmp_path):
         prepare(make_settings())
 
 
+def test_held_out_text_of_one_token_is_refused(make_settings, tmp_path):
+    tokenizer = SimpleNamespace(
+        vocab_size=9, bos_id=None, eos_id=1, lines_apart=False, encode=lambda text: [2] * (len(text) - 1)
+    )
+    (tmp_path / "heldout.txt").write_text("a")
+    (source,) = make_settings().data.mixture
+    with pytest.raises(UserError, match=r"data\.heldout_files .*heldout\.txt.* has no text"):
+        write_tokens(tmp_path / "tokens", source, {}, tokenizer, 1)
+
+
+def test_a_bad_row_of_the_hub_is_refused_with_the_setting_of_its_column(make_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_list([{"text": "a"}]).to_parquet(tmp_path / "hub" / "train.parquet")
+    hub = {"name": str(tmp_path / "hub"), "heldout_split": None, "text_column": "body", "streaming": True}
+    run = make_settings(source="hub", train_files=[], heldout_files=[], hub=hub)
+    with pytest.raises(UserError, match=r"^data\.hub\.text_column is 'body'; row 1 of '.*hub/train': no column 'body'"):
+        write_tokens(tmp_path / "tokens", run.data.mixture[0], {}, prepare_tokenizer(make_settings()), 1)
+
+
 # -- the cap on held-out text -----------------------------------------------------------------------------------------
 
 
@@ -223,3 +262,28 @@ def test_held_out_documents_beyond_the_cap_are_unused(many, monkeypatch, tmp_pat
     assert capped_train == train
     assert 0 < capped == heldout - unused < heldout
     assert 800 < n_bytes <= 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The sea was calm.\n" * 30,
+        "one\n\n  two\n" * 40,
+        "\n" * 50 + "end",
+        "no line end at all " * 20,
+        "日本\n語🙂\n" * 30,
+    ],
+)
+def test_a_long_text_is_encoded_in_parts_with_the_same_ids(text, tokenizer, monkeypatch):
+    assert tokenizer.lines_apart
+    encoder, batch = Encoder(tokenizer, "text", 0.5), [encoding.Rows(Position(0, 0), "train", [text])]
+    whole = encoder(batch).splits["train"]
+    monkeypatch.setattr(encoding, "BATCH", 7)
+    calls = []
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, part: calls.append(part) or list(self.processor.encode(part))
+    )
+    parts = encoder(batch).splits["train"]
+    assert len(calls) > 1 or "\n" not in text
+    np.testing.assert_array_equal(parts.tokens, whole.tokens)
+    np.testing.assert_array_equal(parts.lengths, whole.lengths)

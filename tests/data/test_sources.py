@@ -66,11 +66,16 @@ def write_list(path, rows):
     return str(path)
 
 
+def write_list_after_mark(path, rows):
+    path.write_text("\n" + json.dumps(rows), encoding="utf-8-sig")
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("write", "name"),
     [(write_jsonl, "rows [1].jsonl"), (write_jsonl, "rows.JSONL"), (write_jsonl, "rows.ndjson"),
      (write_gzip, "rows.jsonl.gz"), (write_zst, "rows.jsonl.zst"), (write_list, "rows.json"),
-     (write_jsonl, "rows.json"),
+     (write_jsonl, "rows.json"), (write_list_after_mark, "rows.json"),
      (write_parquet, "rows [1].parquet"), (write_csv, "rows [1].csv")],
 )  # fmt: skip
 def test_each_row_of_a_table_is_a_document(write, name, rows, make_settings, tmp_path):
@@ -153,9 +158,14 @@ def test_too_few_documents_to_hold_some_out_are_refused(make_settings):
     with pytest.raises(
         UserError,
         match=r"^data\.heldout_files \[\] has no text; name another with text, or raise data\.heldout_share, "
-        r"which is 0\.001$",
+        r"which is 0\.001, or data\.heldout_megabytes, which is 64$",
     ):
         texts(make_settings(heldout_files=[], heldout_share=0.001), "heldout")
+
+
+def test_a_single_document_that_is_held_out_leaves_none_to_train_on(make_settings):
+    with pytest.raises(UserError, match=r"train\.txt'\] has no text; .*, or lower data\.heldout_share, which is"):
+        texts(make_settings(heldout_files=[], heldout_share=0.99))
 
 
 def test_settings_of_a_named_source_are_named_with_it(make_settings):
@@ -163,6 +173,13 @@ def test_settings_of_a_named_source_are_named_with_it(make_settings):
         {"name": "web", "source": "files", "train_files": ["nowhere.txt"]}])  # fmt: skip
     with pytest.raises(UserError, match=r"^data\.sources 'web': train_files: no such file: 'nowhere\.txt'"):
         texts(run)
+
+
+def test_a_held_out_file_that_is_trained_on_is_refused(make_settings, tmp_path):
+    with pytest.raises(
+        UserError, match=r"^data\.heldout_files: '/.*/heldout\.txt' is one of data\.train_files too; leave"
+    ):
+        texts(make_settings(train_files=[str(tmp_path / "*.txt")]))
 
 
 @pytest.mark.parametrize("setting", ["train_files", "heldout_files"])
@@ -199,6 +216,7 @@ def test_a_column_may_be_nested_or_have_a_dot_in_its_name(write, column, expecte
     ("name", "content"),
     [
         ("x.json", b'[{"text": "a"}'),
+        ("x.json", b"[" * 100_000),
         ("x.jsonl.gz", b"no"),
         ("x.jsonl.zst", b"no"),
         ("x.parquet", b"PAR0"),
@@ -294,12 +312,25 @@ def test_a_file_that_has_just_changed_is_not_remembered(make_settings, tmp_path)
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("damage", ["", "[1]", '{"a": '])
+@pytest.mark.parametrize("damage", ["", "[1]", '{"a": ', '{"%s": 3}', '{"%s": []}'])
 def test_damaged_hashes_are_made_again(damage, make_settings, tmp_path, remembering):
     run = make_settings()
     before = source_fingerprint(run.data, "train")
-    (tmp_path / "cache" / "hashes.json").write_text(damage)
+    (tmp_path / "cache" / "hashes.json").write_text(damage.replace("%s", str(tmp_path / "train.txt")))
     assert source_fingerprint(run.data, "train") == before
+
+
+def test_hashes_that_another_process_adds_meanwhile_are_kept(make_settings, tmp_path, monkeypatch, remembering):
+    memory, sha256_of = tmp_path / "cache" / "hashes.json", folders.sha256_of
+
+    def slow(path):
+        monkeypatch.setattr(folders, "sha256_of", sha256_of)
+        folders.file_hashes([tmp_path / "heldout.txt"], memory)
+        return sha256_of(path)
+
+    monkeypatch.setattr(folders, "sha256_of", slow)
+    folders.file_hashes([tmp_path / "train.txt"], memory)
+    assert list(folders.remembered(memory)) == [str(tmp_path / name) for name in ("heldout.txt", "train.txt")]
 
 
 def test_hashes_of_other_files_are_forgotten_oldest_first(make_settings, tmp_path, monkeypatch, remembering):

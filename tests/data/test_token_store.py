@@ -67,7 +67,17 @@ def test_a_sound_cache_is_not_written_again(make_settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "cut starts", "remove", "index", "index is not an object", "index of old", "no index"]
+    "damage",
+    [
+        "cut",
+        "cut starts",
+        "remove",
+        "index",
+        "index is not an object",
+        "shard is not an object",
+        "index of old",
+        "no index",
+    ],
 )
 def test_a_damaged_cache_is_made_again(damage, make_settings, tmp_path):
     expected = all_tokens(prepared(make_settings())["train"])
@@ -84,6 +94,8 @@ def test_a_damaged_cache_is_made_again(damage, make_settings, tmp_path):
         index.write_text(index.read_text()[:-20])
     elif damage == "index is not an object":
         index.write_text("[1]")
+    elif damage == "shard is not an object":
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"shards": [[1]]}))
     elif damage == "index of old":  # older versions listed all starts in it
         index.write_text(json.dumps({split: {"dtype": "<u2", "tokens": 2, "starts": [0]} for split in SPLITS}))
     else:
@@ -182,7 +194,7 @@ def test_a_complete_store_opens_without_the_text(make_settings, tmp_path):
     assert expected["train"] != expected["heldout"]
 
 
-def test_a_store_of_a_million_documents_is_mapped_not_read(tokenizer, tmp_path):
+def test_a_store_of_a_million_documents_is_mapped_not_read(store, tokenizer, tmp_path):
     """400 MB of tokens, which are a hole in the file: no blocks on the disk."""
     shard = {"tokens": 200_000_000, "documents": 1_000_000, "bytes": 10**9, "sha256": {}}
     index = {"dtype": "<u2", "shards": [dict.fromkeys(SPLITS, shard)], "source_sha256": dict.fromkeys(SPLITS, "")}
@@ -191,9 +203,11 @@ def test_a_store_of_a_million_documents_is_mapped_not_read(tokenizer, tmp_path):
         (np.arange(1_000_000, dtype="<i8") * 200).tofile(tmp_path / f"{split}-00000.starts")
         with (tmp_path / f"{split}-00000.bin").open("wb") as file:
             file.truncate(400_000_000)
+    shares = Shares([1.0], 4, 1000, seed=0)
+    text_batch(Mixture({"": ConcatRows(store, 32)}, shares), 0, range(4))  # the first batch imports modules
     tracemalloc.start()
     rows = ConcatRows(open_tokens(tmp_path, tokenizer)["train"], 512)
-    batch = text_batch(Mixture({"": rows}, Shares([1.0], 4, 1000, seed=0)), 0, range(4))
+    batch = text_batch(Mixture({"": rows}, shares), 0, range(4))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert batch.documents.max() in (2, 3)
@@ -208,6 +222,8 @@ def test_a_process_that_was_faster_is_no_fault(tmp_path):
         assert (tmp_path / "cache" / "file").exists()
     _put_both(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    (tmp_path / "any").mkdir()
+    assert (tmp_path / "cache").stat().st_mode == (tmp_path / "any").stat().st_mode  # other users may read both
     assert (tmp_path / "cache" / "file").read_text() == "the same"
 
 

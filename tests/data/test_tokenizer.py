@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -164,8 +165,10 @@ def test_a_given_sentencepiece_model_has_the_same_ids_in_hugging_face(kind, opti
 
 def test_unigram_ids_are_those_of_sentencepiece_and_a_written_marker_stays_text():
     tokenizer = SentencePieceTokenizer(sentencepiece_model(model_type="unigram", **LOSSLESS))
+    in_a_worker = pickle.loads(pickle.dumps(tokenizer))
     for text in (*SENTENCES, LANGUAGE, "<s>a</s> <0x41> <unk>"):
         ours, theirs = tokenizer.encode(text), tokenizer.processor.encode(text)
+        assert in_a_worker.encode(text) == ours
         assert tokenizer.decode(ours) == text
         assert len(ours) == len(theirs)
         scores = [sum(map(tokenizer.processor.get_score, ids)) for ids in (ours, theirs)]

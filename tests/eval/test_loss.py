@@ -59,10 +59,21 @@ def test_bytes_of_a_text_cut_short_are_those_of_its_tokens(examined, max_tokens)
     assert document.n_bytes == len(text.encode())
 
 
+def test_held_out_text_of_one_token_is_refused(examined):
+    with pytest.raises(UserError, match=r"^held-out text '.*' has no document of two tokens; give .*--max-tokens"):
+        open_haystack(examined, max_tokens=1)
+
+
 def test_a_text_is_cut_between_characters(examined):
     (document,) = encode_documents(examined.tokenizer, ["äöü" * 10], max_bytes=7)
     assert document.n_bytes == 6
     assert examined.tokenizer.decode(document.tokens.tolist()) == "äöü"
+
+
+def test_no_more_text_is_read_than_is_asked_for(examined):
+    texts = iter(["The sea", " was calm.", "A ship came."])
+    assert [document.n_bytes for document in encode_documents(examined.tokenizer, texts, max_bytes=9)] == [7, 2]
+    assert list(texts) == ["A ship came."]
 
 
 def test_held_out_text_that_has_changed_since_the_run_is_refused(untrained_run, tmp_path):

@@ -80,7 +80,7 @@ def test_streams_beyond_the_frontier_are_bit_identical(found, carrier):
 def test_layers_taken_in_groups_give_the_same_map(carrier, monkeypatch):
     whole = relay.measure(carrier, open_haystack(carrier), n=32)
     monkeypatch.setattr(streams, "KEPT_BYTES", 1)
-    assert relay.measure(carrier, open_haystack(carrier), n=32) == whole
+    assert relay.measure(carrier, open_haystack(carrier), n=32) | {"seconds": 0} == whole | {"seconds": 0}
 
 
 @pytest.mark.parametrize("rows", [6, 40])
@@ -108,7 +108,7 @@ def test_the_trained_head_is_taken_from_the_checkpoint_where_there_is_one(carrie
     normed = carrier.model.model.norm(stream)
     weight = streams.ridge(normed, torch.nn.functional.one_hot(rows.labels, VALUES).float() - 1 / VALUES, 1.0)[0].T
     (tmp_path / "checkpoints").mkdir()
-    checkpoint.save_checkpoint(tmp_path, 1, {}, {"relay_head": weight}, lambda folder: None)
+    checkpoint.save_checkpoint(tmp_path, 1, {}, {"relay_head": weight}, carrier.model.save_pretrained)
     run = dataclasses.replace(carrier, run_dir=tmp_path)
     by_head = relay.measure(run, open_haystack(carrier), n=200, seed=1)
     assert by_head["read_by"] == "relay head"

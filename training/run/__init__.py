@@ -1,1 +1,1 @@
-"""The run folder and what lies in it: checkpoints, saved state, export."""
+"""The run folder and its content: checkpoints, saved state, export."""

@@ -1,4 +1,4 @@
-"""Checkpoints: written under another name, synced, renamed. Each has a manifest with the hash of every file.
+"""Writes, checks and finds checkpoints. They are written under another name, synced and then renamed.
 
 checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json": {"sha256": ..., "bytes": ...}}}
                         hf/                  a complete Hugging Face checkpoint with its tokenizer

@@ -1,8 +1,8 @@
-"""The folder of a run: created, opened again, refused if it holds another run, or set aside for a fresh start.
+"""Creates or reopens the folder of a run. Refuses it if it holds another run. Renames it for a fresh start.
 
-settings.yaml   all settings, defaults included        run.json    what the first start decided
+settings.yaml   all settings, defaults included        run.json    what the first start decided, such as the precision
 checkpoints/    step-000200/ ...                       tokenizer/  metrics.jsonl  hf/  skipped/  profile/
-.lock           who writes here now or wrote last
+.lock           names the process that writes here now, or wrote last
 """
 
 import hashlib

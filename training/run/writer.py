@@ -1,4 +1,4 @@
-"""One writer for each folder: a lock that names its holder, and that is free once the holder's process has ended."""
+"""Keeps a second writer out of a folder: a lock that names its process, and that is free once the process has ended."""
 
 import errno
 import fcntl
