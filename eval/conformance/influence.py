@@ -171,12 +171,12 @@ def _flattened(layers: Sequence[Layer]) -> Iterator[None]:
     modules = {module for layer in layers for module in layer.attention.modules()}
     factors = {module: x for module in modules if isinstance(x := getattr(module, "scaling", None), float)}
     for module, factor in factors.items():
-        setattr(module, "scaling", factor / 64)
+        module.scaling = factor / 64  # type: ignore[assignment]
     try:
         yield
     finally:
         for module, factor in factors.items():
-            setattr(module, "scaling", factor)
+            module.scaling = factor  # type: ignore[assignment]
 
 
 def _sinks_of(attention: nn.Module) -> list[nn.Parameter]:
