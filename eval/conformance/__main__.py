@@ -52,7 +52,7 @@ def _cells(row: dict[str, Any], asked: list[str]) -> tuple[str, str, str]:
         return "", "", f"refused: {row['refused']}"
     worst = max(row["ways"], key=lambda way: (way["measured"] != asked, bool(way["faults"])), default=None)
     windows = runs_of_windows(worst["measured"]) if worst else ""
-    errors = [max(way["largest_layer_error"], way["logits_error"]) for way in row["ways"]]
+    errors = [max(way["largest_layer_error"], way["logits_error"] or 0.0) for way in row["ways"]]
     verdict = ", ".join(dict.fromkeys(fault["name"] for fault in row["faults"])) or "as asked"
     verdict += f"; partly refused: {row['refusals'][0]}" if row.get("refusals") else ""
     return windows, f"{max(errors):.0e}" if errors else "", verdict

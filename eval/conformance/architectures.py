@@ -29,8 +29,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "lfm3": {}, "llama4_text": {}, "mellum": ALTERNATING, "mimo_v2_flash": {}, "ministral": {"head_dim": 8},
     "ministral3": WINDOWED, "mistral": {}, "mixtral": WINDOWED, "modernbert-decoder": {}, "moshi": {}, "olmo3": {},
     "phi3": WINDOWED, "phi4_multimodal": WINDOWED, "phimoe": WINDOWED, "qwen2": QWEN, "qwen2_moe": QWEN,
-    "qwen3": QWEN, "qwen3_moe": QWEN, "recurrent_gemma": {}, "smollm3": QWEN | {"num_hidden_layers": 4},
-    "starcoder2": WINDOWED, "vaultgemma": {},
+    "qwen3": QWEN, "qwen3_moe": QWEN, "recurrent_gemma": {"num_hidden_layers": 3},
+    "smollm3": QWEN | {"num_hidden_layers": 4}, "starcoder2": WINDOWED, "vaultgemma": {},
 }  # fmt: skip
 
 

@@ -14,8 +14,9 @@ SMALL = {
     "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 8, "laurel_rank": 8, "query_pre_attn_scalar": 8,
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
     "topk_group": 1, "sliding_window": WINDOW, "window_size": WINDOW, "attention_chunk_size": WINDOW,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "qk_head_dim": 8, "v_head_dim": 8,
+    "attention_window_size": WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "qk_head_dim": 8,
+    "v_head_dim": 8,
 }  # fmt: skip
 
 

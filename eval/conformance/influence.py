@@ -2,11 +2,13 @@
 
 **One layer.** The input of each decoder layer is replaced by its input in the reference, a plain forward pass over the
 text. Then one position of it is changed, and the outputs of the layer's attention are compared with `!=`. The influence
-passes only one softmax, so rounding can't hide it. All layers are measured in the same pass.
+passes only one softmax. Scores are divided by 64 for it, because a weight below e^-17 would be lost in rounding. All
+layers are measured in the same pass.
 
 **The stack.** One token is changed, and the logits are compared.
 
-Both passes have a batch of the same shape, and each row is compared with the same row, so both round alike.
+Both passes have a batch of the same shape, and each row is compared with the same row, so both round alike. Both draw
+the same random numbers, for example where experts are drawn in training.
 
 Legend: B rows, S columns, E hidden size, T tokens of the text.
 """
@@ -44,14 +46,14 @@ class Measured:
     layers: for each layer, whether the output at a column changes with the changed column of the row, bool (B, S').
     stack: the same for the logits, bool (B, n): the last n of the columns that were fed.
     errors: for each layer, the relative error (B, S') of its output against the reference, which has the same input.
-    logits_error: the largest relative error of the logits against the reference.
+    logits_error: the largest relative error of the logits against the reference; None if they are random in training.
     dead_sinks: layers with attention sinks on which some output does not depend.
     """
 
     layers: list[Tensor]
     stack: Tensor
     errors: list[Tensor]
-    logits_error: float
+    logits_error: float | None
     dead_sinks: list[int]
 
 
@@ -66,25 +68,34 @@ def reference_of(model: Any, text: Tensor) -> Reference:
 
 
 def measure(model: Any, way: Way, reference: Reference) -> Measured:
-    """Five passes: the layers unchanged, with one position changed and with other sinks; the tokens likewise."""
+    """Passes with the layers' inputs unchanged, one position of them changed, and other sinks; the tokens likewise."""
     layers, batch = layers_of(model), way.batch
     with _state_of(model, way.training):
         run = partial(_outputs, model, layers, way, reference)
-        plain, changed = run(), run(changed=batch.columns)
-        influence = [(x != y).any(-1) for x, y in zip(plain, changed)]
+        plain = run()
+        with _flattened(layers):
+            influence = [(x != y).any(-1) for x, y in zip(run(), run(changed=batch.columns))]
         sinks = {n: s for n, layer in enumerate(layers) if (s := _sinks_of(layer.attention))}
         dead = []
         if sinks:
             with _raised(parameter for listed in sinks.values() for parameter in listed):
                 same = [(x == y).all(-1) & (batch.documents[:, : x.shape[1]] >= 0) for x, y in zip(plain, run())]
             dead = [n for n in sinks if same[n].any()]
-        logits = way.feed(model, batch, batch.input_ids).detach()
-        stack = (logits != way.feed(model, batch, batch.changed_ids()).detach()).any(-1)
+        logits = _fed(model, way, batch.input_ids)
+        stack = (logits != _fed(model, way, batch.changed_ids())).any(-1)
+        random = way.training and not logits.equal(_fed(model, way, batch.input_ids, seed=1))
     errors = [_error(x, y[0][batch.positions[:, : x.shape[1]]]) for x, y in zip(plain, reference.outputs)]
     at = batch.positions[:, _columns_of_logits(plain, logits)]
     real = batch.documents[:, _columns_of_logits(plain, logits)] >= 0
-    logits_error = float(_error(logits, reference.logits[0][at])[real].max())
+    logits_error = None if random else float(_error(logits, reference.logits[0][at])[real].max())
     return Measured(influence, stack, errors, logits_error, dead)
+
+
+def _fed(model: Any, way: Way, ids: Tensor, seed: int = 0) -> Tensor:
+    """The logits of one pass. seed: of the random numbers that a model draws in training besides dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return way.feed(model, way.batch, ids).detach()
 
 
 def _columns_of_logits(outputs: Sequence[Tensor], logits: Tensor) -> slice:
@@ -111,7 +122,7 @@ def _outputs(
             by_token[rows, changed] += noise.to(stream) * stream.std()
         inputs.append(by_token.movedim((0, 1), (axis, axis + 1)))
     with _Listener(layers, inputs, axis) as heard:
-        way.feed(model, batch, batch.input_ids)
+        _fed(model, way, batch.input_ids)
     return [torch.cat(outputs, 1) for outputs in heard.outputs]
 
 
@@ -152,6 +163,20 @@ class _Listener:
     def _after(self, n: int, _module: nn.Module, _args: tuple, output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output
         self.outputs[n].append(stream.detach().clone())
+
+
+@contextmanager
+def _flattened(layers: Sequence[Layer]) -> Iterator[None]:
+    """With scores 64 times as small, where the attention has its factor as `scaling`, as those of transformers do."""
+    modules = {module for layer in layers for module in layer.attention.modules()}
+    factors = {module: x for module in modules if isinstance(x := getattr(module, "scaling", None), float)}
+    for module, factor in factors.items():
+        module.scaling = factor / 64  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, factor in factors.items():
+            module.scaling = factor  # type: ignore[assignment]
 
 
 def _sinks_of(attention: nn.Module) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eval.conformance.wrapped import unwrapped
+from model.errors import UserError
 from model.packing import Packing
 
 EVERY_COLUMN = 64  # up to so many columns, each of them is changed once; of longer rows, some are
@@ -90,7 +91,8 @@ def in_steps(model: Any, batch: Batch, ids: Tensor, starts: Sequence[int], pad: 
         mask, positions = (batch.documents[:, :end] >= 0).long(), batch.positions[:, first:end]
         padding = {"attention_mask": mask, "position_ids": positions} if pad else {}
         output = model(input_ids=ids[:, first:end], past_key_values=cache, use_cache=True, **padding)
-        cache = output.past_key_values
+        if (cache := getattr(output, "past_key_values", None)) is None:
+            raise UserError("the model returns no cache")
         logits.append(output.logits)
     return torch.cat(logits, 1)
 

@@ -259,7 +259,7 @@ def _stack_faults(asked: Sequence[Asked], way: Way, measured: Measured, trusted:
         everywhere = tuple(range(len(asked)))
         key = int(way.batch.columns[row])
         yield Fault("stack sees too far", sentence, everywhere, query + columns.start, key)
-    elif trusted and measured.logits_error > ROUNDING:
+    elif trusted and (measured.logits_error or 0.0) > ROUNDING:
         sentence = f"each layer is as asked, but the logits differ by {measured.logits_error:.1e} from the reference's"
         yield Fault("logits differ", sentence, tuple(range(len(asked))))
 

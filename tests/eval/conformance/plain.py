@@ -53,6 +53,7 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.layer, self.decoder = model.config.specs[layer], layer, [model]
         self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.scaling = (HIDDEN / HEADS) ** -0.5
         if self.spec.sink:
             self.sinks = nn.Parameter(torch.randn(HEADS))
 
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         model = self.decoder[0]
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         rope = model.rope_positions(call, tokens)
-        q, k, keys = rotate(q, rope), rotate(k, rope), tokens
+        q, k, keys = rotate(q, rope) * self.scaling, rotate(k, rope), tokens
         if cache is not None:
             k, v, keys = model.extend(self.spec, call, cache, self.layer, (k, v, keys))
         mask = model.mask(self.spec, call, tokens, keys) & model.same_document(call, tokens, keys)
@@ -173,8 +174,8 @@ class PlainDecoder(nn.Module):
         return sinks
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
-        """q (B, H, T, D), k and v (B, H, S, D), mask (B, 1, T, S); returns (B, H, T, D)."""
-        scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask, -1e30)
+        """q (B, H, T, D), scaled, k and v (B, H, S, D), mask (B, 1, T, S); returns (B, H, T, D)."""
+        scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -1e30)
         if sinks is None:
             return scores.softmax(-1) @ v
         column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)

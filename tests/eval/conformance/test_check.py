@@ -39,9 +39,25 @@ def test_a_right_architecture_is_as_asked_under_several_attention_implementation
     assert [bool(row["ways"]) for row in report["rows"]] == [True] * 8
 
 
-def test_packed_documents_of_gpt_oss_see_each_other() -> None:
-    """In transformers 5.23 its masks don't get the position ids. When this fails, correct docs/instruments.md."""
-    assert faults(check(build("gpt_oss"), ["eager"], ["train", "packed"])) == ["packed: documents leak"]
+@pytest.mark.parametrize(
+    ("name", "attention", "modes", "found"),
+    [
+        ("gpt_oss", "eager", ["train", "packed"], ["packed: documents leak"]),
+        ("moshi", "sdpa", ["eval"], ["eval: window ignored"]),
+        ("doge", "flex_attention", ["eval"], ["eval: not causal", "eval: window ignored"]),
+        ("recurrent_gemma", "eager", ["packed"], ["packed: documents leak"]),
+        ("gemma4_text", "eager", ["eval"], []),
+        ("phimoe", "eager", ["train"], []),
+    ],
+)
+def test_verdicts_of_docs(name: str, attention: str, modes: list[str], found: list[str]) -> None:
+    """Of transformers 5.23. When this fails, correct docs/instruments.md."""
+    assert faults(check(build(name, ARCHITECTURES[name]), [attention], modes)) == found
+
+
+def test_a_model_that_returns_no_cache_is_refused_with_one() -> None:
+    report = check(build("recurrent_gemma", ARCHITECTURES["recurrent_gemma"]), ["eager"], ["cached"])
+    assert report["rows"][0]["refused"] == "the model returns no cache"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_a_planted_fault_is_found_in_its_modes_and_named(planted: Planted) -> No
 
 
 def sdpa(self: PlainDecoder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~mask.any(-1, keepdim=True))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~mask.any(-1, keepdim=True), scale=1.0)
 
 
 def query_by_query(self: PlainDecoder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
@@ -37,6 +37,16 @@ def query_by_query(self: PlainDecoder, q: Tensor, k: Tensor, v: Tensor, mask: Te
 def heads_apart(self: PlainDecoder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
     attend = PlainDecoder.attend
     return torch.cat([attend(self, q[:, [h]], k[:, [h]], v[:, [h]], mask, sinks) for h in range(q.shape[1])], 1)
+
+
+def sharp(self: PlainDecoder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
+    """Most keys have a weight that is lost in rounding."""
+    return PlainDecoder.attend(self, 64 * q, k, v, mask, sinks)
+
+
+def noisy_in_training(self: PlainDecoder, input_ids: Tensor) -> Tensor:
+    embedded = self.embedding(input_ids)
+    return embedded + torch.randn_like(embedded) if self.training else embedded
 
 
 def keeps_all(self: PlainDecoder, spec: LayerSpec, call: Call, tokens: Tokens) -> Tensor:
@@ -53,6 +63,7 @@ def no_positions(self: PlainDecoder, call: Call, tokens: Tokens) -> Tensor:
     return torch.zeros_like(tokens.positions)
 
 
+SHARP = "scores 64 times as large"  # through the stack, rounding hides some tokens
 RIGHT: dict[str, tuple[Any, dict[str, Callable[..., Any]]]] = {
     "sliding": ((SLIDING, SLIDING), {}),
     "windows that grow": ([LayerSpec("sliding", w) for w in (2, 4, 6)], {}),
@@ -66,6 +77,8 @@ RIGHT: dict[str, tuple[Any, dict[str, Callable[..., Any]]]] = {
     "scaled_dot_product_attention": ((SLIDING, SLIDING), {"attend": sdpa}),
     "query by query": ((SLIDING, SLIDING), {"attend": query_by_query}),
     "head by head, without positions": ((SLIDING, SLIDING), {"attend": heads_apart, "rope_positions": no_positions}),
+    SHARP: ((SLIDING, SLIDING), {"attend": sharp}),
+    "random numbers in training": ((SLIDING, SLIDING), {"embed": noisy_in_training}),
     "a cache that keeps everything": ((SLIDING, SLIDING), {"kept": keeps_all}),
     "a ring cache": ((SLIDING, SLIDING), {"kept": in_another_order}),
 }
@@ -77,4 +90,5 @@ def test_a_right_implementation_raises_no_alarm_and_its_windows_are_reached(name
     report = check(PlainDecoder(specs, **methods))
     assert [row["faults"] for row in report["rows"]] == [[]] * 7
     for row in report["rows"]:
-        assert all(way["measured"] == report["asked"] and way["stack_as_asked"] for way in row["ways"])
+        assert all(way["measured"] == report["asked"] for way in row["ways"])
+        assert name == SHARP or all(way["stack_as_asked"] for way in row["ways"])
