@@ -97,6 +97,9 @@ def _mixture(d: DataSettings) -> Iterator[Check]:
     for i, source in enumerate(d.sources):
         yield (f"data.sources.{i}.name", source.name in names[:i], "another source has this name",
                "give each source its own")  # fmt: skip
+        starts = [] if isinstance(source.weight, float) else [at for at, _ in source.weight]
+        yield (f"data.sources.{i}.weight", len(set(starts)) < len(starts),
+               "two points are at the same share of all steps", "remove one of them")  # fmt: skip
         yield from _source(f"data.sources.{i}", source)
     points = [[(0.0, s.weight)] if isinstance(s.weight, float) else sorted(s.weight) for s in d.sources]
     for start in sorted({0.0, *(at for source in points for at, _ in source)} - {1.0}):

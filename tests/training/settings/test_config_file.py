@@ -236,6 +236,10 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
             ["data.sources=[{name: a, weight: [[0.5, 0], [0, 1]]}, {name: b, weight: [[0.7, 1]]}]"],
             "from 0.5 of all steps on, no source has a weight; give one of them a weight above 0",
         ),
+        (
+            ["data.sources=[{name: a, weight: [[0, 1], [0.5, 9], [0.5, 0]]}]"],
+            "two points are at the same share of all steps; remove one of them",
+        ),
         (["data.sources=[{name: a, weight: [[0.1, 1]]}]"], "from 0 of all steps on, no source has a weight"),
         (["model.layers=[{kind: full, window: 3}]"], "model.layers.0.window = 3"),
         (["model.layers=[{dilation: 2}]"], "a sliding layer has no dilation; remove it, or use kind: dilated"),
