@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 STOPPED = 75  # exit code: stopped by a signal, run again to go on
-ECHO_SECONDS = 2.0  # a launcher in the same process group passes on the signal that its processes already have
+ECHO_SECONDS = 2.0  # a signal that comes twice may be one: see StopRequest._is_echo
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: a batch system's early warning
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -33,7 +33,7 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self:
-            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.received_at < ECHO_SECONDS:
+            if self._is_echo(number):
                 return
             os._exit(128 + number)
         self.received_at = time.monotonic()
@@ -43,6 +43,15 @@ class StopRequest:
             say_signal(number, "stopped before the first step; run the same command again to go on")
             os._exit(STOPPED)
         say_signal(number, "finishing this step, then a checkpoint; again to leave at once")
+
+    def _is_echo(self, number: int) -> bool:
+        """Whether a signal repeats the one before instead of asking again.
+
+        A launcher in the same process group passes on the signal that its processes already have. And Linux sends the
+        signal of `end_with_parent` once for each thread of the parent that ends, so a killed parent sends several.
+        """
+        sent_by_system = number == signal.SIGTERM or "TORCHELASTIC_RUN_ID" in os.environ
+        return sent_by_system and time.monotonic() - self.received_at < ECHO_SECONDS
 
     def __bool__(self) -> bool:
         return self.received_at >= 0

@@ -15,8 +15,10 @@ from training.processes.signals import STOPPED, StopRequest
 stop = StopRequest()
 stop.training = sys.argv[1] != "early"
 print("ready", flush=True)
-while not (stop and sys.argv[1] == "polite"):
+while not (stop and sys.argv[1] in ("polite", "slow")):
     time.sleep(0.01)
+if sys.argv[1] == "slow":
+    time.sleep(0.5)
 print("stopping", flush=True)
 sys.exit(STOPPED)
 """
@@ -51,7 +53,14 @@ def test_before_the_first_step_a_signal_leaves_at_once_with_code_75(number: sign
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_a_process_whose_parent_is_killed_gets_a_sigterm() -> None:
     child = f"from training.processes.signals import end_with_parent\nend_with_parent(){PROGRAM}"
-    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}, 'polite'])"
+    parent = f"""
+import subprocess, sys, threading, time
+for _ in range(8):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+run = threading.Thread(target=subprocess.run, args=([sys.executable, "-c", {child!r}, "slow"],))
+run.start()
+run.join()
+"""
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=-1, stderr=-1, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -95,13 +104,18 @@ def test_second_signal_leaves_at_once() -> None:
     assert process.returncode == 128 + signal.SIGINT
 
 
-def test_a_launcher_s_echo_of_the_first_signal_is_no_second_one() -> None:
-    process = start("deaf", TORCHELASTIC_RUN_ID="some")
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("number", "environment"),
+    [(signal.SIGINT, {"TORCHELASTIC_RUN_ID": "some"}), (signal.SIGTERM, {})],
+    ids=["a launcher passes it on", "a parent of several threads was killed"],
+)
+def test_an_echo_of_the_first_signal_is_no_second_one(number: signal.Signals, environment: dict[str, str]) -> None:
+    process = start("deaf", **environment)
+    process.send_signal(number)
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     time.sleep(ECHO_SECONDS)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
