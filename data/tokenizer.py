@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from data.folders import written_whole
+from data.pretrained import SMOLLM2, checkpoint_folder
 from data.settings import RunSettings
 from data.sources import source_fingerprint, texts
 from data.tasks.vocabulary import RESERVED
@@ -189,6 +190,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 def _tokenizer_file(name: str | Path) -> Path:
     """The file that `name` stands for: itself, a file in a folder, or a file in the local cache of the hub."""
     path = Path(name)
+    if path.suffix == ".gguf" or (str(name) == SMOLLM2 and not path.exists()):
+        path = checkpoint_folder(str(name))
     if path.is_dir():
         return next((path / file for file in (FILE, JSON_FILE) if (path / file).exists()), path / FILE)
     if not path.exists() and len(path.parts) <= 2 and not path.is_absolute():

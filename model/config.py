@@ -5,6 +5,7 @@ from typing import Any
 from transformers import MistralConfig
 
 from model.errors import UserError
+from model.families import ROPE_TYPES
 from model.windows import LayerSpec
 
 
@@ -49,13 +50,13 @@ class WindreachConfig(MistralConfig):
         """Settings of other Mistral-like models that would else be ignored in silence."""
         assert isinstance(self.rope_parameters, dict)
         only = {
-            "hidden_act": (self.hidden_act, "silu"),
-            "attention_dropout": (self.attention_dropout, 0.0),
-            "rope_parameters.rope_type": (self.rope_parameters.get("rope_type", "default"), "default"),
+            "hidden_act": (self.hidden_act, ("silu",)),
+            "attention_dropout": (self.attention_dropout, (0.0,)),
+            "rope_parameters.rope_type": (self.rope_parameters.get("rope_type", "default"), ROPE_TYPES),
         }
         for name, (value, known) in only.items():
-            if value != known:
-                raise UserError(f"model.{name} is {value!r}; the decoder knows only {known!r}")
+            if value not in known:
+                raise UserError(f"model.{name} is {value!r}; the decoder knows only {', '.join(map(repr, known))}")
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:

@@ -26,10 +26,10 @@ from model.attention import Attend, AttentionPlan, check_backend, plan_attention
 from model.cache import RingCache, RingLayer, Slots, can_record
 from model.config import WindreachConfig
 from model.errors import UserError
-from model.hub import check_shapes, load_config, load_weights, save_hf
+from model.hub import SavedWeights, check_shapes, load_config, load_generation_config, save_hf
 from model.packing import Packing, RowEnds, count_positions
 from model.projections import FusedProjections
-from model.rope import Rotary, rotary_tables, rotate
+from model.rope import Rope, Rotary, rope_of, rotary_tables, rotate
 from model.windows import LayerSpec
 
 REGION = 4  # layers compiled as one unit, which is then called in turn: more compile longer, fewer need more calls
@@ -108,6 +108,8 @@ class WindreachModel(nn.Module):
         self.specs = config.specs
         self.kinds = tuple(dict.fromkeys(self.specs))
         self.kind_of_layer = [self.kinds.index(spec) for spec in self.specs]
+        self.ropes: list[Rope | None] = []  # of each kind, on the device of the last call: no buffers, which would be
+        self.ropes_on: torch.device | None = None  # rounded with the weights, and lost on the meta device
         self.kinds_of_region = [str(self.kind_of_layer[i : i + REGION]) for i in range(0, len(self.specs), REGION)]
         # transformers' activation_checkpointing_enable sets these two.
         self.gradient_checkpointing = False
@@ -138,6 +140,7 @@ class WindreachModel(nn.Module):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         cache = self._checked_cache(tokens, past_key_values)
         assert tokens is not None
+        self._place_ropes(tokens.device)
         packing = packing or _pack(tokens, documents, attention_mask, position_ids, cache)
         watched = output_hidden_states or torch.is_grad_enabled() or self.config.attention_backend == "reference"
         if cache is None:
@@ -165,6 +168,13 @@ class WindreachModel(nn.Module):
         if cache is not None and cache.claim(self, self.specs) and self._structure:
             self._structure = self._describe_modules()
         return cache
+
+    def _place_ropes(self, device: torch.device) -> None:
+        """Make the rotations of each kind of layer, if the last call was not on `device`."""
+        if self.ropes_on != device:
+            bases = [(spec.rope_theta or self.config.rope_base) if spec.rope else None for spec in self.kinds]
+            made = {base: rope_of(self.config, base, device) for base in bases if base}
+            self.ropes, self.ropes_on = [made[base] if base else None for base in bases], device
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, T, E) of token ids (B, T). Embeddings stay as they are."""
@@ -229,10 +239,9 @@ class WindreachModel(nn.Module):
 
     def _calls(self, packing: Packing, attends: Sequence[Attend], rings: Sequence[RingLayer | None]) -> list[Call]:
         """What each layer is called with: the rotary tables and the attention of its kind, and its cache."""
-        thetas = [(spec.rope_theta or self.config.rope_base) if spec.rope else 0.0 for spec in self.kinds]
-        tables = {theta: rotary_tables(packing, self.config.head_dim, theta) for theta in thetas if theta}
+        tables: dict[int, Rotary] = {id(rope): rotary_tables(packing, rope) for rope in self.ropes if rope}
         return [
-            (layer, tables.get(thetas[kind]), attends[kind], ring)
+            (layer, tables.get(id(self.ropes[kind])), attends[kind], ring)
             for layer, kind, ring in zip(self.layers, self.kind_of_layer, rings, strict=True)
         ]
 
@@ -337,12 +346,14 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         Raises UserError for a missing, damaged or unsuitable file.
         """
         folder, config = Path(folder), load_config(folder, backend)
-        with torch.device("meta"):  # takes no memory, whatever the sizes are
-            model = cls(config)
+        model = empty_model(config)
         check_shapes(folder, model.state_dict(), config.tie_word_embeddings)
-        model.to_empty(device="cpu")
-        model.load_state_dict(load_weights(folder, config.tie_word_embeddings))
-        model.tie_weights()
+        give_memory(model, torch.device("cpu"))
+        weights = SavedWeights(folder)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        model.generation_config = load_generation_config(folder) or model.generation_config
         return model.to(dtype).eval()
 
     def save_pretrained(
@@ -446,6 +457,24 @@ class InitOptions:
     embedding_std: float = 1.0
     scale_residual_by_depth: bool = True
     copy_first_layer: bool = False
+
+
+def empty_model(config: WindreachConfig) -> WindreachForCausalLM:
+    """A model on the meta device: it takes no memory, whatever its sizes are. See `give_memory`."""
+    with torch.device("meta"):
+        return WindreachForCausalLM(config)
+
+
+@torch.no_grad()
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Replace parameters on the meta device by zeros on `device`, in place."""
+    for part in module.modules():
+        if any(parameter.is_meta for parameter in part.parameters(recurse=False)):
+            part.to_empty(device=device, recurse=False)
+            for parameter in part.parameters(recurse=False):
+                parameter.zero_()
+        if isinstance(part, WindreachForCausalLM) and part.config.tie_word_embeddings:
+            part.lm_head.weight = part.model.embed_tokens.weight
 
 
 def build_model(config: WindreachConfig, init: InitOptions | None = None, seed: int = 0) -> WindreachForCausalLM:

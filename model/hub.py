@@ -2,48 +2,50 @@
 checked before memory is taken.
 
     mistral     equal plain layers, sliding or full        ministral   plain sliding layers of one window, and full ones
-    qwen3       the same with normalised heads             windreach   anything else
+    qwen3       the same with normalised heads             smollm3     the same as ministral, some layers not rotated
+    windreach   anything else
 
-Read are these and llama. A plain layer has no sink, no global tokens, and the model's own rotary positions.
+`model.families` lists what is read. A plain layer has no sink, no global tokens, and the model's own rotary positions.
 """
 
 import errno
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import fields as dataclass_fields
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
-    LlamaConfig,
     MinistralConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from model.config import WindreachConfig
 from model.errors import UserError, read_small_file
+from model.families import decoder_fields
 from model.flops import count_parameters as count_parameters
+from model.projections import split_name
 from model.windows import LayerSpec
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MOST_JSON_BYTES = 64 << 20  # of config.json, and of an index of weights
 _MOST_LAYERS = 1024
+_STUMBLES = (StrictDataclassError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
 _ARCHITECTURES = {
     "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "windreach": "WindreachForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM", "windreach": "WindreachForCausalLM",
 }  # fmt: skip
-_THEIRS = {"llama": LlamaConfig, "ministral": MinistralConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
-_COMMON = [field.name for field in dataclass_fields(MistralConfig)]
 
 
 class SavedTokenizer(Protocol):
@@ -62,11 +64,13 @@ class SavedTokenizer(Protocol):
 def exported_type(config: WindreachConfig) -> str:
     """The first type of the list above that can express the stack."""
     windows = {spec.window for spec in config.specs if spec.kind == "sliding"}
-    plain = all(spec in (LayerSpec("full"), LayerSpec("sliding", spec.window or 1)) for spec in config.specs)
-    if not plain or len(windows) > 1:
+    rotated = [replace(spec, rope=True) for spec in config.specs]
+    plain = all(spec in (LayerSpec("full"), LayerSpec("sliding", spec.window or 1)) for spec in rotated)
+    some_not_rotated = not all(spec.rope for spec in config.specs)
+    if not plain or len(windows) > 1 or (some_not_rotated and config.qk_norm):
         return "windreach"
-    if config.qk_norm:
-        return "qwen3"
+    if some_not_rotated or config.qk_norm:
+        return "smollm3" if some_not_rotated else "qwen3"
     return "mistral" if len(set(config.specs)) == 1 else "ministral"
 
 
@@ -86,7 +90,7 @@ def save_hf(
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.rope_theta = model.config.rope_base  # also where transformers 4 and other readers look for it
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, path, config)
+        _save_tokenizer(tokenizer, path, config, model.generation_config)
     config.save_pretrained(path)
     state_dict = model.state_dict() if state_dict is None else state_dict
     weights = {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in state_dict.items()}
@@ -114,11 +118,19 @@ def _exported(config: WindreachConfig) -> PreTrainedConfig:
     fields["layer_types"] = [f"{s.kind}_attention" for s in config.specs]
     if kind == "ministral":
         return MinistralConfig(**fields)
-    return Qwen3Config(**fields, use_sliding_window=fields["sliding_window"] is not None)
+    fields["use_sliding_window"] = fields["sliding_window"] is not None
+    if kind == "smollm3":
+        return SmolLM3Config(**fields, no_rope_layers=[int(s.rope) for s in config.specs])
+    return Qwen3Config(**fields)
 
 
-def _save_tokenizer(tokenizer: SavedTokenizer, path: Path, config: PreTrainedConfig) -> None:
-    """Write the tokenizer with the lengths of the model and a token for padding; its ids go into `config`."""
+def _save_tokenizer(
+    tokenizer: SavedTokenizer, path: Path, config: PreTrainedConfig, generation: GenerationConfig | None
+) -> None:
+    """Write the tokenizer with the lengths of the model and a token for padding; its ids go into `config`.
+
+    `generation_config.json` is that of the pretrained model. It may name several tokens that end an answer.
+    """
     tokenizer.save(path)
     file = path / "tokenizer_config.json"
     described = json.loads(file.read_text())
@@ -131,7 +143,9 @@ def _save_tokenizer(tokenizer: SavedTokenizer, path: Path, config: PreTrainedCon
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
     for name, token_id in ids.items():
         setattr(config, name, token_id)
-    GenerationConfig(**ids).save_pretrained(path)
+    if generation is None or generation._from_model_config:  # nobody wrote it
+        generation = GenerationConfig(**ids)
+    generation.to_json_file(path / "generation_config.json")  # not save_pretrained, which refuses what people publish
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -163,43 +177,24 @@ def _read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
-    """The decoder for a checkpoint of one of the types above. UserError for any other, and for what it lacks."""
+    """The decoder for a checkpoint of a family in `model.families`. UserError for any other, and for what it lacks."""
     file, fields = Path(path) / "config.json", read_config(path)
-    kind = fields.pop("model_type", None)
-    if not isinstance(kind, str) or kind not in (*_THEIRS, "windreach"):
-        known = ", ".join(sorted(_THEIRS))
-        raise UserError(f"{file}: model_type is {kind!r}; this loader knows {known} and windreach")
-    for name in ("architectures", "dtype", "torch_dtype"):  # the decoder's are ours to choose
-        fields.pop(name, None)
     try:
-        if kind != "windreach":
-            fields = _of_theirs(_THEIRS[kind](**fields))
-        return WindreachConfig(**fields | {"attention_backend": backend})
-    except (UserError, StrictDataclassError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return WindreachConfig(**decoder_fields(fields) | {"attention_backend": backend})
+    except (UserError, *_STUMBLES) as error:
         # `transformers` checks types, and stumbles over other values. It raises whatever the stumble raises.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: {reason}") from error
 
 
-def _of_theirs(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of our config for one of another type. Raises UserError for what our decoder would ignore."""
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
-            raise UserError(f"{name} is true; the decoder has no biases")
-    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if config.model_type == "llama" and window is not None:
-        raise UserError(f"sliding_window is {window}, which a llama model ignores; remove it, or use mistral")
-    if config.model_type == "mistral" or layer_types is None:  # mistral's own code ignores layer_types
-        layer_types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
-    fields = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
-    fields["layers"] = [_spec_of(name, window) for name in layer_types]
-    return fields | {"sliding_window": window, "qk_norm": config.model_type == "qwen3"}
-
-
-def _spec_of(layer_type: str, window: int | None) -> dict[str, object]:
-    if layer_type not in ("sliding_attention", "full_attention"):
-        raise UserError(f"layer_types holds {layer_type!r}; the decoder knows sliding_attention and full_attention")
-    return {"kind": "sliding", "window": window} if layer_type == "sliding_attention" else {"kind": "full"}
+def load_generation_config(path: Path) -> GenerationConfig | None:
+    """What `generation_config.json` says of sampling and of the ends of answers. None if there is no such file."""
+    if not (path / "generation_config.json").exists():
+        return None
+    try:
+        return GenerationConfig.from_dict(_read_json(path / "generation_config.json", "copy it again"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path / 'generation_config.json'}: {' '.join(str(error).split())}; correct it") from error
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -229,11 +224,13 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_shapes(path: Path, expected: Mapping[str, torch.Tensor], tied: bool) -> None:
+def check_shapes(path: Path, expected: Mapping[str, torch.Tensor], tied: bool, may_lack: Collection[str] = ()) -> None:
     """Raises UserError if the files in `path` hold other weights than those `expected`, which may be on meta."""
-    saved, wanted = weight_shapes(path), {name: tuple(weight.shape) for name, weight in expected.items()}
-    if tied and "lm_head.weight" not in saved:
-        wanted.pop("lm_head.weight")
+    saved = {_our_name(name): shape for name, shape in weight_shapes(path).items()}
+    wanted = {name: tuple(weight.shape) for name, weight in expected.items()}
+    for name in ("lm_head.weight",) * tied + tuple(may_lack):
+        if name not in saved:
+            wanted.pop(name)
     problems = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
     problems += [f"{name} is unknown" for name in saved.keys() - wanted.keys()]
     common = sorted(wanted.keys() & saved.keys())
@@ -244,11 +241,26 @@ def check_shapes(path: Path, expected: Mapping[str, torch.Tensor], tied: bool) -
         raise UserError(f"{path}: weights and config.json don't belong together: {shown}{more}")
 
 
-def load_weights(path: Path, tied: bool) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint folder whose headers have been checked. `tied`: the output is the embedding."""
-    weights: dict[str, torch.Tensor] = {}
-    for file in weight_files(path):
-        weights |= load_file(file)
-    if tied:
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    return weights
+def _our_name(name: str) -> str:
+    """The name in our state dict of a weight in a file of any family."""
+    return name.replace(".self_attn.sinks", ".self_attn.sink_logits")  # granite_swa
+
+
+class SavedWeights:
+    """The weights in a checkpoint folder by the names of our parameters. Each is read when it is asked for.
+
+    The files are mapped, so processes of one machine share what they read. Only projections that are one parameter in
+    memory are copied, to be joined. The headers of the files must have been checked (`check_shapes`).
+    """
+
+    def __init__(self, folder: Path):
+        files = [safe_open(file, "pt") for file in weight_files(folder)]
+        self._files = {_our_name(name): (name, file) for file in files for name in file.keys()}  # noqa: SIM118
+
+    def __contains__(self, name: str) -> bool:
+        return split_name(name)[0] in self._files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The weight in the dtype of the file. Don't write into it."""
+        tensors = [file.get_tensor(saved) for saved, file in map(self._files.__getitem__, split_name(name))]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -105,6 +105,16 @@ def row_sizes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{part.fused_name}": part.fused_sizes for name, part in fused}
 
 
+def split_name(name: str) -> list[str]:
+    """The names in files of what a parameter in memory holds.
+
+    >>> split_name("layers.0.mlp.gate_up_weight"), split_name("norm.weight")
+    (['layers.0.mlp.gate_proj.weight', 'layers.0.mlp.up_proj.weight'], ['norm.weight'])
+    """
+    stem, _, last = name.rpartition(".")
+    return [f"{stem}.{part}.weight" for part in FUSED[last]] if last in FUSED else [name]
+
+
 def fused_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames tensors from files to the parameters in memory: those of q, k and v are joined to one `qkv_weight`.
 

@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_map_only
 from data.mixture import open_sources, prepare_sources
 from data.tasks import need_keys
 from data.tasks.vocabulary import recall_vocabulary
-from data.tokenizer import Tokenizer, prepare_tokenizer
+from data.tokenizer import Tokenizer
 from model import hub
 from model.attention import AttentionPlan, Device, check_backend, plan_attention
-from model.decoder import WindreachForCausalLM, build_model
+from model.decoder import give_memory
 from model.errors import UserError
 from model.flops import flops_per_token
 from model.projections import row_sizes
@@ -40,7 +40,16 @@ from training.curriculum import Curriculum, State
 from training.objective import Scorer, TextObjective, Work, objectives, step_flops
 from training.optimizer import SummedOptimizer
 from training.probe import Probe
-from training.processes.parallel import Tensors, load_whole, spread, stored_in_shards, whole, whole_weights
+from training.processes.parallel import (
+    Tensors,
+    load_weights,
+    load_whole,
+    shards,
+    spread,
+    stored_in_shards,
+    whole,
+    whole_weights,
+)  # fmt: skip
 from training.processes.precision import DTYPES, lack_of_memory_is_fault, make_deterministic, set_up_threads
 from training.processes.ranks import ask_main, join_ranks, lost_rank_is_fault, shorten_timeout
 from training.processes.signals import STOPPED, StopRequest
@@ -58,9 +67,9 @@ from training.run.folder import (
     run_dir,
 )  # fmt: skip
 from training.schedule import interpolate, rate_factor
-from training.settings.build import init_options, model_config
+from training.settings.build import model_config
 from training.settings.schema import Settings
-from training.start import grow_from_run
+from training.start import grow_from_run, new_decoder, pretrained_folder, run_tokenizer, weights_fact
 from training.step import DELAY, Inputs, Outcome, Update
 
 
@@ -91,17 +100,24 @@ class Trainer:
         self.tokenizer, folders = ask_main(self._cached_data)
         sources = open_sources(folders, self.tokenizer, settings.data)
 
-        # 2. Model.
-        config = model_config(settings, self.tokenizer.vocab_size)
-        self.decoder = build_model(config, init_options(settings), settings.seed)
+        # 2. Model. A pretrained one is filled here, or where processes share it, when each has its part.
+        self.decoder = new_decoder(model_config(settings, self.tokenizer.vocab_size), settings)
         self.config = self.decoder.config
         self._check_device()
         origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
+        pretrained = pretrained_folder(self.decoder, settings, resume)
+        if not shards():
+            give_memory(self.decoder, torch.device("cpu"))
+            self._fill(pretrained)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: self._open_run(resume))
         device = self.ranks.device
-        self.facts = ask_main(lambda: decide_once(settings, self.tokenizer, sources, device, checkpoint, origin))
+        self.facts = ask_main(
+            lambda: decide_once(
+                settings, self.tokenizer, sources, device, checkpoint, origin | weights_fact(pretrained)
+            )
+        )
 
         # 4. Objectives, and the probe that measures them during training.
         torch.manual_seed(settings.seed * 1009 + self.ranks.process_index)
@@ -136,6 +152,8 @@ class Trainer:
 
         # 6. Resume.
         self.outcomes: deque[Outcome] = deque()  # of the last steps, oldest first: they don't count yet
+        if shards():
+            self._fill(pretrained)
         if checkpoint is not None:
             self._resume(checkpoint)
         elif auxiliary:
@@ -162,17 +180,21 @@ class Trainer:
         return flops / self.config.num_hidden_layers / self.facts["matmul_rate"]
 
     def _cached_data(self) -> tuple[Tokenizer, dict[str, Path]]:
-        tokenizer = prepare_tokenizer(self.settings)
+        tokenizer = run_tokenizer(self.settings)
         return tokenizer, prepare_sources(self.settings, tokenizer)
+
+    def _fill(self, folder: Path | None) -> None:
+        """Copy the weights in the folder of a checkpoint into the decoder, and what it says of generation."""
+        if folder is not None:
+            load_weights(self.decoder, hub.SavedWeights(folder))
+            self.decoder.generation_config = hub.load_generation_config(folder) or self.decoder.generation_config
 
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_same_data(path, saved, self.facts)
         check_same_order(path, saved)
-        load_whole(
-            dict(self.decoder.named_parameters()),
-            dict(WindreachForCausalLM.from_pretrained(path / "hf").named_parameters()),
-        )
+        hub.check_shapes(path / "hf", self.decoder.state_dict(), self.config.tie_word_embeddings)
+        self._fill(path / "hf")
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])

@@ -24,23 +24,31 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.decoder import DecoderLayer
+from model.decoder import DecoderLayer, give_memory
 from model.errors import MAKE_ROOM, UserError
+from model.hub import SavedWeights
 
 Tensors = dict[str, Tensor]
 
 
+def shards() -> bool:
+    """Whether this launch shards weights (FSDP2), so that no process needs to hold all of them."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def spread(module: nn.Module, precision: str) -> tuple[Accelerator, nn.Module]:
-    """The accelerator, and `module` wrapped for these processes."""
+    """The accelerator, and `module` wrapped for these processes. Parameters on meta become zeros, layer by layer."""
     options: dict[str, Any] = {"mixed_precision": "bf16" if precision == "bf16" else "no"}
     # Loss is divided once, by us: ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment must not do it again.
     options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not shards():
         accelerator = Accelerator(**options)
         return accelerator, accelerator.prepare(module)
     plugin = FullyShardedDataParallelPlugin()
     accelerator = Accelerator(fsdp_plugin=plugin, **options)
-    _shard(module.to(accelerator.device), plugin, accelerator.device.type, precision == "bf16")
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.to(accelerator.device)
+    _shard(module, plugin, accelerator.device.type, precision == "bf16")
     return accelerator, module
 
 
@@ -76,10 +84,15 @@ def whole_weights(module: nn.Module, keep: bool) -> Tensors:
 
 
 @torch.no_grad()
-def load_whole(tensors: Tensors, saved: Tensors) -> None:
-    """Copy whole tensors into those of the same names, which may be sharded."""
+def load_whole(tensors: Tensors, saved: Tensors | SavedWeights) -> None:
+    """Copy whole tensors, one at a time, into those of the same names, which may be sharded."""
     for name, tensor in tensors.items():
         tensor.copy_(as_placed(saved[name], tensor))
+
+
+def load_weights(module: nn.Module, weights: SavedWeights) -> None:
+    """Copy a checkpoint into the parameters, which may be sharded. Those that it lacks stay as they are."""
+    load_whole({name: p for name, p in module.named_parameters() if name in weights}, weights)
 
 
 def as_placed(full: Tensor, like: Tensor) -> Tensor:
@@ -138,7 +151,9 @@ def _shard(module: nn.Module, plugin: FullyShardedDataParallelPlugin, device: st
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     for layer in module.modules():
         if isinstance(layer, DecoderLayer):
+            give_memory(layer, torch.device(device))
             fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, mp_policy=policy, **root)
+    give_memory(module, torch.device(device))
     fully_shard(module, reshard_after_forward=False, **root)
     if bf16:
         module.forward = torch.autocast(device, torch.bfloat16)(module.forward)

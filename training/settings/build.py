@@ -15,16 +15,17 @@ def model_config(settings: Settings, vocab_size: int) -> "WindreachConfig":
     from model.config import WindreachConfig
 
     m = settings.model
-    fields = m.model_dump(exclude={"rope_theta", "init"})
+    fields = m.model_dump(exclude={"rope_theta", "rope_scaling", "init"})
     fields |= {"vocab_size": m.vocab_size or vocab_size, "head_dim": m.head_size, "layers": layer_dicts(m)}
-    return WindreachConfig(rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta}, **fields)
+    scaling = m.rope_scaling.model_dump(exclude_none=True) if m.rope_scaling else {"rope_type": "default"}
+    return WindreachConfig(rope_parameters=scaling | {"rope_theta": m.rope_theta}, **fields)
 
 
 def init_options(settings: Settings) -> "InitOptions":
     """How weights are drawn. A run that grows from another one (`grow_from`) draws them too, and overwrites them."""
     from model.decoder import InitOptions
 
-    return InitOptions(**settings.model.init.model_dump(exclude={"grow_from"}))
+    return InitOptions(**settings.model.init.model_dump(exclude={"grow_from", "from_pretrained"}))
 
 
 def layer_dicts(m: ModelSettings) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from model.errors import UserError, read_small_file
 from training.settings.consistency import inconsistencies
+from training.settings.pretrained import fill_in
 from training.settings.problems import MOST_SHOWN, Keys, Problem, explain
 from training.settings.schema import Settings
 
@@ -41,6 +42,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     _read(Path(path), tree, origins, (), set())
     problems = [problem for text in overrides if (problem := _override(text, tree, origins))]
     tree = _without_nulls(tree)
+    problems += fill_in(tree)
     try:
         settings = Settings.model_validate(tree)
         problems += inconsistencies(settings)

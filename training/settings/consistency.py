@@ -9,7 +9,7 @@ from data.tasks import TASKS
 from model.windows import LayerSpec, reach
 from training.settings.build import layer_dicts
 from training.settings.problems import ABSENT, Keys, Problem
-from training.settings.schema import Settings
+from training.settings.schema import RopeScalingSettings, Settings
 
 Check = tuple[str, object, str, str]  # the setting, whether it is wrong, what is wrong, the remedy
 
@@ -64,7 +64,10 @@ def _layers(s: Settings) -> Iterator[Check]:
 def _model_and_data(s: Settings) -> list[Check]:
     m, d, heads = s.model, s.data, f"model.num_attention_heads = {s.model.num_attention_heads}"
     uneven = m.head_dim is None and m.hidden_size % m.num_attention_heads
+    scaling = m.rope_scaling
     return [
+        ("model.rope_scaling", scaling and scaling.rope_type == "llama3" and not _llama3(scaling),
+         "llama3 needs high_freq_factor above low_freq_factor", "give both, as in the config.json of the model"),
         ("model.num_key_value_heads", m.num_attention_heads % m.num_key_value_heads, f"{heads} is not a multiple of it",
          f"use {m.num_attention_heads} or a divisor of it"),
         ("model.hidden_size", uneven, f"not a multiple of {heads}", "change one of them, or give model.head_dim"),
@@ -74,6 +77,12 @@ def _model_and_data(s: Settings) -> list[Check]:
          f"model.max_position_embeddings is {m.max_position_embeddings}", "lower one, raise the other"),
         *(_source("data", d) if not d.sources else _mixture(d)),
     ]  # fmt: skip
+
+
+def _llama3(scaling: RopeScalingSettings) -> bool:
+    """Whether the two limits are given and in order."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return low is not None and high is not None and low < high
 
 
 def _source(at: str, d: SourceSettings) -> Iterator[Check]:

