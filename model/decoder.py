@@ -473,6 +473,7 @@ def give_memory(module: nn.Module, device: torch.device) -> None:
             part.to_empty(device=device, recurse=False)
             for parameter in part.parameters(recurse=False):
                 parameter.zero_()
+    for part in module.modules():
         if isinstance(part, WindreachForCausalLM) and part.config.tie_word_embeddings:
             part.lm_head.weight = part.model.embed_tokens.weight
 

@@ -132,9 +132,9 @@ def _layers(config: Mapping[str, Any], family: Family) -> list[Fields]:
                  for i in range(depth)]  # fmt: skip
     if not isinstance(types, list) or len(types) != depth:
         raise UserError(f"layer_types is {types!r:.80}; the model has {depth} layers")
-    layers = [_layer(name, window) for name in types]
+    layers, base = [_layer(name, window) for name in types], _rope_parameters(config, family)["rope_theta"]
     for layer, theta in zip(layers, rotated, strict=True):
-        layer |= {} if theta is None else {"rope": False} if theta == 0 else {"rope_theta": float(theta)}
+        layer |= {} if theta in (None, base) else {"rope": False} if theta == 0 else {"rope_theta": float(theta)}
         layer |= {"sink": True} if kind == "granite_swa" else {}
     return layers
 

@@ -192,9 +192,11 @@ def load_generation_config(path: Path) -> GenerationConfig | None:
     if not (path / "generation_config.json").exists():
         return None
     try:
-        return GenerationConfig.from_dict(_read_json(path / "generation_config.json", "copy it again"))
+        read = GenerationConfig.from_dict(_read_json(path / "generation_config.json", "copy it again"))
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path / 'generation_config.json'}: {' '.join(str(error).split())}; correct it") from error
+    read._from_model_config = False  # so that it is written again
+    return read
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -67,7 +67,7 @@ def change(folder: Path, name: str = "config.json", **fields: Any) -> Path:
         *[("hidden_size", v) for v in (0, 10**9, None, "x")],
         *[(name, v) for name in ("num_key_value_heads", "num_attention_heads") for v in (0, -4, 3, "2")],
         ("intermediate_size", 10**12), ("vocab_size", -1), ("vocab_size", 10**12), ("head_dim", 0), ("head_dim", -8),
-        ("rope_parameters", "x"), ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+        ("rope_parameters", "x"), ("rope_parameters", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
         ("rms_norm_eps", "small"), ("tie_word_embeddings", "yes"),
         ("hidden_act", "gelu"), ("attention_dropout", 0.5),
     ],
@@ -241,8 +241,8 @@ def test_a_llama_checkpoint_is_ours_and_computes_the_same(tmp_path: Path) -> Non
         ({"mlp_bias": True}, "mlp_bias is true; the decoder has no biases"),
         ({"sliding_window": 5}, "sliding_window is 5, which a llama model ignores; remove it, or use mistral"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_type is 'linear'; the decoder knows only 'default'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type is 'dynamic'; the decoder knows only 'default'",
         ),
     ],
 )

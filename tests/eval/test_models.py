@@ -181,7 +181,7 @@ def test_code_beside_the_weights_never_runs_even_when_a_pipe_says_yes(beside, to
 
 def test_a_mistral_whose_rope_our_decoder_lacks_is_left_to_the_library(tokenizer, tmp_path):
     config = config_of("mistral", len(tokenizer))
-    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     examined = load_model(str(tmp_path), "cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from model.cache import RingCache
 from model.decoder import WindreachForCausalLM
@@ -46,7 +46,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, full": ("qwen3", {}),
     "qwen3, upper layers slide": ("qwen3", {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 2}),
     "smollm3, full": ("smollm3", {"no_rope_layer_interval": 2}),
-    "smollm3, sliding": ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0], "use_sliding_window": True, "sliding_window": W}),
+    "smollm3, sliding": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1, 1, 0], "use_sliding_window": True, "sliding_window": W},
+    ),
     "granite_swa": ("granite_swa", GRANITE),
     "granite_swa, bases": ("granite_swa", GRANITE | {"layer_rope_theta": [100.0, 0, 1e4, 0, 50.0]}),
 }
@@ -135,9 +138,15 @@ def test_rotation_is_not_rounded_with_the_weights(tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias is true; the decoder has no biases"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the decoder knows only 'silu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; the decoder knows only 0.0"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type is 'dynamic'; the decoder knows"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_parameters.rope_type is 'dynamic'; the decoder knows",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "the decoder knows one section for all"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; the decoder rotates whole"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; the decoder rotates whole",
+        ),
         ({"sliding_window": 5}, "sliding_window is 5, which a llama model ignores"),
         ({"num_attention_heads": None}, "num_attention_heads is missing; copy the file again"),
         ({"model_type": "granite_swa", "residual_multiplier": 0.22}, "residual_multiplier is 0.22; the decoder has no"),
@@ -168,6 +177,6 @@ def test_defaults_of_a_family_are_those_of_transformers(kind: str) -> None:
     written = json.loads(theirs.to_json_string(use_diff=False))
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     short = {name: written[name] for name in (*sizes, "attention_multiplier", "model_type") if name in written}
-    full = decoder_fields(written | ({"num_key_value_heads": None} if kind != "llama" else {}))
+    full = decoder_fields(written)
     for name in ("rms_norm_eps", "rope_parameters", "sliding_window", "layers", "tie_word_embeddings", "qk_norm"):
         assert decoder_fields(short)[name] == full[name], name

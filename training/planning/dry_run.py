@@ -4,7 +4,7 @@ Nothing is allocated, downloaded or written. The only measurement is the matmul 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from training.planning.gpus import GPUS
 from training.processes.precision import DTYPES, measure, set_up_threads
 from training.settings.build import model_config
 from training.settings.consistency import last_distance
+from training.settings.pretrained import pretrained_settings
 from training.settings.schema import Settings
 
 GIB, MIB = 2**30, 2**20
@@ -47,7 +48,12 @@ def plan_text(settings: Settings) -> str:
     dtype = DTYPES.get(settings.training.precision, torch.bfloat16)  # `auto` is bf16 on a GPU, and no matter on a CPU
     check_backend(config.attention_backend, config.specs, config.head_dim, dtype=dtype, gradients=True)
     layers = list(_layer_lines(config, device, dtype, settings.data.seq_len))
-    lines = [*layers, *_work_lines(settings, config, ranks=1), *_machine_lines(settings, config, device)]
+    lines = [
+        *layers,
+        *_change_lines(settings, config),
+        *_work_lines(settings, config, ranks=1),
+        *_machine_lines(settings, config, device),
+    ]
     return f"plan of {settings.name}; nothing was trained\n{_aligned(lines)}"
 
 
@@ -59,15 +65,60 @@ def _layer_lines(config: WindreachConfig, device: torch.device, dtype: torch.dty
         alone.layers, alone.num_hidden_layers = [vars(spec)] * count, count
         cache = f"{size(cache_bytes(alone, length=seq_len))} of cache"
         cache += "" if spec.window else f" at {seq_len:,} tokens, growing"
-        set_fields = {name: value for name, value in vars(spec).items() if value != getattr(LayerSpec, name)}
-        traits = "".join(f", {name}={value}" for name, value in set_fields.items() if name != "kind")
         plan = plan_attention(spec, config.head_dim, config.attention_backend, device.type, dtype, True)
         backend = f"backend {plan.backend} ({plan.reason})"
-        yield "layers", f"{count} x {spec.kind}{traits}; {backend}; {cache} (bf16, one sequence)"
+        yield "layers", f"{count} x {_traits(spec)}; {backend}; {cache} (bf16, one sequence)"
     farthest, headline = reach(config.specs), window_times_layers(config.specs)
     yield "reach", "unbounded" if farthest is None else f"R = {farthest:,} tokens back, exactly"
     if farthest is not None and headline is not None:
         yield "W x layers", f"{headline:,}, the headline figure"
+
+
+def _change_lines(settings: Settings, config: WindreachConfig) -> Lines:
+    """What the settings change about the layers of a pretrained model. Nothing if there is none."""
+    named = settings.model.init.from_pretrained
+    if named is None:
+        return
+    before, after = copy.copy(config), config.specs
+    before.layers = pretrained_settings(named)["layers"]
+    for lengths, name in {4096: "4k", 32768: "32k", 131072: "128k"}.items():
+        old, new = cache_bytes(before, length=lengths), cache_bytes(config, length=lengths)
+        yield "cache", f"{name:>4} tokens: {size(old)} before, {size(new)} now, {new / old:.1%} (bf16, one sequence)"
+    yield "R", f"{_reach_text(before.specs)} before, {_reach_text(after)} now"
+    changes: dict[tuple[LayerSpec, LayerSpec], list[int]] = {}
+    for i, pair in enumerate(zip(before.specs, after, strict=True)):
+        if pair[0] != pair[1]:
+            changes.setdefault(pair, []).append(i)
+    for (old_spec, new_spec), which in changes.items():
+        yield "changed", f"{_traits(old_spec)} -> {_traits(new_spec)}: layers {ranges(which)} of 0-{len(after) - 1}"
+    if not changes:
+        yield "changed", f"no layer of {named}"
+
+
+def _reach_text(specs: Sequence[LayerSpec]) -> str:
+    farthest = reach(specs)
+    return "unbounded" if farthest is None else f"{farthest:,} tokens"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours as a range.
+
+    >>> ranges([0, 1, 2, 4, 6, 7])
+    '0-2, 4, 6-7'
+    """
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _traits(spec: LayerSpec) -> str:
+    """The kind of a layer, and its fields that differ from the defaults."""
+    set_fields = {name: value for name, value in vars(spec).items() if value != getattr(LayerSpec, name)}
+    return spec.kind + "".join(f", {name}={value}" for name, value in set_fields.items() if name != "kind")
 
 
 def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.device) -> Lines:

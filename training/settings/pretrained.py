@@ -41,7 +41,7 @@ def fill_in(tree: Fields) -> list[Problem]:
     if all(name in model for name in _FILLED):
         return []
     try:
-        theirs = _settings_of(named)
+        theirs = pretrained_settings(named)
     except UserError as error:
         if (saved := _settings_of_the_run(tree, named)) is None:
             return [Problem(at, named, str(error), "correct it")]
@@ -63,12 +63,11 @@ def _section(tree: Mapping[str, Any], name: str) -> Fields:
     return section if isinstance(section, dict) else {}
 
 
-def _settings_of(named: str) -> Fields:
+def pretrained_settings(named: str) -> Fields:
     """The settings of a pretrained model, each layer described. Raises UserError for what the decoder lacks."""
     try:
-        fields = decoder_fields(checkpoint_config(named))
-        head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
-        fields = {"qk_norm": False} | fields | {"head_dim": head_dim}
+        fields: Fields = {"qk_norm": False, **decoder_fields(checkpoint_config(named))}
+        fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
         rope = dict(fields["rope_parameters"])
         positions = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if len(rope) > 1 else None}
         layers = {"sliding_window": fields["sliding_window"], "layers": fields["layers"]}
