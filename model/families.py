@@ -58,6 +58,7 @@ def decoder_fields(config: Mapping[str, Any]) -> Fields:
         raise UserError(f"model_type is {kind!r}; this loader knows {', '.join(FAMILIES)} and windreach")
     _refuse_what_the_decoder_lacks(config)
     family, fields = FAMILIES[kind], {name: config[name] for name in _KEPT if config.get(name) is not None}
+    rope = _rope_parameters(config, family)
     if missing := [name for name in SIZES if name not in fields]:
         raise UserError(f"{missing[0]} is missing; copy the file again")
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
@@ -67,7 +68,7 @@ def decoder_fields(config: Mapping[str, Any]) -> Fields:
     return fields | {
         "tie_word_embeddings": config.get("tie_word_embeddings", family.tied),
         "qk_norm": kind == "qwen3",
-        "rope_parameters": _rope_parameters(config, family),
+        "rope_parameters": rope,
         "sliding_window": _window(config, family),
         "layers": _layers(config, family),
     }

@@ -109,7 +109,10 @@ def _convert(file: Path, folder: Path) -> None:
     except ImportError as error:
         raise UserError("reading a GGUF file takes the package gguf; run: pip install -r requirements.txt") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    print(f"converting {file.name} into {folder}, once")
     where, dequantize = {"gguf_file": file.name}, GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(

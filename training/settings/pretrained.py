@@ -30,14 +30,15 @@ NO_WINDOW = 64  # tokens: `sliding_window` where no layer has one
 
 def fill_in(tree: Fields) -> list[Problem]:
     """Fill in `tree`, in place, what the pretrained model decides. Returns what contradicts it."""
-    model = tree["model"] = dict(_section(tree, "model"))
-    named, at = _section(model, "init").get("from_pretrained"), ("model", "init", "from_pretrained")
+    model, at = dict(_section(tree, "model")), ("model", "init", "from_pretrained")
+    named = _section(model, "init").get("from_pretrained")
     if not isinstance(named, str):
         return []
     if "grow_from" in model["init"]:
         return [Problem(at, named, "model.init.grow_from is given too", "remove one of them")]
-    data = tree["data"] = dict(_section(tree, "data"))
+    data = dict(_section(tree, "data"))
     data["tokenizer"] = {"model_file": named} | _section(data, "tokenizer")
+    tree |= {"model": model, "data": data}
     if all(name in model for name in _FILLED):
         return []
     try:
