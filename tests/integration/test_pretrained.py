@@ -25,6 +25,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
     write_text(folder)
     described = settings(folder, max_steps=2, save_every_steps=9)
+    described["recall"]["curriculum"]["max_distance"] = 20
     described["model"] |= {"layers": [{"kind": "full"}], "tie_word_embeddings": True}
     (folder / "full.yaml").write_text(json.dumps(described))
     run(folder / "full.yaml")
@@ -42,6 +43,7 @@ def write_config(pretrained: Path, folder: Path, **training: Any) -> Path:
     described["model"] = {
         "init": {"from_pretrained": str(folder / "model")}, "sliding_window": 8, "layers": SINKS,
     }  # fmt: skip
+    described["recall"]["curriculum"]["max_distance"] = 20
     del described["data"]["tokenizer"]
     shutil.copytree(pretrained / "model", folder / "model")
     for text in ("train.txt", "heldout.txt"):
@@ -56,8 +58,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one process", "two processes that share the weights"])
 def test_training_starts_from_the_weights_and_new_sinks_from_0(pretrained: Path, tmp_path: Path, sharded: bool) -> None:
-    config = write_config(pretrained, tmp_path, max_steps=1, optimizer={"lr": 1e-9})
-    train(config, sharded=sharded)
+    config = write_config(pretrained, tmp_path, max_steps=2, optimizer={"lr": 1e-9})
+    train(config, sharded=True) if sharded else run(config)
     theirs, ours = weights(tmp_path / "model"), weights(tmp_path / "run/hf")
     assert ours.keys() - theirs.keys() == {"model.layers.0.self_attn.sink_logits"}
     for name, weight in ours.items():
