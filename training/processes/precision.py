@@ -41,17 +41,21 @@ def lack_of_memory_is_fault(settings: Settings) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Machine:
-    """Matmul rates of one process in FLOP/s."""
+    """Matmul rates of one process in FLOP/s, and whether its processor has instructions for bfloat16."""
 
     fp32_flops: float
     bf16_flops: float
+    has_bf16: bool = True
 
     def rate(self, precision: str) -> float:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
     def choose(self, wanted: str) -> str:
-        """`wanted`, or for `auto`: bf16 where its matmul is clearly faster. The run keeps the choice for ever."""
-        fastest = "bf16" if self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
+        """`wanted`, or for `auto`: bf16 where its matmul is clearly faster. The run keeps the choice for ever.
+
+        On a busy machine both rates may be far too low, so a processor without bfloat16 is never asked to use it.
+        """
+        fastest = "bf16" if self.has_bf16 and self.bf16_flops > BF16_GAIN * self.fp32_flops else "fp32"
         return fastest if wanted == "auto" else wanted
 
 
@@ -60,7 +64,13 @@ def measure(device: torch.device) -> Machine:
     """The best of several rates with this process's number of threads at the first call; later calls repeat it."""
     dtypes = torch.float32, torch.bfloat16
     rounds = [[matmul_rate(device, dtype, seconds=0.2 / ROUNDS) for dtype in dtypes] for _ in range(ROUNDS)]
-    return Machine(*map(max, zip(*rounds, strict=True)))
+    return Machine(*map(max, zip(*rounds, strict=True)), has_bf16=device.type != "cpu" or _cpu_has_bf16())
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether a CPU flag says so: avx512_bf16, amx_bf16, ... Older versions of torch don't tell, which counts as yes."""
+    flags = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
+    return any(has for name, has in flags.items() if name.endswith("bf16"))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:

@@ -19,6 +19,11 @@ def test_bf16_is_chosen_where_its_matmul_is_clearly_faster(fp32: float, bf16: fl
     assert Machine(fp32, bf16).choose(wanted) == chosen
 
 
+def test_a_processor_without_bfloat16_computes_in_float32_whatever_a_busy_machine_measures() -> None:
+    assert Machine(1e7, 4e9, has_bf16=False).choose("auto") == "fp32"
+    assert Machine(1e7, 4e9, has_bf16=False).choose("bf16") == "bf16"
+
+
 def test_measured_rate_is_plausible() -> None:
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, size=256, seconds=0.02) < 1e14
 
