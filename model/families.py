@@ -8,14 +8,18 @@
 Whatever the decoder can't compute exactly as the original does is refused, with the field and the reason.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, read_small_file
 
 Fields = dict[str, Any]
 
+_MOST_JSON_BYTES = 64 << 20  # of config.json, and of an index of weights
+_MOST_LAYERS = 1024
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies don't depend on the length of the input
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _KEPT = (  # with the same name and meaning in our decoder
@@ -43,6 +47,32 @@ FAMILIES = {
     "qwen3": Family(window=4096, head_dim=128),
     "smollm3": Family(rope_theta=2e6, tied=True),
 }
+
+
+def read_config(path: str | Path) -> Fields:
+    """The fields of `config.json`. Raises UserError if it is no JSON object, or is of an absurd size or depth."""
+    file = Path(path) / "config.json"
+    fields = read_json(file, "give the folder of a checkpoint")
+    for part in (fields, fields.get("text_config")):
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            layers = part.get(name, 1) if isinstance(part, dict) else 1
+            if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+                raise UserError(f"{file}: {name} is {layers!r:.60}; give a whole number from 1 to {_MOST_LAYERS:,}")
+    return fields
+
+
+def read_json(file: Path, remedy: str) -> Fields:
+    """The JSON object in a file of a checkpoint. Raises UserError, with the `remedy` if there is none."""
+    try:
+        content = json.loads(read_small_file(file, _MOST_JSON_BYTES))
+    except OSError as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
+        raise UserError(f"{file} {problem}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}); the checkpoint was cut short, take an older one") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object; {remedy}")
+    return content
 
 
 def decoder_fields(config: Mapping[str, Any]) -> Fields:

