@@ -3,7 +3,7 @@
     llama        full layers                              qwen3        the same with normalised heads
     mistral      full layers, or sliding layers           smollm3      full and sliding layers, some without rotation
     ministral    sliding layers of one window, and full   granite_swa  sliding and full layers with sinks
-    windreach    ours: any layers
+    qwen2        the same with biases of q, k and v       windreach    ours: any layers
 
 Whatever the decoder can't compute exactly as the original does is refused, with the field and the reason.
 """
@@ -44,6 +44,7 @@ FAMILIES = {
     "llama": Family(),
     "ministral": Family(window=4096),
     "mistral": Family(window=4096),
+    "qwen2": Family(window=4096),
     "qwen3": Family(window=4096, head_dim=128),
     "smollm3": Family(rope_theta=2e6, tied=True),
 }
@@ -98,6 +99,7 @@ def decoder_fields(config: Mapping[str, Any]) -> Fields:
     return fields | {
         "tie_word_embeddings": config.get("tie_word_embeddings", family.tied),
         "qk_norm": kind == "qwen3",
+        "qkv_bias": kind == "qwen2",
         "rope_parameters": rope,
         "sliding_window": _window(config, family),
         "layers": _layers(config, family),
@@ -107,7 +109,9 @@ def decoder_fields(config: Mapping[str, Any]) -> Fields:
 def _refuse_what_the_decoder_lacks(config: Mapping[str, Any]) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
-            raise UserError(f"{name} is {str(config[name]).lower()}; the decoder has no biases")
+            raise UserError(
+                f"{name} is {str(config[name]).lower()}; the decoder has biases of q, k and v alone, as in qwen2"
+            )
     for name, known in {"hidden_act": "silu", "attention_dropout": 0.0}.items():
         if config.get(name) not in (None, known):
             raise UserError(f"{name} is {config[name]!r}; the decoder knows only {known!r}")
@@ -145,7 +149,7 @@ def _rope_parameters(config: Mapping[str, Any], family: Family) -> Fields:
 
 def _window(config: Mapping[str, Any], family: Family) -> int | None:
     """The window of the sliding layers; None if there is none."""
-    if config["model_type"] in ("qwen3", "smollm3") and not config.get("use_sliding_window"):
+    if config["model_type"] in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
         return None
     window: int | None = config.get("sliding_window", family.window)
     return window
@@ -175,7 +179,7 @@ def _slides(config: Mapping[str, Any], i: int, rotated: list[float | None]) -> b
     match config["model_type"]:
         case "granite_swa":
             return i % 4 != 0
-        case "qwen3":
+        case "qwen2" | "qwen3":
             return i >= int(config.get("max_window_layers", 28))
         case "smollm3":
             return rotated[i] == 0

@@ -2,8 +2,8 @@
 checked before memory is taken.
 
     mistral     equal plain layers, sliding or full        ministral   plain sliding layers of one window, and full ones
-    qwen3       the same with normalised heads             smollm3     the same as ministral, some layers not rotated
-    windreach   anything else
+    qwen3       the same with normalised heads             qwen2       the same with biases of q, k and v
+    smollm3     the same as ministral, some layers not rotated             windreach   anything else
 
 `model.families` lists what is read. A plain layer has no sink, no global tokens, and the model's own rotary positions.
 """
@@ -27,6 +27,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -42,7 +43,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _STUMBLES = (StrictDataclassError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
 _ARCHITECTURES = {
     "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM", "windreach": "WindreachForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "windreach": "WindreachForCausalLM",
 }  # fmt: skip
 
 
@@ -65,10 +66,12 @@ def exported_type(config: WindreachConfig) -> str:
     rotated = [replace(spec, rope=True) for spec in config.specs]
     plain = all(spec in (LayerSpec("full"), LayerSpec("sliding", spec.window or 1)) for spec in rotated)
     some_not_rotated = not all(spec.rope for spec in config.specs)
-    if not plain or len(windows) > 1 or (some_not_rotated and config.qk_norm):
+    traits = {"qwen2": config.qkv_bias, "qwen3": config.qk_norm, "smollm3": some_not_rotated}
+    special = [kind for kind, present in traits.items() if present]
+    if not plain or len(windows) > 1 or len(special) > 1:
         return "windreach"
-    if some_not_rotated or config.qk_norm:
-        return "smollm3" if some_not_rotated else "qwen3"
+    if special:
+        return special[0]
     return "mistral" if len(set(config.specs)) == 1 else "ministral"
 
 
@@ -108,7 +111,7 @@ def _exported(config: WindreachConfig) -> PreTrainedConfig:
     kind = exported_type(config)
     if kind == "windreach":
         return WindreachConfig(**fields)
-    for ours in ("layers", "attention_backend", "qk_norm"):
+    for ours in ("layers", "attention_backend", "qk_norm", "qkv_bias"):
         fields.pop(ours)
     fields["sliding_window"] = next((s.window for s in config.specs if s.kind == "sliding"), None)
     if kind == "mistral":
@@ -119,7 +122,7 @@ def _exported(config: WindreachConfig) -> PreTrainedConfig:
     fields["use_sliding_window"] = fields["sliding_window"] is not None
     if kind == "smollm3":
         return SmolLM3Config(**fields, no_rope_layers=[int(s.rope) for s in config.specs])
-    return Qwen3Config(**fields)
+    return Qwen2Config(**fields) if kind == "qwen2" else Qwen3Config(**fields)
 
 
 def _save_tokenizer(

@@ -21,7 +21,7 @@ from training.settings.problems import Problem
 # What the weights decide. The YAML may not give another value.
 _OF_THE_WEIGHTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "rms_norm_eps", "qk_norm", "tie_word_embeddings",
+    "vocab_size", "rms_norm_eps", "qk_norm", "qkv_bias", "tie_word_embeddings",
 )  # fmt: skip
 _FILLED = (*_OF_THE_WEIGHTS, "sliding_window", "layers", "rope_theta", "max_position_embeddings")
 _KEPT_BY_LAYERS = ("rope", "rope_theta", "sink")  # what a layer of the YAML leaves out stays as the model has it
@@ -67,7 +67,7 @@ def _section(tree: Mapping[str, Any], name: str) -> Fields:
 def pretrained_settings(named: str) -> Fields:
     """The settings of a pretrained model, each layer described. Raises UserError for what the decoder lacks."""
     try:
-        fields: Fields = {"qk_norm": False, **decoder_fields(checkpoint_config(named))}
+        fields: Fields = {"qk_norm": False, "qkv_bias": False, **decoder_fields(checkpoint_config(named))}
         fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
         rope = dict(fields["rope_parameters"])
         positions = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if len(rope) > 1 else None}

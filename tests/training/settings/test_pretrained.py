@@ -113,7 +113,7 @@ def test_both_ways_to_start_are_refused_together(pretrained: Path) -> None:
         ("{}/empty", "empty/config.json is missing; give the folder of a checkpoint"),
         ("{}/broken", "broken/config.json is not JSON"),
         ("{}/gpt2", "model_type is 'gpt2'; this loader knows"),
-        ("{}/biases", "attention_bias is true; the decoder has no biases"),
+        ("{}/biases", "attention_bias is true; the decoder has biases of q, k and v alone"),
         ("{}/deep", "num_hidden_layers is 1000000000; give a whole number from 1 to 1,024"),
         ("{}/odd", "its config.json is damaged (TypeError"),
     ],
