@@ -30,24 +30,25 @@ _SMOLLM2_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+def is_converted(name: str) -> bool:
+    """Whether `checkpoint_folder` converts the model: it is in a GGUF file, or the built-in one."""
+    return name.endswith(".gguf") or (name == SMOLLM2 and not Path(name).exists())
+
+
 def checkpoint_folder(name: str) -> Path:
     """The folder with `config.json`, weights and tokenizer of the model `name`. Fetches and converts what is missing.
 
     Of the hub only the local cache is read. Raises UserError if there is no such model.
     """
     path = Path(name).expanduser()
-    if name == SMOLLM2 and not path.exists():
-        return _smollm2()
-    if path.suffix == ".gguf":
-        return _converted(path)
-    if path.is_dir():
-        return path
-    return _in_hub_cache(name)
+    if is_converted(name):
+        return _smollm2() if name == SMOLLM2 else _converted(path)
+    return path if path.is_dir() else _in_hub_cache(name)
 
 
 def checkpoint_config(name: str) -> dict[str, Any]:
     """The content of `config.json` of the model `name`. The built-in model is not fetched for it."""
-    if name == SMOLLM2 and not Path(name).exists():
+    if name == SMOLLM2 and is_converted(name):
         return _SMOLLM2_CONFIG
     folder = checkpoint_folder(name)
     if (folder / "hf" / "config.json").exists() and not (folder / "config.json").exists():
