@@ -13,7 +13,7 @@ from typing import Any
 from data.folders import file_hashes, one_at_a_time, written_whole
 from data.novels import downloaded
 from model.errors import UserError
-from model.families import read_config
+from model.families import read_config, read_json
 
 CACHE = Path(".cache/models")
 SMOLLM2 = "smollm2"
@@ -54,6 +54,20 @@ def checkpoint_config(name: str) -> dict[str, Any]:
     if (folder / "hf" / "config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"this is the folder of a run; give its model, {folder / 'hf'}")
     return read_config(folder)
+
+
+def tokenizer_name(name: str) -> str:
+    """The value of `data.tokenizer.model_file` for the model `name`.
+
+    A folder may have two tokenizers. Only `tokenizer.json` knows the tokens of a chat template.
+    """
+    if is_converted(name):
+        return name
+    folder = checkpoint_folder(name)
+    config = folder / "tokenizer_config.json"
+    chats = (folder / "chat_template.jinja").exists() or (config.exists() and "chat_template" in read_json(config, ""))
+    both = (folder / "tokenizer.model").exists() and (folder / "tokenizer.json").exists()
+    return str(folder / "tokenizer.json") if chats and both else name
 
 
 def _in_hub_cache(name: str) -> Path:

@@ -64,6 +64,14 @@ def test_sizes_positions_layers_and_tokenizer_are_those_of_the_model(pretrained:
     assert settings.data.tokenizer.model_file == str(pretrained)
 
 
+def test_a_chat_model_is_read_with_the_tokenizer_that_knows_its_chats(pretrained: Path) -> None:
+    for file in ("tokenizer.model", "tokenizer.json"):
+        (pretrained / file).touch()
+    assert read(pretrained).data.tokenizer.model_file == str(pretrained)
+    (pretrained / "chat_template.jinja").touch()
+    assert read(pretrained).data.tokenizer.model_file == str(pretrained / "tokenizer.json")
+
+
 def test_settings_of_a_run_say_all_and_need_the_model_no_more(pretrained: Path) -> None:
     settings = read(pretrained, sliding_window=32, layers=[{"kind": "sliding"}, {"kind": "full"}])
     saved = pretrained.parent / "settings.yaml"
