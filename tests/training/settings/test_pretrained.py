@@ -109,8 +109,13 @@ def test_a_size_that_agrees_is_no_contradiction(pretrained: Path) -> None:
 def test_both_ways_to_start_are_refused_together(pretrained: Path) -> None:
     init = {"from_pretrained": str(pretrained), "grow_from": "runs/small"}
     said = refusal(pretrained, init=init)
-    assert "model.grow_from" not in said
     assert "model.init.grow_from is given too; remove one of them" in said
+
+
+def test_ways_to_draw_weights_have_no_effect_and_are_refused(pretrained: Path) -> None:
+    said = refusal(pretrained, init={"from_pretrained": str(pretrained), "embedding_std": 0.1})
+    assert "model.init.embedding_std = 0.1" in said
+    assert "the weights are those of the pretrained model, so it has no effect; remove it" in said
 
 
 @pytest.mark.parametrize(
