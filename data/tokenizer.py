@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from data.folders import written_whole
-from data.pretrained import SMOLLM2, checkpoint_folder
+from data.pretrained import checkpoint_folder, is_converted
 from data.settings import RunSettings
 from data.sources import source_fingerprint, texts
 from data.tasks.vocabulary import RESERVED
@@ -189,9 +189,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 def _tokenizer_file(name: str | Path) -> Path:
     """The file that `name` stands for: itself, a file in a folder, or a file in the local cache of the hub."""
-    path = Path(name)
-    if path.suffix == ".gguf" or (str(name) == SMOLLM2 and not path.exists()):
-        path = checkpoint_folder(str(name))
+    path = checkpoint_folder(str(name)) if is_converted(str(name)) else Path(name)
     if path.is_dir():
         return next((path / file for file in (FILE, JSON_FILE) if (path / file).exists()), path / FILE)
     if not path.exists() and len(path.parts) <= 2 and not path.is_absolute():

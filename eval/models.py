@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.pretrained import checkpoint_folder, is_converted
 from model import windows
 from model.errors import UserError, printable
 from model.windows import LayerSpec
@@ -215,6 +216,11 @@ def _loaded(
 
 def locate(path: Path) -> tuple[Path | None, Path | None]:
     """(run folder, folder with config.json and weights); (None, None) if the path may be a name on the hub."""
+    if is_converted(str(path)):
+        try:
+            return None, checkpoint_folder(str(path))
+        except UserError as error:
+            raise UserError(f"MODEL {str(path)!r}: {error}") from error
     if not path.exists():
         if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {".", "..", "runs"}:
             raise UserError(f"MODEL {str(path)!r}: no such folder; give a run folder, a checkpoint or a hub name")

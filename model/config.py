@@ -13,6 +13,7 @@ class WindreachConfig(MistralConfig):
     """`MistralConfig` plus `layers`: one dict of `LayerSpec` fields per layer (default: all sliding).
 
     qk_norm: RMSNorm of each head's queries and keys before they are rotated, as in Qwen3.
+    qkv_bias: biases of queries, keys and values, as in Qwen2.
     attention_backend: `auto`, or one of `model.attention.BACKENDS`.
     Raises UserError for shapes that can't be built.
     """
@@ -21,6 +22,7 @@ class WindreachConfig(MistralConfig):
 
     layers: list[dict[str, Any]] | None = None
     qk_norm: bool = False
+    qkv_bias: bool = False
     attention_backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:

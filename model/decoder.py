@@ -48,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
 class Attention(FusedProjections):
     def __init__(self, config: WindreachConfig, spec: LayerSpec) -> None:
         e, d, h, g = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        super().__init__("qkv_weight", e, (h * d, g * d, g * d))
+        super().__init__("qkv_weight", e, (h * d, g * d, g * d), config.qkv_bias)
         self.spec, self.head_dim, self.groups = spec, d, g
         self.o_proj = nn.Linear(h * d, e, bias=False)
         self.sink_logits = nn.Parameter(torch.zeros(h)) if spec.sink else None

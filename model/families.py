@@ -3,19 +3,23 @@
     llama        full layers                              qwen3        the same with normalised heads
     mistral      full layers, or sliding layers           smollm3      full and sliding layers, some without rotation
     ministral    sliding layers of one window, and full   granite_swa  sliding and full layers with sinks
-    windreach    ours: any layers
+    qwen2        the same with biases of q, k and v       windreach    ours: any layers
 
 Whatever the decoder can't compute exactly as the original does is refused, with the field and the reason.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, read_small_file
 
 Fields = dict[str, Any]
 
+_MOST_JSON_BYTES = 64 << 20  # of config.json, and of an index of weights
+_MOST_LAYERS = 1024
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies don't depend on the length of the input
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _KEPT = (  # with the same name and meaning in our decoder
@@ -40,9 +44,36 @@ FAMILIES = {
     "llama": Family(),
     "ministral": Family(window=4096),
     "mistral": Family(window=4096),
+    "qwen2": Family(window=4096),
     "qwen3": Family(window=4096, head_dim=128),
     "smollm3": Family(rope_theta=2e6, tied=True),
 }
+
+
+def read_config(path: str | Path) -> Fields:
+    """The fields of `config.json`. Raises UserError if it is no JSON object, or is of an absurd size or depth."""
+    file = Path(path) / "config.json"
+    fields = read_json(file, "give the folder of a checkpoint")
+    for part in (fields, fields.get("text_config")):
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            layers = part.get(name, 1) if isinstance(part, dict) else 1
+            if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+                raise UserError(f"{file}: {name} is {layers!r:.60}; give a whole number from 1 to {_MOST_LAYERS:,}")
+    return fields
+
+
+def read_json(file: Path, remedy: str) -> Fields:
+    """The JSON object in a file of a checkpoint. Raises UserError, with the `remedy` if there is none."""
+    try:
+        content = json.loads(read_small_file(file, _MOST_JSON_BYTES))
+    except OSError as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
+        raise UserError(f"{file} {problem}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}); the checkpoint was cut short, take an older one") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object; {remedy}")
+    return content
 
 
 def decoder_fields(config: Mapping[str, Any]) -> Fields:
@@ -68,6 +99,7 @@ def decoder_fields(config: Mapping[str, Any]) -> Fields:
     return fields | {
         "tie_word_embeddings": config.get("tie_word_embeddings", family.tied),
         "qk_norm": kind == "qwen3",
+        "qkv_bias": kind == "qwen2",
         "rope_parameters": rope,
         "sliding_window": _window(config, family),
         "layers": _layers(config, family),
@@ -77,7 +109,9 @@ def decoder_fields(config: Mapping[str, Any]) -> Fields:
 def _refuse_what_the_decoder_lacks(config: Mapping[str, Any]) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
-            raise UserError(f"{name} is {str(config[name]).lower()}; the decoder has no biases")
+            raise UserError(
+                f"{name} is {str(config[name]).lower()}; the decoder has biases of q, k and v alone, as in qwen2"
+            )
     for name, known in {"hidden_act": "silu", "attention_dropout": 0.0}.items():
         if config.get(name) not in (None, known):
             raise UserError(f"{name} is {config[name]!r}; the decoder knows only {known!r}")
@@ -115,7 +149,7 @@ def _rope_parameters(config: Mapping[str, Any], family: Family) -> Fields:
 
 def _window(config: Mapping[str, Any], family: Family) -> int | None:
     """The window of the sliding layers; None if there is none."""
-    if config["model_type"] in ("qwen3", "smollm3") and not config.get("use_sliding_window"):
+    if config["model_type"] in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
         return None
     window: int | None = config.get("sliding_window", family.window)
     return window
@@ -145,7 +179,7 @@ def _slides(config: Mapping[str, Any], i: int, rotated: list[float | None]) -> b
     match config["model_type"]:
         case "granite_swa":
             return i % 4 != 0
-        case "qwen3":
+        case "qwen2" | "qwen3":
             return i >= int(config.get("max_window_layers", 28))
         case "smollm3":
             return rotated[i] == 0

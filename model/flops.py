@@ -16,7 +16,7 @@ def parameters(config: WindreachConfig) -> dict[str, int]:
     embedding = config.vocab_size * e
     return {
         "embedding": embedding,
-        "attention": k * 2 * e * d * (h + g),
+        "attention": k * 2 * e * d * (h + g) + k * d * (h + 2 * g) * config.qkv_bias,
         "sinks": h * sum(spec.sink for spec in config.specs),
         "feed-forward": k * 3 * e * config.intermediate_size,
         "norms": (2 * k + 1) * e + 2 * k * d * config.qk_norm,

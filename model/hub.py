@@ -2,8 +2,8 @@
 checked before memory is taken.
 
     mistral     equal plain layers, sliding or full        ministral   plain sliding layers of one window, and full ones
-    qwen3       the same with normalised heads             smollm3     the same as ministral, some layers not rotated
-    windreach   anything else
+    qwen3       the same with normalised heads             qwen2       the same with biases of q, k and v
+    smollm3     the same as ministral, some layers not rotated             windreach   anything else
 
 `model.families` lists what is read. A plain layer has no sink, no global tokens, and the model's own rotary positions.
 """
@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,24 +27,23 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
 
 from model.config import WindreachConfig
-from model.errors import UserError, read_small_file
-from model.families import decoder_fields
+from model.errors import UserError
+from model.families import decoder_fields, read_config, read_json
 from model.flops import count_parameters as count_parameters
 from model.projections import split_name
 from model.windows import LayerSpec
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MOST_JSON_BYTES = 64 << 20  # of config.json, and of an index of weights
-_MOST_LAYERS = 1024
 _STUMBLES = (StrictDataclassError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
 _ARCHITECTURES = {
     "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM", "windreach": "WindreachForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "windreach": "WindreachForCausalLM",
 }  # fmt: skip
 
 
@@ -67,10 +66,12 @@ def exported_type(config: WindreachConfig) -> str:
     rotated = [replace(spec, rope=True) for spec in config.specs]
     plain = all(spec in (LayerSpec("full"), LayerSpec("sliding", spec.window or 1)) for spec in rotated)
     some_not_rotated = not all(spec.rope for spec in config.specs)
-    if not plain or len(windows) > 1 or (some_not_rotated and config.qk_norm):
+    traits = {"qwen2": config.qkv_bias, "qwen3": config.qk_norm, "smollm3": some_not_rotated}
+    special = [kind for kind, present in traits.items() if present]
+    if not plain or len(windows) > 1 or len(special) > 1:
         return "windreach"
-    if some_not_rotated or config.qk_norm:
-        return "smollm3" if some_not_rotated else "qwen3"
+    if special:
+        return special[0]
     return "mistral" if len(set(config.specs)) == 1 else "ministral"
 
 
@@ -110,7 +111,7 @@ def _exported(config: WindreachConfig) -> PreTrainedConfig:
     kind = exported_type(config)
     if kind == "windreach":
         return WindreachConfig(**fields)
-    for ours in ("layers", "attention_backend", "qk_norm"):
+    for ours in ("layers", "attention_backend", "qk_norm", "qkv_bias"):
         fields.pop(ours)
     fields["sliding_window"] = next((s.window for s in config.specs if s.kind == "sliding"), None)
     if kind == "mistral":
@@ -121,7 +122,7 @@ def _exported(config: WindreachConfig) -> PreTrainedConfig:
     fields["use_sliding_window"] = fields["sliding_window"] is not None
     if kind == "smollm3":
         return SmolLM3Config(**fields, no_rope_layers=[int(s.rope) for s in config.specs])
-    return Qwen3Config(**fields)
+    return Qwen2Config(**fields) if kind == "qwen2" else Qwen3Config(**fields)
 
 
 def _save_tokenizer(
@@ -151,31 +152,6 @@ def _save_tokenizer(
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The fields of `config.json`. Raises UserError if it is no JSON object, or is of an absurd size or depth."""
-    file = Path(path) / "config.json"
-    fields = _read_json(file, "give the folder of a checkpoint")
-    for part in (fields, fields.get("text_config")):
-        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            layers = part.get(name, 1) if isinstance(part, dict) else 1
-            if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
-                raise UserError(f"{file}: {name} is {layers!r:.60}; give a whole number from 1 to {_MOST_LAYERS:,}")
-    return fields
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(read_small_file(file, _MOST_JSON_BYTES))
-    except OSError as error:
-        problem = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
-        raise UserError(f"{file} {problem}; {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}); the checkpoint was cut short, take an older one") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object; {remedy}")
-    return content
-
-
 def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
     """The decoder for a checkpoint of a family in `model.families`. UserError for any other, and for what it lacks."""
     file, fields = Path(path) / "config.json", read_config(path)
@@ -192,7 +168,7 @@ def load_generation_config(path: Path) -> GenerationConfig | None:
     if not (path / "generation_config.json").exists():
         return None
     try:
-        read = GenerationConfig.from_dict(_read_json(path / "generation_config.json", "copy it again"))
+        read = GenerationConfig.from_dict(read_json(path / "generation_config.json", "copy it again"))
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path / 'generation_config.json'}: {' '.join(str(error).split())}; correct it") from error
     read._from_model_config = False  # so that it is written again
@@ -204,7 +180,7 @@ def weight_files(path: Path) -> list[Path]:
     names = {_WEIGHTS}
     if not (path / _WEIGHTS).exists() and (path / _INDEX).exists():
         try:
-            names = set(map(str, _read_json(path / _INDEX, "copy it again")["weight_map"].values()))
+            names = set(map(str, read_json(path / _INDEX, "copy it again")["weight_map"].values()))
         except (KeyError, AttributeError) as error:
             raise UserError(f"{path / _INDEX} is no index of weights ({error}); copy it again") from error
     for name in sorted(names):

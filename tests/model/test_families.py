@@ -45,6 +45,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("ministral", {"sliding_window": W, "layer_types": HYBRID}),
     "qwen3, full": ("qwen3", {}),
     "qwen3, upper layers slide": ("qwen3", {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 2}),
+    "qwen2, full": ("qwen2", {}),
+    "qwen2, upper layers slide": ("qwen2", {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 2}),
     "smollm3, full": ("smollm3", {"no_rope_layer_interval": 2}),
     "smollm3, sliding": (
         "smollm3",
@@ -67,7 +69,7 @@ def saved(folder: Path, kind: str, rope: str = "default", **fields: Any) -> torc
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, weight in model.named_parameters():
-        if name.endswith(("norm.weight", "sinks")):  # which start as ones and zeros
+        if name.endswith(("norm.weight", "sinks", "bias")):  # which start as ones and zeros
             torch.nn.init.normal_(weight, 1.0, 0.3)
     model.save_pretrained(folder)
     return model
@@ -102,14 +104,15 @@ def test_scaling_matters_and_is_exported(tmp_path: Path, rope: str) -> None:
     torch.testing.assert_close(back(ids).logits, ours(ids).logits, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["smollm3, sliding", "qwen2, upper layers slide", "qwen3, upper layers slide"])
 @torch.no_grad()
-def test_layers_without_rotation_are_exported_as_smollm3(tmp_path: Path) -> None:
-    kind, fields = MODELS["smollm3, sliding"]
+def test_a_family_with_a_trait_of_its_own_is_exported_as_itself(tmp_path: Path, name: str) -> None:
+    kind, fields = MODELS[name]
     saved(tmp_path / "theirs", kind, **fields)
     ours, ids = WindreachForCausalLM.from_pretrained(tmp_path / "theirs"), token_ids(1, T)
     save_hf(ours, tmp_path / "ours")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    assert back.config.model_type == "smollm3"
+    assert back.config.model_type == kind
     torch.testing.assert_close(back(ids).logits, ours(ids).logits, atol=2e-4, rtol=0)
 
 
@@ -134,8 +137,8 @@ def test_rotation_is_not_rounded_with_the_weights(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; this loader knows granite_swa, llama, "),
-        ({"attention_bias": True}, "attention_bias is true; the decoder has no biases"),
-        ({"mlp_bias": True}, "mlp_bias is true; the decoder has no biases"),
+        ({"attention_bias": True}, "attention_bias is true; the decoder has biases of q, k and v alone"),
+        ({"mlp_bias": True}, "mlp_bias is true; the decoder has biases of q, k and v alone"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the decoder knows only 'silu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; the decoder knows only 0.0"),
         (

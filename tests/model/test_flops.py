@@ -95,3 +95,8 @@ def test_cache_of_full_layers_grows_with_the_length_in_blocks_of_256() -> None:
 def test_counting_allocates_no_weight() -> None:
     with torch.device("cpu"):
         assert count_parameters(WindreachConfig(num_hidden_layers=400)) > 80e9
+
+
+def test_biases_are_counted() -> None:
+    config = tiny_config(qkv_bias=True)
+    assert count_parameters(config) == sum(p.numel() for p in build_model(config).parameters())

@@ -120,3 +120,20 @@ def test_adapters_act_on_single_tokens_behind_a_cache() -> None:
         for token in ids[:, 9:].split(1, 1):
             logits.append(model(token, past_key_values=out.past_key_values).logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_biases_are_joined_too_and_an_adapter_on_one_projection_keeps_its_own(tmp_path: Path) -> None:
+    model, ids = tiny_model(qkv_bias=True), token_ids(2, T)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.qkv_bias)
+    expected = model(ids).logits
+    assert {"q_proj.bias", "v_proj.weight"} < {name.partition("self_attn.")[2] for name in model.state_dict()}
+    assert set(fused_names(model.state_dict())) == {name for name, _ in model.named_parameters()}
+    save_hf(model, tmp_path)
+    assert torch.equal(WindreachForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+    expected.sum().backward()
+    gradient = model.model.layers[0].self_attn.qkv_bias.grad
+    assert gradient is not None
+    assert gradient.split((32, 16, 16))[2].abs().max() > 0
+    adapted = get_peft_model(model, LoraConfig(target_modules=["k_proj"], init_lora_weights=True))
+    torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-5, rtol=0)

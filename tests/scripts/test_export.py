@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, PreTrainedTokenizerFast, pipeline
 
-from data.tokenizer import SentencePieceTokenizer, train_tokenizer
+from data.tokenizer import HubTokenizer, SentencePieceTokenizer, to_hugging_face, train_tokenizer
 from eval.models import Examined
 from model.config import WindreachConfig
 from model.decoder import build_model
@@ -88,6 +88,23 @@ def test_ids_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "config.json").read_text())
     assert [written[f"{name}_token_id"] for name in ("pad", "eos", "bos")] == [0, 1, 2]
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == 0
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"])
+def test_a_chat_template_is_kept_and_writes_the_markers_itself(
+    tiny_config: WindreachConfig, tmp_path: Path, template: str | None
+) -> None:
+    tiny_config.vocab_size = 330
+    examined = trained(tiny_config)
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=to_hugging_face(examined.tokenizer.model), bos_token="<s>", eos_token="</s>",
+        chat_template=template,
+    )  # fmt: skip
+    examined.tokenizer = HubTokenizer(hf)
+    export.export(examined, tmp_path / "out", "float32")
+    written = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert written.chat_template == template
+    assert (written("the bay").input_ids[0] == examined.tokenizer.bos_id) == (template is None)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(

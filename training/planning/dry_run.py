@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from data.tokenizer import load_tokenizer
 from model.attention import Device, check_backend, plan_attention
 from model.config import WindreachConfig
+from model.errors import UserError
 from model.flops import cache_bytes, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.planning.formulas import Setup, largest_rows, memory, recompute_factor, work
@@ -80,7 +81,11 @@ def _change_lines(settings: Settings, config: WindreachConfig) -> Lines:
     if named is None:
         return
     before, after = copy.copy(config), config.specs
-    before.layers = pretrained_settings(named)["layers"]
+    try:
+        before.layers = pretrained_settings(named)["layers"]
+    except UserError:  # a run that has begun needs it no more
+        yield "changed", f"unknown, because {named} is gone"
+        return
     for lengths, name in {4096: "4k", 32768: "32k", 131072: "128k"}.items():
         old, new = cache_bytes(before, length=lengths), cache_bytes(config, length=lengths)
         yield "cache", f"{name:>4} tokens: {size(old)} before, {size(new)} now, {new / old:.1%} (bf16, one sequence)"

@@ -9,14 +9,14 @@ from data.tasks import TASKS
 from model.windows import LayerSpec, reach
 from training.settings.build import layer_dicts
 from training.settings.problems import ABSENT, Keys, Problem
-from training.settings.schema import RopeScalingSettings, Settings
+from training.settings.schema import InitSettings, RopeScalingSettings, Settings
 
 Check = tuple[str, object, str, str]  # the setting, whether it is wrong, what is wrong, the remedy
 
 
 def inconsistencies(settings: Settings) -> list[Problem]:
     """All problems between settings. Recall is checked if the layers are right, because it depends on the reach."""
-    checks = [*_layers(settings), *_model_and_data(settings), *_steps(settings)]
+    checks = [*_layers(settings), *_init(settings), *_model_and_data(settings), *_steps(settings)]
     if settings.recall.enabled and not any(wrong for _, wrong, *_ in _layers(settings)):
         checks += [*_recall_lengths(settings), *_recall_questions(settings)]
     problems: list[Problem] = []
@@ -59,6 +59,13 @@ def _layers(s: Settings) -> Iterator[Check]:
                "remove it, or use kind: dilated")  # fmt: skip
         yield (f"{at}.rope_theta", not layer.rope and layer.rope_theta is not None,
                "rope is false on this layer, so it has no effect", "remove one of them")  # fmt: skip
+
+
+def _init(s: Settings) -> Iterator[Check]:
+    for name, field in InitSettings.model_fields.items():
+        differs = getattr(s.model.init, name) != field.default and name != "from_pretrained"
+        yield (f"model.init.{name}", s.model.init.from_pretrained is not None and differs,
+               "the weights are those of the pretrained model, so it has no effect", "remove it")  # fmt: skip
 
 
 def _model_and_data(s: Settings) -> list[Check]:

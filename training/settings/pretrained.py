@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data.pretrained import checkpoint_config
+from data.pretrained import checkpoint_config, tokenizer_name
 from model.errors import UserError
 from model.families import Fields, decoder_fields
 from training.settings.problems import Problem
@@ -21,7 +21,7 @@ from training.settings.problems import Problem
 # What the weights decide. The YAML may not give another value.
 _OF_THE_WEIGHTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "rms_norm_eps", "qk_norm", "tie_word_embeddings",
+    "vocab_size", "rms_norm_eps", "qk_norm", "qkv_bias", "tie_word_embeddings",
 )  # fmt: skip
 _FILLED = (*_OF_THE_WEIGHTS, "sliding_window", "layers", "rope_theta", "max_position_embeddings")
 _KEPT_BY_LAYERS = ("rope", "rope_theta", "sink")  # what a layer of the YAML leaves out stays as the model has it
@@ -37,9 +37,9 @@ def fill_in(tree: Fields) -> list[Problem]:
     if "grow_from" in model["init"]:
         return [Problem(at, named, "model.init.grow_from is given too", "remove one of them")]
     data = dict(_section(tree, "data"))
-    data["tokenizer"] = {"model_file": named} | _section(data, "tokenizer")
+    tokenizer = data["tokenizer"] = dict(_section(data, "tokenizer"))
     tree |= {"model": model, "data": data}
-    if all(name in model for name in _FILLED):
+    if all(name in model for name in _FILLED) and "model_file" in tokenizer:
         return []
     try:
         theirs = pretrained_settings(named)
@@ -54,6 +54,7 @@ def fill_in(tree: Fields) -> list[Problem]:
     ]
     for name in _OF_THE_WEIGHTS:
         model.setdefault(name, theirs[name])
+    tokenizer.setdefault("model_file", theirs["model_file"])
     _fill_positions(model, theirs)
     return problems + _fill_layers(model, theirs)
 
@@ -67,12 +68,12 @@ def _section(tree: Mapping[str, Any], name: str) -> Fields:
 def pretrained_settings(named: str) -> Fields:
     """The settings of a pretrained model, each layer described. Raises UserError for what the decoder lacks."""
     try:
-        fields: Fields = {"qk_norm": False, **decoder_fields(checkpoint_config(named))}
+        fields: Fields = {"qk_norm": False, "qkv_bias": False, **decoder_fields(checkpoint_config(named))}
         fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
         rope = dict(fields["rope_parameters"])
         positions = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if len(rope) > 1 else None}
-        layers = {"sliding_window": fields["sliding_window"], "layers": fields["layers"]}
-        return {name: fields[name] for name in (*_OF_THE_WEIGHTS, "max_position_embeddings")} | positions | layers
+        same = (*_OF_THE_WEIGHTS, "max_position_embeddings", "sliding_window", "layers")
+        return {name: fields[name] for name in same} | positions | {"model_file": tokenizer_name(named)}
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"its config.json is damaged ({type(error).__name__}: {error}); copy it again") from error
 
@@ -81,9 +82,10 @@ def _settings_of_the_run(tree: Fields, named: str) -> Fields | None:
     """What a run that has begun with this model knows of it. None if it hasn't begun."""
     folder = Path(str(tree.get("run_dir") or f"runs/{tree.get('name')}")).expanduser()
     with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        model = yaml.safe_load((folder / "settings.yaml").read_text())["model"]
+        saved = yaml.safe_load((folder / "settings.yaml").read_text())
+        model, tokenizer = saved["model"], saved["data"]["tokenizer"]
         if model["init"]["from_pretrained"] == named:
-            return model | {"layers": list(islice(cycle(model["layers"]), model["num_hidden_layers"]))}
+            return tokenizer | model | {"layers": list(islice(cycle(model["layers"]), model["num_hidden_layers"]))}
     return None
 
 

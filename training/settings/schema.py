@@ -119,6 +119,8 @@ class ModelSettings(Strict):
     """Constant that RMSNorm adds to the mean square."""
     qk_norm: bool = False
     """Whether queries and keys of each head pass through RMSNorm, as in Qwen3. Exports then use Qwen3's format."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases, as in Qwen2. Exports then use Qwen2's format."""
     tie_word_embeddings: bool = False
     """Whether the output matrix is the embedding itself. Saves parameters in small models."""
     attention_backend: Literal["auto", "reference", "blocked", "cudnn", "flash", "flex", "xformers"] = "auto"

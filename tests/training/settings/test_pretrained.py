@@ -64,6 +64,14 @@ def test_sizes_positions_layers_and_tokenizer_are_those_of_the_model(pretrained:
     assert settings.data.tokenizer.model_file == str(pretrained)
 
 
+def test_a_chat_model_is_read_with_the_tokenizer_that_knows_its_chats(pretrained: Path) -> None:
+    for file in ("tokenizer.model", "tokenizer.json"):
+        (pretrained / file).touch()
+    assert read(pretrained).data.tokenizer.model_file == str(pretrained)
+    (pretrained / "chat_template.jinja").touch()
+    assert read(pretrained).data.tokenizer.model_file == str(pretrained / "tokenizer.json")
+
+
 def test_settings_of_a_run_say_all_and_need_the_model_no_more(pretrained: Path) -> None:
     settings = read(pretrained, sliding_window=32, layers=[{"kind": "sliding"}, {"kind": "full"}])
     saved = pretrained.parent / "settings.yaml"
@@ -101,8 +109,13 @@ def test_a_size_that_agrees_is_no_contradiction(pretrained: Path) -> None:
 def test_both_ways_to_start_are_refused_together(pretrained: Path) -> None:
     init = {"from_pretrained": str(pretrained), "grow_from": "runs/small"}
     said = refusal(pretrained, init=init)
-    assert "model.grow_from" not in said
     assert "model.init.grow_from is given too; remove one of them" in said
+
+
+def test_ways_to_draw_weights_have_no_effect_and_are_refused(pretrained: Path) -> None:
+    said = refusal(pretrained, init={"from_pretrained": str(pretrained), "embedding_std": 0.1})
+    assert "model.init.embedding_std = 0.1" in said
+    assert "the weights are those of the pretrained model, so it has no effect; remove it" in said
 
 
 @pytest.mark.parametrize(
@@ -110,10 +123,11 @@ def test_both_ways_to_start_are_refused_together(pretrained: Path) -> None:
     [
         ("no/such/folder", "there is no such folder, and the local cache of the hub has no such model; give a folder"),
         ("none.gguf", "there is no such file; give a .gguf file"),
-        ("{}/empty", "empty/config.json can't be read: No such file or directory; give the folder of a checkpoint"),
+        ("{}/empty", "empty/config.json is missing; give the folder of a checkpoint"),
         ("{}/broken", "broken/config.json is not JSON"),
         ("{}/gpt2", "model_type is 'gpt2'; this loader knows"),
-        ("{}/biases", "attention_bias is true; the decoder has no biases"),
+        ("{}/biases", "attention_bias is true; the decoder has biases of q, k and v alone"),
+        ("{}/deep", "num_hidden_layers is 1000000000; give a whole number from 1 to 1,024"),
         ("{}/odd", "its config.json is damaged (TypeError"),
     ],
 )
@@ -122,6 +136,7 @@ def test_a_model_that_can_not_be_used_is_refused_with_the_reason(tmp_path: Path,
     (write_model(tmp_path / "broken") / "config.json").write_text("{")
     write_model(tmp_path / "gpt2", model_type="gpt2")
     write_model(tmp_path / "biases", attention_bias=True)
+    write_model(tmp_path / "deep", num_hidden_layers=10**9)
     write_model(tmp_path / "odd", hidden_size="large")
     said = refusal(name.format(tmp_path), folder=tmp_path)
     assert "model.init.from_pretrained = " in said
@@ -131,7 +146,9 @@ def test_a_model_that_can_not_be_used_is_refused_with_the_reason(tmp_path: Path,
 def test_the_folder_of_a_run_is_refused_with_the_folder_of_its_model(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     write_model(tmp_path / "run/hf")
-    assert f"{tmp_path}/run/hf has one" in refusal(f"{tmp_path}/run", folder=tmp_path)
+    assert f"this is the folder of a run; give its model, {tmp_path}/run/hf" in refusal(
+        f"{tmp_path}/run", folder=tmp_path
+    )
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
