@@ -51,12 +51,11 @@ def teacher_config(settings: Settings) -> WindreachConfig | None:
         raise UserError(f"training.distillation.teacher: {error}") from error
 
 
-def teacher_hash(settings: Settings) -> dict[str, str]:
-    """A fact for run.json: the hash of the teacher's weights."""
-    if (folder := teacher_folder(settings)) is None:
-        return {}
-    hashes = file_hashes(hub.weight_files(folder), Path(settings.data.cache_dir) / "teachers.json")
-    return {"teacher_sha256": " ".join(hashes)}
+def teacher_hash(settings: Settings) -> str | None:
+    """The hash of the teacher's weights; of several files, their hashes in order. None without distillation."""
+    folder = teacher_folder(settings)
+    remembered = Path(settings.data.cache_dir) / "teachers.json"
+    return None if folder is None else " ".join(file_hashes(hub.weight_files(folder), remembered))
 
 
 def load_teacher(settings: Settings, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> Teacher | None:
