@@ -103,7 +103,7 @@ class WindreachModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, spec) for spec in config.specs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.adopt(config)
+        self.reconfigure(config)
         # transformers' activation_checkpointing_enable sets these two.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
@@ -111,7 +111,7 @@ class WindreachModel(nn.Module):
         self._run_region: Callable[..., Tensor] = _run_region
         self._structure = ""  # of the modules when decoding was compiled or recorded; empty: neither
 
-    def adopt(self, config: WindreachConfig) -> None:
+    def reconfigure(self, config: WindreachConfig) -> None:
         """From now on the layers see, and rotate positions, as `config` says. Its sizes are those of the weights."""
         check_backend(config.attention_backend, config.specs, config.head_dim)
         self.config, self.specs = config, config.specs
@@ -405,10 +405,10 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
         streams = (*output.hidden_states[:-1], hidden) if watched else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=streams)
 
-    def adopt(self, config: WindreachConfig) -> None:
-        """As `WindreachModel.adopt`."""
+    def reconfigure(self, config: WindreachConfig) -> None:
+        """As `WindreachModel.reconfigure`."""
         self.config = config
-        self.model.adopt(config)
+        self.model.reconfigure(config)
 
     def compile_layers(self, mode: str | None = None) -> None:
         """Compile layer by layer: layers of one kind share one compilation. `mode` is that of torch.compile."""

@@ -153,7 +153,7 @@ class Trainer:
     def _enter(self, stage: Stage) -> None:
         """Train as `stage` says from here on. Weights and moments stay."""
         self.stage = stage
-        self.decoder.adopt(stage.config)
+        self.decoder.reconfigure(stage.config)
         self.state.limit(stage.curriculum.last_distance)
         self.probe = stage.probe()
         self.update: Callable[[Inputs], Tensor]

@@ -19,9 +19,9 @@ from model.windows import reach
 from training.captured import check_graphs, worth_capturing
 from training.curriculum import Curriculum, State
 from training.objective import TextObjective, objectives
-from training.probe import Probe
 from training.processes.precision import DTYPES
 from training.processes.ranks import ask_main
+from training.reporting.probe import Probe
 from training.settings.build import model_config
 from training.settings.schema import Settings
 from training.settings.stages import Stretch, stretches_of
