@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.folders import file_hashes
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import FILE, JSON_FILE, Tokenizer, load_tokenizer
 from model import hub
 from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
@@ -71,9 +71,10 @@ def load_teacher(settings: Settings, tokenizer: Tokenizer, vocab_size: int, devi
 
 def _check_vocabulary(folder: Path, theirs: int, tokenizer: Tokenizer, ours: int) -> None:
     """Probabilities of other tokens can't be compared."""
+    has_tokenizer = any((folder / name).is_file() for name in (FILE, JSON_FILE))
     if theirs != ours:
         what = f"it has {theirs:,} tokens and the model {ours:,}"
-    elif (folder / "tokenizer.json").is_file() and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+    elif has_tokenizer and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         what = "its tokenizer has other tokens"
     else:
         return
