@@ -4,6 +4,8 @@ Its layers see what they saw in its own checkpoint. It reads the same batches, w
 whole copy of it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from data.folders import file_hashes
+from data.pretrained import checkpoint_config, checkpoint_folder
+from data.sources import HASHES
 from data.tokenizer import FILE, JSON_FILE, Tokenizer, load_tokenizer
 from model import hub
 from model.config import WindreachConfig
@@ -35,48 +39,66 @@ class Teacher:
         weight, temperature = self.settings.weight, self.settings.temperature
         return Lesson(hidden.index_select(0, index), self.decoder.lm_head.weight, weight, temperature)
 
+    def waits(self, dtype: torch.dtype) -> bool:
+        """Whether its attention, with matrix products in `dtype`, reads the device."""
+        weight = self.decoder.lm_head.weight
+        with torch.no_grad():
+            return any(plan.waits for plan in self.decoder.model.plans(weight.new_empty(0, dtype=dtype)))
 
-def teacher_folder(settings: Settings) -> Path | None:
-    """The folder of the teacher's checkpoint. None without distillation."""
+
+def teacher_name(settings: Settings) -> str | None:
+    """The name of the teacher, as `model.init.from_pretrained` takes it. None without distillation."""
     chosen = settings.training.distillation
-    return None if chosen is None else Path(chosen.teacher or "").expanduser()
+    return None if chosen is None else chosen.teacher or settings.model.init.from_pretrained
 
 
 def teacher_config(settings: Settings) -> WindreachConfig | None:
-    """The teacher as its checkpoint describes it. Raises UserError if there is none, or none that we can read."""
-    folder = teacher_folder(settings)
-    try:
-        return None if folder is None else hub.load_config(folder)
-    except UserError as error:
-        raise UserError(f"training.distillation.teacher: {error}") from error
+    """The teacher as its config.json describes it. Raises UserError if there is none, or none that we can read."""
+    if (name := teacher_name(settings)) is None:
+        return None
+    with _named(name):
+        return hub.decoder_config(checkpoint_config(name), "config.json")
 
 
 def teacher_hash(settings: Settings) -> str | None:
     """The hash of the teacher's weights; of several files, their hashes in order. None without distillation."""
-    folder = teacher_folder(settings)
-    remembered = Path(settings.data.cache_dir) / "teachers.json"
-    return None if folder is None else " ".join(file_hashes(hub.weight_files(folder), remembered))
+    if (name := teacher_name(settings)) is None:
+        return None
+    with _named(name):
+        files = hub.weight_files(checkpoint_folder(name))
+        return " ".join(file_hashes(files, Path(settings.data.cache_dir) / HASHES))
 
 
 def load_teacher(settings: Settings, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> Teacher | None:
     """The teacher in evaluation mode. Raises UserError if its vocabulary is not that of the model."""
-    chosen, folder, config = settings.training.distillation, teacher_folder(settings), teacher_config(settings)
-    if chosen is None or folder is None or config is None:
+    chosen, name = settings.training.distillation, teacher_name(settings)
+    if chosen is None or name is None:
         return None
-    _check_vocabulary(folder, config.vocab_size, tokenizer, vocab_size)
-    decoder = WindreachForCausalLM.from_pretrained(folder)
+    with _named(name):
+        folder = checkpoint_folder(name)
+        _check_vocabulary(folder, tokenizer, vocab_size)
+        decoder = WindreachForCausalLM.from_pretrained(folder)
     decoder.requires_grad_(False).to(device)
     return Teacher(decoder, chosen)
 
 
-def _check_vocabulary(folder: Path, theirs: int, tokenizer: Tokenizer, ours: int) -> None:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A UserError that is raised inside begins with the setting."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"training.distillation: the teacher {name!r}: {error}") from error
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Probabilities of other tokens can't be compared."""
     has_tokenizer = any((folder / name).is_file() for name in (FILE, JSON_FILE))
-    if theirs != ours:
-        what = f"it has {theirs:,} tokens and the model {ours:,}"
+    if (theirs := hub.load_config(folder).vocab_size) != vocab_size:
+        what = f"it has {theirs:,} tokens and the model {vocab_size:,}"
     elif has_tokenizer and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         what = "its tokenizer has other tokens"
     else:
         return
     remedy = "give a teacher with the same vocabulary, or data.tokenizer.model_file the tokenizer of the teacher"
-    raise UserError(f"training.distillation.teacher = {str(folder)!r}: {what}\n  {remedy}")
+    raise UserError(f"{what}\n  {remedy}")

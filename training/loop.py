@@ -107,12 +107,8 @@ class Trainer:
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: self._open_run(resume))
-        sources = self.stages[0].sources
-        self.facts = ask_main(
-            lambda: decide_once(
-                settings, self.tokenizer, sources, device, checkpoint, origin | weights_fact(pretrained)
-            )
-        )
+        described = settings, self.tokenizer, self.stages[0].sources, device, checkpoint
+        self.facts = ask_main(lambda: decide_once(*described, origin | weights_fact(pretrained)))
 
         # 4. Optimizer, over the model as the processes share it.
         torch.manual_seed(settings.seed * 1009 + self.ranks.process_index)
@@ -158,7 +154,8 @@ class Trainer:
         self.probe = stage.probe()
         self.update: Callable[[Inputs], Tensor]
         self.update = Update(stage.objectives, self.accelerator, self.wrapped, self.optimizer)
-        if stage.worth_capturing(DTYPES[self.facts["precision"]], self.facts["matmul_rate"]):
+        dtype, teacher = DTYPES[self.facts["precision"]], self.scorer.teacher
+        if stage.worth_capturing(dtype, self.facts["matmul_rate"], bool(teacher and teacher.waits(dtype))):
             self.update = Captured(self.update, self.ranks.device)
 
     def _fill(self, folder: Path | None) -> None:
@@ -171,7 +168,7 @@ class Trainer:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_same_data(path, saved, self.facts)
         check_same_order(path, saved)
-        hub.check_shapes(path / "hf", self.decoder.state_dict(), self.config.tie_word_embeddings)
+        hub.check_shapes(path / "hf", self.decoder.state_dict(), self.decoder.config.tie_word_embeddings)
         self._fill(path / "hf")
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
@@ -179,7 +176,7 @@ class Trainer:
         self.outcomes.extend(map(Outcome.load, saved.get("outcomes", [])))
         self._enter(self._stage_of(self.state.step - 1))
         nearest = min(self.state.distances.values())
-        for stage in (stage for stage in self.stages if stage.end > self.state.step):
+        for stage in self.stages[self.stages.index(self.stage) :]:
             last = stage.curriculum.last_distance
             to_come = [dict.fromkeys(self.state.distances, d) for d in range(min(nearest, last), last + 1)]
             check_same_batches(path, stage.objectives, len(saved["random"]), to_come)

@@ -35,7 +35,7 @@ class Stage:
         self, stretch: Stretch, sources: Mapping[str, Source], vocabulary: RecallVocabulary | None, vocab_size: int
     ):
         self.settings = settings = stretch.settings
-        self.first, self.end, self.sources, self.vocabulary = stretch.first, stretch.end, sources, vocabulary
+        self.first, self.sources, self.vocabulary = stretch.first, sources, vocabulary
         self.ranks, self.config = PartialState(), model_config(settings, vocab_size)
         farthest = reach(self.config.specs) or settings.data.seq_len
         self.curriculum = Curriculum(settings.recall.curriculum, settings.model.sliding_window, farthest)
@@ -68,9 +68,9 @@ class Stage:
         attention, here = (config.attention_backend, config.specs, config.head_dim), Device.here(self.ranks.device.type)
         check_backend(*attention, here, dtype, gradients=True, deterministic=training.deterministic)
 
-    def worth_capturing(self, dtype: torch.dtype, matmul_rate: float) -> bool:
+    def worth_capturing(self, dtype: torch.dtype, matmul_rate: float, teacher_waits: bool) -> bool:
         """Whether a step becomes a CUDA graph. `matmul_rate`: FLOP/s of this machine's matrix products."""
-        plan, waits = self.text.plan({}), any(plan.waits for plan in self.attention(dtype))
+        plan, waits = self.text.plan({}), teacher_waits or any(plan.waits for plan in self.attention(dtype))
         flops = plan.micro_rows * plan.seq_len * flops_per_token(self.config, plan.seq_len, training=True)
         seconds_per_layer = flops / self.config.num_hidden_layers / matmul_rate
         return worth_capturing(self.settings.training.compile, self.ranks, seconds_per_layer, waits)

@@ -116,10 +116,9 @@ def test_a_teacher_of_another_vocabulary_is_refused(prepared: Prepared, tmp_path
     save_hf(build_model(other_config(prepared, vocab_size=99)), tmp_path)
     with pytest.raises(UserError) as refused:
         load(with_teacher(prepared, tmp_path), prepared)
-    assert f"training.distillation.teacher = '{tmp_path}': it has 99 tokens and the model 400\n" in str(refused.value)
-    assert "give a teacher with the same vocabulary, or data.tokenizer.model_file the tokenizer of" in str(
-        refused.value
-    )
+    said = str(refused.value)
+    assert said.startswith(f"training.distillation: the teacher '{tmp_path}': it has 99 tokens and the model 400\n")
+    assert "give a teacher with the same vocabulary, or data.tokenizer.model_file the tokenizer of the teacher" in said
 
 
 def test_a_teacher_whose_tokens_have_other_numbers_is_refused(prepared: Prepared, folder: Path) -> None:
@@ -135,7 +134,7 @@ def test_a_teacher_whose_tokens_have_other_numbers_is_refused(prepared: Prepared
 
 
 def test_a_missing_teacher_is_named_by_its_setting(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^training.distillation.teacher: .*/none/config.json is missing"):
+    with pytest.raises(UserError, match=r"^training.distillation: the teacher .*/none.: there is no such folder"):
         teacher_config(with_teacher(prepared, tmp_path / "none"))
 
 

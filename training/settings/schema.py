@@ -228,7 +228,8 @@ class DistillationSettings(Strict):
     temperature: PositiveFloat = 1.0
     """Divides both logits. The divergence is multiplied by its square. Raise it to weigh unlikely tokens more."""
     teacher: str | None = None
-    """Folder of the teacher, a Hugging Face checkpoint with the same vocabulary."""
+    """The teacher, named as in `model.init.from_pretrained`; it has the same vocabulary. Default: the model that the
+    run starts from, as it was before its layers were changed."""
 
 
 class StageSettings(Strict):

@@ -22,10 +22,10 @@ from training.settings.problems import ABSENT, Keys, Problem, all_fields, explai
 from training.settings.schema import Settings, StageSettings
 
 MAY_CHANGE = (
-    "data.seq_len", "model.layers", "model.sliding_window", "model.rope_theta", "model.max_position_embeddings",
-    "recall.seq_len", "recall.tokens_per_step", "recall.weight", "recall.curriculum.max_distance",
-    "recall.curriculum.row_lengths", "training.tokens_per_step", "training.micro_batch_tokens", "training.text_weight",
-    "training.optimizer.lr", "training.probe_distances",
+    "data.seq_len", "model.layers", "model.sliding_window", "model.rope_theta", "model.rope_scaling",
+    "model.max_position_embeddings", "recall.seq_len", "recall.tokens_per_step", "recall.weight",
+    "recall.curriculum.max_distance", "recall.curriculum.row_lengths", "training.tokens_per_step",
+    "training.micro_batch_tokens", "training.text_weight", "training.optimizer.lr", "training.probe_distances",
 )  # fmt: skip
 
 
@@ -96,7 +96,22 @@ def _changed(settings: Settings, change: Mapping[str, Any]) -> dict[str, Any]:
         for key in sections:
             section = section[key]
         section[last] = value
+    if dict(_dotted(change)).keys() & {"model.rope_scaling"}:
+        _complete_scaling(tree["model"], settings)
     return tree
+
+
+def _complete_scaling(model: dict[str, Any], before: Settings) -> None:
+    """Scaling starts from the context of the pretrained model, or from the rows before. The longest row grows by it."""
+    scaling, known = model["rope_scaling"], before.model.rope_scaling
+    if not isinstance(scaling, dict):
+        return  # pydantic will say what is wrong
+    trained = before.model.max_position_embeddings if before.model.init.from_pretrained else before.data.seq_len
+    trained = (known and known.original_max_position_embeddings) or trained
+    if scaling.get("rope_type") != "linear":
+        model["rope_scaling"] = {"original_max_position_embeddings": trained} | scaling
+    if isinstance(factor := scaling.get("factor"), int | float) and 1 <= factor < 2**20:
+        model["max_position_embeddings"] = max(model["max_position_embeddings"], int(trained * factor))
 
 
 def _dotted(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

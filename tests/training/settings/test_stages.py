@@ -102,3 +102,27 @@ def test_a_stage_can_be_changed_on_the_command_line(tmp_path: Path) -> None:
         (0, 64, 10000.0),
         (20, 128, 7.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "original", "longest"),
+    [
+        ({"factor": 4}, 64, 131072),
+        ({"rope_type": "linear", "factor": 4.0}, None, 131072),
+        ({"factor": 4.0, "original_max_position_embeddings": 65536}, 65536, 4 * 65536),
+    ],
+)
+def test_scaled_positions_start_from_the_rows_before_and_the_longest_row_grows(
+    good: Path, scaling: dict[str, Any], original: int | None, longest: int
+) -> None:
+    _, after = loaded(good, {"start": 0.5, "set": {"model.rope_scaling": scaling}})
+    assert after.settings.model.rope_scaling is not None
+    assert after.settings.model.rope_scaling.original_max_position_embeddings == original
+    assert after.settings.model.max_position_embeddings == longest
+
+
+def test_distillation_without_any_teacher_is_refused(good: Path) -> None:
+    refused = refusal(good, "training.distillation={weight: 0.5}")
+    assert "training.distillation = {" in refused
+    assert "the run starts from no pretrained model, so there is no teacher" in refused
+    assert "give training.distillation.teacher, or model.init.from_pretrained" in refused
