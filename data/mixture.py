@@ -70,22 +70,26 @@ def labelled(tokens: IntArray, documents: IntArray) -> TextRow:
 class Shares:
     """How the rows of a run are shared out among sources with these weights.
 
-    A stage is a stretch of steps with the same weights. It consists of groups of steps, as short as gives each source
-    at least one row. At the end of each group every source has its share of the rows of the stage, rounded: to the
+    A period is a stretch of steps with the same weights. It consists of groups of steps, as short as gives each source
+    at least one row. At the end of each group every source has its share of the rows of the period, rounded: to the
     nearest whole numbers with the right sum (largest remainders). Within a group the sources are shuffled.
+
+    Rows are counted from step `first` on, where their length or their number in a step last changed.
     """
 
     weights: Sequence[float | Sequence[tuple[float, float]]]  # of each source, constant or [share of all steps, weight]
     rows_per_step: int
     max_steps: int
     seed: int
+    first: int = 0
 
     def source_of(self, step: int, rows: range) -> tuple[IntArray, IntArray]:
         """(B,) the number of the source of each row of a step, and (B,) how many rows it had before this one."""
         if len(self.weights) == 1:
-            return np.zeros(len(rows), dtype=np.int64), step * self.rows_per_step + np.arange(rows.start, rows.stop)
+            numbers = (step - self.first) * self.rows_per_step + np.arange(rows.start, rows.stop)
+            return np.zeros(len(rows), dtype=np.int64), numbers
         before = np.zeros(len(self.weights), dtype=np.int64)
-        for first, last, weights in self._stages():
+        for first, last, weights in self._periods():
             if step < last or last == self.max_steps:
                 break
             before += _rounded(weights, (last - first) * self.rows_per_step)
@@ -97,23 +101,24 @@ class Shares:
         source = np.searchsorted(borders, place, side="right")
         return source, before[source] + begun[source] + place - (borders - (ended - begun))[source]
 
-    def _stages(self) -> list[tuple[int, int, list[float]]]:
+    def _periods(self) -> list[tuple[int, int, list[float]]]:
         """First and last step (exclusive), and the share of each source."""
         points = [[(0.0, w)] if isinstance(w, (int, float)) else sorted(w) for w in self.weights]
-        starts = sorted({0, *(round(at * self.max_steps) for source in points for at, _ in source)} - {self.max_steps})
-        stages = []
+        changes = {round(at * self.max_steps) for source in points for at, _ in source}
+        starts = [self.first, *sorted(step for step in changes if self.first < step < self.max_steps)]
+        periods = []
         for first, last in zip(starts, [*starts[1:], self.max_steps], strict=True):
             now = [[w for at, w in source if round(at * self.max_steps) <= first][-1:] or [0.0] for source in points]
             total = sum(w for (w,) in now)
-            stages.append((first, last, [w / total for (w,) in now]))
-        return stages
+            periods.append((first, last, [w / total for (w,) in now]))
+        return periods
 
     def _steps_per_group(self, weights: list[float]) -> int:
         return max(1, *(int(np.ceil(1 / (w * self.rows_per_step))) for w in weights if w > 0))
 
 
 def _group(step: int, steps: int, least: int) -> tuple[int, int, int]:
-    """The group of a step in a stage of `steps`, and its first and last step (exclusive); each has `least` at least.
+    """The group of a step in a period of `steps`, and its first and last step (exclusive); each has `least` at least.
 
     >>> [_group(step, steps=7, least=2) for step in range(7)]
     [(0, 0, 2), (0, 0, 2), (1, 2, 4), (1, 2, 4), (2, 4, 7), (2, 4, 7), (2, 4, 7)]
@@ -256,5 +261,6 @@ class Mixture:
         rows = np.empty_like(numbers)
         for epoch in np.unique(epochs):
             of_epoch, key = epochs == epoch, [self.shares.seed, 0, self.seeds[source], int(epoch)]
+            key += [self.shares.first] * (self.shares.first > 0)  # other rows, in another order
             rows[of_epoch] = permuted(within[of_epoch], len(self.rows[source]), key)
         return rows

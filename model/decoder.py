@@ -49,7 +49,7 @@ class Attention(FusedProjections):
     def __init__(self, config: WindreachConfig, spec: LayerSpec) -> None:
         e, d, h, g = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         super().__init__("qkv_weight", e, (h * d, g * d, g * d), config.qkv_bias)
-        self.spec, self.head_dim, self.groups = spec, d, g
+        self.head_dim, self.groups = d, g
         self.o_proj = nn.Linear(h * d, e, bias=False)
         self.sink_logits = nn.Parameter(torch.zeros(h)) if spec.sink else None
         self.q_norm = RMSNorm(d, eps=config.rms_norm_eps) if config.qk_norm else None
@@ -100,23 +100,26 @@ class WindreachModel(nn.Module):
 
     def __init__(self, config: WindreachConfig) -> None:
         super().__init__()
-        check_backend(config.attention_backend, config.specs, config.head_dim)
-        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, spec) for spec in config.specs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.specs = config.specs
-        self.kinds = tuple(dict.fromkeys(self.specs))
-        self.kind_of_layer = [self.kinds.index(spec) for spec in self.specs]
-        self.ropes: list[Rope | None] = []  # of each kind, on the device of the last call: no buffers, which would be
-        self.ropes_on: torch.device | None = None  # rounded with the weights, and lost on the meta device
-        self.kinds_of_region = [str(self.kind_of_layer[i : i + REGION]) for i in range(0, len(self.specs), REGION)]
+        self.reconfigure(config)
         # transformers' activation_checkpointing_enable sets these two.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
         self._decode: Callable[..., Tensor] = self._run_one_token
         self._run_region: Callable[..., Tensor] = _run_region
         self._structure = ""  # of the modules when decoding was compiled or recorded; empty: neither
+
+    def reconfigure(self, config: WindreachConfig) -> None:
+        """From now on the layers see, and rotate positions, as `config` says. Its sizes are those of the weights."""
+        check_backend(config.attention_backend, config.specs, config.head_dim)
+        self.config, self.specs = config, config.specs
+        self.kinds = tuple(dict.fromkeys(self.specs))
+        self.kind_of_layer = [self.kinds.index(spec) for spec in self.specs]
+        self.kinds_of_region = [str(self.kind_of_layer[i : i + REGION]) for i in range(0, len(self.specs), REGION)]
+        self.ropes: list[Rope | None] = []  # of each kind, on the device of the last call: no buffers, which would be
+        self.ropes_on: torch.device | None = None  # rounded with the weights, and lost on the meta device
 
     def forward(
         self,
@@ -401,6 +404,11 @@ class WindreachForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         streams = (*output.hidden_states[:-1], hidden) if watched else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=streams)
+
+    def reconfigure(self, config: WindreachConfig) -> None:
+        """As `WindreachModel.reconfigure`."""
+        self.config = config
+        self.model.reconfigure(config)
 
     def compile_layers(self, mode: str | None = None) -> None:
         """Compile layer by layer: layers of one kind share one compilation. `mode` is that of torch.compile."""

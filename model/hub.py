@@ -154,13 +154,17 @@ def _save_tokenizer(
 
 def load_config(path: str | Path, backend: str = "auto") -> WindreachConfig:
     """The decoder for a checkpoint of a family in `model.families`. UserError for any other, and for what it lacks."""
-    file, fields = Path(path) / "config.json", read_config(path)
+    return decoder_config(read_config(path), str(Path(path) / "config.json"), backend)
+
+
+def decoder_config(fields: dict[str, Any], where: str, backend: str = "auto") -> WindreachConfig:
+    """The same from the fields of a config.json, which come from `where`."""
     try:
         return WindreachConfig(**decoder_fields(fields) | {"attention_backend": backend})
     except (UserError, *_STUMBLES) as error:
         # `transformers` checks types, and stumbles over other values. It raises whatever the stumble raises.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file}: {reason}") from error
+        raise UserError(f"{where}: {reason}") from error
 
 
 def load_generation_config(path: Path) -> GenerationConfig | None:

@@ -86,6 +86,11 @@ class State:
         """D of each task, in tokens."""
         return {task: state.distance for task, state in self.curriculum.items()}
 
+    def limit(self, last: int) -> None:
+        """Lower every D to the last distance. The next stage of a run may have a smaller reach."""
+        lower = {task: replace(state, distance=min(state.distance, last)) for task, state in self.curriculum.items()}
+        self.curriculum = lower
+
     def columns(self) -> dict[str, int]:
         """For the log: the largest D, and each task's where there are several."""
         each = {f"distance_{task}": d for task, d in self.distances.items()} if len(self.curriculum) > 1 else {}

@@ -1,6 +1,6 @@
 """A training run, in the order in which things happen:
 
-    1 data   2 model   3 run folder   4 objectives   5 optimizer   6 resume   7 loop   8 evaluate   9 save   10 export
+    1 data   2 model   3 run folder   4 optimizer   5 stage   6 resume   7 loop   8 evaluate   9 save   10 export
 
 `train.py` reads the settings and calls `train`. Each step differentiates every objective (text, recall) at the same
 weights, then applies the sum of their updates (`training.step`). Every process runs this code; the main one decides and
@@ -24,22 +24,16 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from data.mixture import open_sources, prepare_sources
-from data.tasks import need_keys
-from data.tasks.vocabulary import recall_vocabulary
-from data.tokenizer import Tokenizer
 from model import hub
-from model.attention import AttentionPlan, Device, check_backend, plan_attention
 from model.decoder import give_memory
 from model.errors import UserError
-from model.flops import flops_per_token
 from model.projections import row_sizes
 from model.windows import reach
-from training.captured import Captured, check_graphs, worth_capturing
-from training.curriculum import Curriculum, State
-from training.objective import Scorer, TextObjective, Work, objectives, step_flops
+from training.captured import Captured
+from training.curriculum import State
+from training.distillation import load_teacher
+from training.objective import DISTILLATION, Scorer, Work, step_flops, teacher_flops
 from training.optimizer import SummedOptimizer
-from training.probe import Probe
 from training.processes.parallel import (
     Tensors,
     load_weights,
@@ -67,9 +61,9 @@ from training.run.folder import (
     run_dir,
 )  # fmt: skip
 from training.schedule import interpolate, rate_factor
-from training.settings.build import model_config
 from training.settings.schema import Settings
-from training.start import grow_from_run, new_decoder, pretrained_folder, run_tokenizer, weights_fact
+from training.stage import Stage, prepare_stages
+from training.start import grow_from_run, new_decoder, pretrained_folder, weights_fact
 from training.step import DELAY, Inputs, Outcome, Update
 
 
@@ -96,62 +90,46 @@ class Trainer:
         set_up_threads(settings.training.num_threads, local_processes=local)
         make_deterministic(settings.training.deterministic)
 
-        # 1. Data: the main process fills the cache, then every process maps it. Only the main one reads the text.
-        self.tokenizer, folders = ask_main(self._cached_data)
-        sources = open_sources(folders, self.tokenizer, settings.data)
+        # 1. Data, and the stages that train on it.
+        self.tokenizer, self.stages = prepare_stages(settings)
+        recall, device = settings.recall, self.ranks.device
 
         # 2. Model. A pretrained one is filled here, or where processes share it, when each has its part.
-        self.decoder = new_decoder(model_config(settings, self.tokenizer.vocab_size), settings)
-        self.config = self.decoder.config
-        self._check_device()
+        for stage in self.stages:
+            stage.check_device()
+        self.decoder = new_decoder(self.stages[0].config, settings)
         origin, auxiliary = grow_from_run(self.decoder, settings, self.tokenizer, resume)
         pretrained = pretrained_folder(self.decoder, settings, resume)
         if not shards():
             give_memory(self.decoder, torch.device("cpu"))
             self._fill(pretrained)
+        teacher = load_teacher(settings, self.tokenizer, self.decoder.config.vocab_size, device)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: self._open_run(resume))
-        device = self.ranks.device
-        self.facts = ask_main(
-            lambda: decide_once(
-                settings, self.tokenizer, sources, device, checkpoint, origin | weights_fact(pretrained)
-            )
-        )
+        described = settings, self.tokenizer, self.stages[0].sources, device, checkpoint
+        self.facts = ask_main(lambda: decide_once(*described, origin | weights_fact(pretrained)))
 
-        # 4. Objectives, and the probe that measures them during training.
+        # 4. Optimizer, over the model as the processes share it.
         torch.manual_seed(settings.seed * 1009 + self.ranks.process_index)
-        recall = settings.recall
-        farthest = reach(self.config.specs) or settings.data.seq_len
-        self.curriculum = Curriculum(recall.curriculum, settings.model.sliding_window, farthest)
-        self.state, self.saved_step = State(curriculum=dict.fromkeys(recall.tasks, self.curriculum.start())), -1
-        keys = recall.keys if need_keys(recall.tasks) else 0
-        vocabulary = recall_vocabulary(self.tokenizer, recall.values, keys) if recall.enabled else None
-        self.objectives = objectives(settings, sources, vocabulary, self.curriculum, self.ranks.num_processes)
-        micro_rows = self.objectives[0].plan(self.state.distances).micro_rows
-        heldout = {name: source.heldout for name, source in sources.items()}
-        self.probe = Probe(settings, heldout, vocabulary, self.curriculum, micro_rows)
-
-        # 5. Optimizer, over the model as the processes share it.
         self.relay_values = recall.values if recall.enabled and recall.relay_loss_weight else 0
-        self.scorer = Scorer(self.decoder, self.relay_values, settings.training.z_loss_weight)
+        self.scorer = Scorer(self.decoder, self.relay_values, settings.training.z_loss_weight, teacher)
         if settings.training.activation_checkpointing:
             self.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         if compiled := settings.training.compile:
-            self.decoder.compile_layers("max-autotune-no-cudagraphs" if compiled == "max-autotune" else None)
+            for decoder in (self.decoder, *([teacher.decoder] if teacher else [])):
+                decoder.compile_layers("max-autotune-no-cudagraphs" if compiled == "max-autotune" else None)
         self.accelerator, self.wrapped = spread(self.scorer, self.facts["precision"])
-        names, parameters = [objective.name for objective in self.objectives], self.scorer.named_parameters()
+        names, parameters = [o.name for o in self.stages[0].objectives], self.scorer.named_parameters()
         optimizer, muon_dtype = settings.training.optimizer, DTYPES[self.facts["precision"]]
         self.optimizer = SummedOptimizer(parameters, names, optimizer, muon_dtype, row_sizes(self.scorer))
 
-        self.update: Callable[[Inputs], Tensor]
-        self.update = Update(self.objectives, self.accelerator, self.wrapped, self.optimizer)
-        waits = any(plan.waits for plan in self._attention(muon_dtype))
-        if worth_capturing(settings.training.compile, self.ranks, self._seconds_per_layer(), waits):
-            self.update = Captured(self.update, device)
+        # 5. Stage: objectives, and the probe that measures them during training.
+        self.state, self.saved_step = self.stages[0].start(), -1
+        self.outcomes: deque[Outcome] = deque()  # of the last steps, oldest first: they don't count yet
+        self._enter(self.stages[0])
 
         # 6. Resume.
-        self.outcomes: deque[Outcome] = deque()  # of the last steps, oldest first: they don't count yet
         if shards():
             self._fill(pretrained)
         if checkpoint is not None:
@@ -164,24 +142,21 @@ class Trainer:
         checkpoint, self.writer = open_run(self.settings, resume)
         return checkpoint
 
-    def _check_device(self) -> None:
-        """Raises UserError, before anything is written, for settings that this device can't serve."""
-        training, config, device = self.settings.training, self.config, self.ranks.device.type
-        dtype = DTYPES.get(training.precision)  # None: `auto` is not decided yet
-        waits = any(plan.waits for plan in self._attention(dtype or torch.bfloat16))
-        check_graphs(training.compile, self.ranks, waits)
-        attention = config.attention_backend, config.specs, config.head_dim
-        check_backend(*attention, Device.here(device), dtype, gradients=True, deterministic=training.deterministic)
+    def _stage_of(self, step: int) -> Stage:
+        """The stage that trains step number `step`."""
+        return next(stage for stage in reversed(self.stages) if stage.first <= max(0, step))
 
-    def _seconds_per_layer(self) -> float:
-        """What the matrix products of one layer take for a micro-batch of text, at the rate of this machine."""
-        plan = self.objectives[0].plan(self.state.distances)
-        flops = plan.micro_rows * plan.seq_len * flops_per_token(self.config, plan.seq_len, training=True)
-        return flops / self.config.num_hidden_layers / self.facts["matmul_rate"]
-
-    def _cached_data(self) -> tuple[Tokenizer, dict[str, Path]]:
-        tokenizer = run_tokenizer(self.settings)
-        return tokenizer, prepare_sources(self.settings, tokenizer)
+    def _enter(self, stage: Stage) -> None:
+        """Train as `stage` says from here on. Weights and moments stay."""
+        self.stage = stage
+        self.decoder.reconfigure(stage.config)
+        self.state.limit(stage.curriculum.last_distance)
+        self.probe = stage.probe()
+        self.update: Callable[[Inputs], Tensor]
+        self.update = Update(stage.objectives, self.accelerator, self.wrapped, self.optimizer)
+        dtype, teacher = DTYPES[self.facts["precision"]], self.scorer.teacher
+        if stage.worth_capturing(dtype, self.facts["matmul_rate"], bool(teacher and teacher.waits(dtype))):
+            self.update = Captured(self.update, self.ranks.device)
 
     def _fill(self, folder: Path | None) -> None:
         """Copy the weights in the folder of a checkpoint into the decoder, and what it says of generation."""
@@ -193,17 +168,19 @@ class Trainer:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_same_data(path, saved, self.facts)
         check_same_order(path, saved)
-        hub.check_shapes(path / "hf", self.decoder.state_dict(), self.config.tie_word_embeddings)
+        hub.check_shapes(path / "hf", self.decoder.state_dict(), self.decoder.config.tie_word_embeddings)
         self._fill(path / "hf")
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])
         self.outcomes.extend(map(Outcome.load, saved.get("outcomes", [])))
-        reached, last = self.state.distances, self.curriculum.last_distance
-        to_come = [dict.fromkeys(reached, distance) for distance in range(min(reached.values()), last + 1)]
-        check_same_batches(path, self.objectives, len(saved["random"]), to_come)
-        text = next(o for o in self.objectives if isinstance(o, TextObjective))
-        ask_main(lambda: text.mixture.verify(self.state.step))
+        self._enter(self._stage_of(self.state.step - 1))
+        nearest = min(self.state.distances.values())
+        for stage in self.stages[self.stages.index(self.stage) :]:
+            last = stage.curriculum.last_distance
+            to_come = [dict.fromkeys(self.state.distances, d) for d in range(min(nearest, last), last + 1)]
+            check_same_batches(path, stage.objectives, len(saved["random"]), to_come)
+        ask_main(lambda: self._stage_of(self.state.step).text.mixture.verify(self.state.step))
         if self.ranks.process_index < len(saved["random"]):
             random = bytearray(base64.b64decode(saved["random"][self.ranks.process_index]["torch"]))
             torch.set_rng_state(torch.frombuffer(random, dtype=torch.uint8))
@@ -237,18 +214,12 @@ class Trainer:
 
     def _described(self) -> dict[str, Any]:
         """Facts of the run for a tracker."""
-        farthest = reach(self.config.specs)
+        farthest = reach(self.stages[-1].config.specs)
         return self.facts | {"reach": farthest, "parameters": self.decoder.num_parameters()}
-
-    def _attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
-        """How each kind of layer is computed if matrix products are in `dtype`."""
-        config = self.config
-        facts = config.head_dim, config.attention_backend, self.ranks.device.type, dtype, True
-        return [plan_attention(spec, *facts) for spec in dict.fromkeys(config.specs)]
 
     def _say_how(self) -> None:
         """Print which attention computes the layers, why, and whether a step is one CUDA graph."""
-        plans = self._attention(DTYPES[self.facts["precision"]])
+        plans = self.stage.attention(DTYPES[self.facts["precision"]])
         how = ", ".join(dict.fromkeys(f"{plan.backend} ({plan.reason})" for plan in plans))
         self.progress.say(f"attention: {how}" + "; each step is a CUDA graph" * isinstance(self.update, Captured))
 
@@ -262,12 +233,14 @@ class Trainer:
 
     def _step(self) -> None:
         """Launch one update, count the outcome of an earlier one, and do what is due at this step."""
-        step, settings = self.state.step, self.settings.training
+        step = self.state.step
+        self._change_stage(step)
         self._count_outcomes(step - DELAY)
-        weights = {o.name: interpolate(o.points, step, settings.max_steps) for o in self.objectives}
+        settings = self.stage.settings.training
+        weights = {o.name: interpolate(o.points, step, settings.max_steps) for o in self.stage.objectives}
         rate = settings.optimizer.lr * rate_factor(settings.schedule, step, settings.max_steps)
         inputs = self._inputs(step, rate, {name: weight for name, weight in weights.items() if weight > 0})
-        active = [o for o in self.objectives if o.name in inputs.works]
+        active = [o for o in self.stage.objectives if o.name in inputs.works]
         outcome = Outcome.of(step, self.state.distances, active, self.update(inputs))
         self.outcomes.append(outcome)
         self.state.step = step = step + 1
@@ -285,10 +258,23 @@ class Trainer:
             self._save()
         self.progress.update(self.progress.task, completed=step)
 
+    def _change_stage(self, step: int) -> None:
+        """Enter the stage of this step, if it is another. The steps before it count first, as their stage says."""
+        if (stage := self._stage_of(step)) is self.stage:
+            return
+        self._count_outcomes(step)
+        if self.settings.training.compile:
+            torch._dynamo.reset()  # what was compiled for the stage before is not used again
+        self._enter(stage)
+        number, data = self.stages.index(stage) + 1, stage.settings.data
+        farthest = reach(stage.config.specs) or "unbounded"
+        self.progress.say(f"stage {number} from step {step + 1}: R = {farthest}, rows of {data.seq_len} tokens")
+        self._say_how()
+
     def _inputs(self, step: int, rate: float, weights: dict[str, float]) -> Inputs:
         """What the step needs, on its way to the device. `weights`: of the objectives that take part."""
         works, ranks = {}, self.ranks.num_processes
-        for objective in (o for o in self.objectives if o.name in weights):
+        for objective in (o for o in self.stage.objectives if o.name in weights):
             plan = objective.plan(self.state.distances)
             batches = objective.micro_batches(step, self.state.distances, self.ranks.process_index)
             works[objective.name] = work = Work.of(objective, batches)
@@ -296,7 +282,10 @@ class Trainer:
             relayed = ranks * counts.pop("relay", 0.0)
             self.state.tokens += plan.tokens
             self.tokens += plan.tokens
-            self.flops += step_flops(self.config, plan, ranks * sum(counts.values()), relayed, self.relay_values)
+            taught, scored = ranks * counts.pop(DISTILLATION, 0.0), ranks * sum(counts.values())
+            self.flops += step_flops(self.stage.config, plan, scored, relayed, self.relay_values)
+            if taught and self.scorer.teacher is not None:
+                self.flops += teacher_flops(self.scorer.teacher.decoder.config, plan, taught)
         shares = {name: torch.tensor(weight) for name, weight in weights.items()}
         inputs = Inputs(works, torch.tensor(rate), shares, torch.tensor(float(bool(self.stop)), dtype=torch.float64))
         if isinstance(self.update, Captured):
@@ -315,7 +304,8 @@ class Trainer:
             self.state.skipped_in_a_row = 0
             if recall := outcome.measured.get("recall"):
                 for task, state in self.state.curriculum.items():
-                    self.state.curriculum[task] = self.curriculum.advance(state, recall.right[task], recall.count[task])
+                    asked = recall.right[task], recall.count[task]
+                    self.state.curriculum[task] = self.stage.curriculum.advance(state, *asked)
 
     def _count_skipped(self, outcome: Outcome) -> None:
         """Count a step whose loss or gradient was not finite, so that its update was left out. Keep its batches."""
@@ -325,7 +315,7 @@ class Trainer:
         now = min(
             self.state.step + 1, self.settings.training.max_steps
         )  # so that a resume which counts it again first removes it
-        for o in self.objectives:
+        for o in self.stage.objectives:
             if o.name in outcome.measured and not outcome.measured[o.name].finite:
                 saved = keep_batch(
                     self.dir, o, outcome.measured[o.name], outcome.step, outcome.distances, self.tokenizer
@@ -426,7 +416,7 @@ class Trainer:
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         ask_main(self._check_folder)
         ask_main(lambda: replace_folder(self.dir / "hf", partial(self._write_hf, weights)))
-        s, farthest = self.state, reach(self.config.specs) or "unbounded"
+        s, farthest = self.state, reach(self.stage.config.specs) or "unbounded"
         recall = f"recall horizon {s.horizon} tokens of R = {farthest}\n" if self.settings.recall.enabled else ""
         self.ranks.print(
             f"\ndone: {s.step} steps, {s.tokens:,} tokens, {s.skipped} skipped\n"

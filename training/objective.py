@@ -27,15 +27,17 @@ from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
 from model.packing import Packing
-from training.cross_entropy import Score, cross_entropy
+from training.cross_entropy import Score, cross_entropy, distillation
 from training.curriculum import Curriculum
+from training.distillation import Teacher
 from training.processes.parallel import exchange_gradients
 from training.processes.ranks import sum_tensor_over_ranks
 from training.settings.consistency import recall_seq_len, row_tokens
 from training.settings.schema import Settings
 
 RELAY_HEAD = "relay_head"  # its name in checkpoints
-TERMS = ("text", "answer", "relay")  # what may be scored
+DISTILLATION = "distillation"  # a term of text, scored together with it
+TERMS = ("text", DISTILLATION, "answer", "relay")  # what may be scored
 
 
 class Target(NamedTuple):
@@ -143,16 +145,19 @@ class Objective(ABC):
 
 
 class TextObjective(Objective):
-    """Next-token prediction on packed documents."""
+    """Next-token prediction on packed documents, and with `training.distillation` that of a teacher's distribution."""
 
     name = grouped = "text"
-    term_weights: Mapping[str, float] = {"text": 1.0}
 
-    def __init__(self, settings: Settings, sources: Mapping[str, Source], ranks: int):
+    def __init__(self, settings: Settings, sources: Mapping[str, Source], ranks: int, first: int = 0):
+        """`first`: the step at which the order of the rows begins."""
         training, data = settings.training, settings.data
         super().__init__(settings, ranks, training.text_weight, training.optimizer.max_grad_norm)
+        taught = training.distillation
+        self.term_weights = {"text": 1.0} | ({} if taught is None else {DISTILLATION: taught.weight})
         self.groups = tuple(f"text_{name}" for name in sources) if len(sources) > 1 else ()
-        shares = Shares([s.weight for s in data.mixture], self.plan({}).rows, training.max_steps, settings.seed)
+        weights = [source.weight for source in data.mixture]
+        shares = Shares(weights, self.plan({}).rows, training.max_steps, settings.seed, first)
         self.mixture = Mixture({name: source.rows for name, source in sources.items()}, shares)
 
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
@@ -162,9 +167,10 @@ class TextObjective(Objective):
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = text_batch(self.mixture, step, rows)
         text = _target(batch.labels)
+        targets = dict.fromkeys(self.term_weights, text)
         if self.groups:
-            text = text._replace(groups=batch.groups[text.index // plan.seq_len])
-        return MicroBatch(batch.input_ids, Packing.of_documents(batch.documents), {"text": text})
+            targets["text"] = text._replace(groups=batch.groups[text.index // plan.seq_len])
+        return MicroBatch(batch.input_ids, Packing.of_documents(batch.documents), targets)
 
 
 class RecallObjective(Objective):
@@ -214,10 +220,10 @@ class RecallObjective(Objective):
 
 def objectives(
     settings: Settings, sources: Mapping[str, Source], vocabulary: RecallVocabulary | None, curriculum: Curriculum,
-    ranks: int,
+    ranks: int, text_first: int = 0,
 ) -> list[Objective]:  # fmt: skip
     """Text, and recall where there is a vocabulary for it. Its filler is any stretch of any source."""
-    text = TextObjective(settings, sources, ranks)
+    text = TextObjective(settings, sources, ranks, text_first)
     if vocabulary is None:
         return [text]
     store = TokenStore.joined([source.train for source in sources.values()])
@@ -236,9 +242,12 @@ class Scorer(nn.Module):
     The relay head reads the value from the residual stream at a filler position; it is discarded at export.
     """
 
-    def __init__(self, decoder: WindreachForCausalLM, relay_values: int | None, z_loss_weight: float = 0.0):
+    def __init__(
+        self, decoder: WindreachForCausalLM, relay_values: int | None, z_loss_weight: float = 0.0,
+        teacher: Teacher | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.decoder, self.z_loss_weight = decoder, z_loss_weight
+        self.decoder, self.z_loss_weight, self.teacher = decoder, z_loss_weight, teacher
         self.relay_head = nn.Linear(decoder.config.hidden_size, relay_values, bias=False) if relay_values else None
         if self.relay_head is not None:
             nn.init.zeros_(self.relay_head.weight)
@@ -251,9 +260,14 @@ class Scorer(nn.Module):
             if term == "relay" and self.relay_head is not None:
                 stream_ne = torch.stack(out.hidden_states).flatten(0, 2).index_select(0, index)
                 scores[term] = _score_relay(self.relay_head(self.decoder.model.norm(stream_ne)), labels)
-            else:
+            elif term != DISTILLATION:
                 hidden_ne = out.last_hidden_state.flatten(0, 1).index_select(0, index)
-                scores[term] = cross_entropy(hidden_ne, self.decoder.lm_head.weight, labels, self.z_loss_weight)
+                facts = hidden_ne, self.decoder.lm_head.weight, labels
+                if DISTILLATION in targets and self.teacher is not None:
+                    lesson = self.teacher.lesson(input_ids, packing, index)
+                    scores[term], scores[DISTILLATION] = distillation(*facts, lesson, self.z_loss_weight)
+                else:
+                    scores[term] = cross_entropy(*facts, self.z_loss_weight)
         if self.relay_head is not None and "relay" not in targets:
             term, score = next(iter(scores.items()))  # DDP waits for a gradient of every weight
             scores[term] = score._replace(loss=score.loss + 0.0 * self.relay_head.weight.sum())
@@ -355,6 +369,11 @@ def step_flops(config: WindreachConfig, plan: Plan, scored: float, relayed: floa
     head = 6 * config.hidden_size  # for each output; see `model.flops`
     layers = flops_per_token(config, plan.seq_len, training=True) - head * config.vocab_size
     return plan.tokens * layers + head * (scored * config.vocab_size + relayed * relay_values)
+
+
+def teacher_flops(config: WindreachConfig, plan: Plan, scored: float) -> float:
+    """FLOPs of a teacher in a step: a forward pass over the plan's sequences. Its head runs at `scored` positions."""
+    return step_flops(config, plan, scored) / 3
 
 
 def _score_relay(logits: Tensor, labels: Tensor) -> Score:

@@ -24,7 +24,7 @@ def rate_factor(schedule: ScheduleSettings, step: int, max_steps: int) -> float:
     return warmup * (1 - fall * (1 - schedule.min_lr_ratio))
 
 
-def interpolate(points: Sequence[tuple[float, float]], step: int, max_steps: int) -> float:
+def interpolate(points: Sequence[tuple[float, float]], step: float, max_steps: int) -> float:
     """Value at `step` of `[share of all steps, value]` points; constant before the first and after the last.
 
     >>> interpolate([(0.5, 0.0), (1.0, 0.4)], step=75, max_steps=100)

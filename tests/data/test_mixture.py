@@ -57,6 +57,31 @@ def test_a_source_with_less_than_a_row_a_step_has_its_share_at_the_end_of_each_g
     assert np.diff(np.flatnonzero(np.diff(counts[:, 1], prepend=0))).max() < 2 * 10  # never long without it
 
 
+def test_rows_that_are_counted_from_a_later_step_have_their_shares_from_there_on():
+    weights = [0.7, [(0.0, 0.1), (0.5, 0.6)], 0.2]
+    shares = Shares(weights, 16, STEPS, seed=3, first=300)
+    n = STEPS - 300
+    both = [shares.source_of(300 + step, range(16)) for step in range(n)]
+    sources, numbers = (np.stack(part) for part in zip(*both))
+    numbers_have_no_gaps(sources, numbers, 3)
+    changed = np.array([0.7, 0.6, 0.2]) / 1.5
+    exact = np.concatenate([np.tile([0.7, 0.1, 0.2], (200, 1)), np.tile(changed, (500, 1))]).cumsum(0) * 16
+    assert np.abs(counts_after_each_step(sources, 3) - exact).max() < 2
+
+
+def test_an_epoch_that_begins_at_a_later_step_visits_all_rows_once_in_another_order():
+    store = TokenStore.of(np.arange(321, dtype=np.uint16) % 50, np.array([0]), np.ones(50, dtype=np.int64))
+    rows = ConcatRows(store, 16)  # 20 of them
+
+    def order(first):
+        mixture = Mixture({"": rows}, Shares([1.0], 4, STEPS, seed=3, first=first))
+        steps = [mixture._find(first + step, range(4))[1] for step in range(5)]
+        return np.concatenate(steps).tolist()
+
+    assert sorted(order(0)) == sorted(order(100)) == sorted(order(101)) == list(range(20))
+    assert len({tuple(order(first)) for first in (0, 100, 101)}) == 3
+
+
 def test_weights_that_change_hold_from_their_step_on():
     schedule = [[(0.0, 1.0), (0.5, 0.5)], [(0.25, 3.0), (0.5, 0.5)], 1.0]
     stages = [(0, 250, [0.5, 0.0, 0.5]), (250, 500, [0.2, 0.6, 0.2]), (500, 1000, [0.25, 0.25, 0.5])]

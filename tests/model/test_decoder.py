@@ -363,3 +363,20 @@ def test_compiled_layers_compute_the_same_and_keep_the_names_of_their_weights(
         for ours, theirs in zip(gradients(compiled, weights), grads, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
     assert list(model.state_dict()) == names
+
+
+@torch.no_grad()
+def test_a_reconfigured_model_is_the_model_that_the_config_describes() -> None:
+    """In a longer row too, with and without a cache."""
+    model, ids = tiny_model([{"window": W}] * 3), token_ids(2, T)
+    model(ids)  # what a call keeps must not survive
+    layers = [{"kind": "full"}, {"window": 3}, {"window": 9, "rope_theta": 77.0}]
+    config = tiny_config(layers, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    other = WindreachForCausalLM(config).eval()
+    other.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(ids).logits, other(ids).logits)
+    model.reconfigure(config)
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    assert model.config is model.model.config is config
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), other.generate(ids, **options))

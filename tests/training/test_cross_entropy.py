@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.cross_entropy
 from data.tasks.question import UNSCORED
-from training.cross_entropy import Score, cross_entropy
+from training.cross_entropy import Lesson, Score, cross_entropy, distillation
 
 N, E, V = 37, 8, 29
 
@@ -119,3 +119,65 @@ def test_z_loss_pulls_the_normaliser_to_one_and_is_not_in_the_reported_loss() ->
     explicit = plain + 0.5 * F.linear(hidden, weight).logsumexp(-1).square().sum()
     for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, explicit)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# -- distillation -----------------------------------------------------------------------------------------------------
+
+
+def lesson(n: int, weight: float = 0.7, temperature: float = 2.0) -> Lesson:
+    """Of a teacher of another width."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, head = torch.randn(n, 5, generator=generator), torch.randn(V, 5, generator=generator)
+    return Lesson(hidden, head, weight, temperature)
+
+
+def plain_divergences(hidden: Tensor, weight: Tensor, taught: Lesson) -> Tensor:
+    """t^2 x KL(teacher || model) of each position, by torch's own function."""
+    t = taught.temperature
+    ours = (F.linear(hidden, weight) / t).log_softmax(-1)
+    theirs = (F.linear(taught.hidden_nf, taught.weight_vf) / t).log_softmax(-1)
+    return t**2 * F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+
+
+@pytest.mark.parametrize("rows", [1, 8, N, N + 9])
+@pytest.mark.parametrize("z_weight", [0.0, 0.01])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_gradient_of_distillation_is_that_of_a_plain_computation(
+    rows: int, z_weight: float, temperature: float
+) -> None:
+    hidden, weight, labels = case()
+    labels[3] = UNSCORED
+    taught = lesson(N, temperature=temperature)
+    score, taught_score = distillation(hidden, weight, labels, taught, z_weight, rows)
+    divergences = plain_divergences(hidden, weight, taught) * (labels >= 0)
+    plain = cross_entropy(hidden, weight, labels, z_weight, rows=N)
+    torch.testing.assert_close(score.losses, plain.losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(taught_score.losses, divergences.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(taught_score.loss, divergences.sum().detach())
+    assert not taught_score.loss.requires_grad
+    assert torch.equal(score.right, plain.right)
+    alike = F.linear(hidden, weight).argmax(-1) == F.linear(taught.hidden_nf, taught.weight_vf).argmax(-1)
+    assert torch.equal(taught_score.right, alike & (labels >= 0))
+    ours = torch.autograd.grad(0.25 * score.loss, (hidden, weight))
+    theirs = torch.autograd.grad(0.25 * (plain.loss + taught.weight * divergences.sum()), (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_that_says_the_same_has_no_divergence_and_no_gradient() -> None:
+    hidden, weight, labels = case()
+    same = Lesson(hidden.detach(), weight.detach(), 3.0, 1.5)
+    score, taught_score = distillation(hidden, weight, labels, same, rows=8)
+    assert not taught_score.losses.any()
+    assert taught_score.right.all()
+    plain = torch.autograd.grad(cross_entropy(hidden, weight, labels, rows=8).loss, (hidden, weight))
+    taught = torch.autograd.grad(score.loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(plain, taught, strict=True))
+
+
+def test_the_logits_of_model_and_teacher_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.cross_entropy, "LOGITS_AT_ONCE", 10 * V)
+    hidden, weight, labels = case()
+    with Largest() as largest:
+        outcome(distillation(hidden, weight, labels, lesson(N))[0], hidden, weight)
+    assert largest.elements == N * E

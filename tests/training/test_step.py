@@ -45,7 +45,7 @@ def make_trainer(folder: Path, **training: Any) -> Trainer:
 
 def inputs_of(trainer: Trainer, step: int) -> Inputs:
     trainer.tokens, trainer.flops = 0, 0.0
-    return trainer._inputs(step, 1e-3, {o.name: 1.0 for o in trainer.objectives})
+    return trainer._inputs(step, 1e-3, {o.name: 1.0 for o in trainer.stage.objectives})
 
 
 @pytest.mark.parametrize("training", [{}, {"micro_batch_tokens": 128, "optimizer": {"kind": "muon"}}])
@@ -139,7 +139,7 @@ def test_a_curriculum_hears_of_a_step_two_steps_later(tmp_path: Path) -> None:
             figures[right] = figures[count]
             return figures
 
-    trainer.update = AllRight(trainer.objectives, trainer.accelerator, trainer.wrapped, trainer.optimizer)
+    trainer.update = AllRight(trainer.stage.objectives, trainer.accelerator, trainer.wrapped, trainer.optimizer)
     assert trainer.run()
     assert DELAY == 2
     assert distances[0] == distances[1] < distances[2] < distances[3]

@@ -16,12 +16,13 @@ from data.tokenizer import load_tokenizer
 from model.attention import Device, check_backend, plan_attention
 from model.config import WindreachConfig
 from model.errors import UserError
-from model.flops import cache_bytes, forward_flops, parameters
+from model.flops import cache_bytes, count_parameters, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
-from training.planning.formulas import Setup, largest_rows, memory, recompute_factor, work
+from training.distillation import teacher_config
+from training.planning.formulas import Setup, largest_rows, recompute_factor
 from training.planning.gpus import GPUS
+from training.planning.stages import StageWork, largest_memory, stage_works
 from training.processes.precision import DTYPES, measure, set_up_threads
-from training.settings.build import model_config
 from training.settings.consistency import last_distance
 from training.settings.pretrained import pretrained_settings
 from training.settings.schema import Settings
@@ -44,16 +45,19 @@ def plan_text(settings: Settings) -> str:
 
     Raises UserError if the model can't be built: for example if a layer needs what the attention backend can't do.
     """
-    config = model_config(settings, vocab_size(settings))
+    stages = stage_works(settings, vocab_size(settings), ranks=1)
+    config = stages[0].config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES.get(settings.training.precision, torch.bfloat16)  # `auto` is bf16 on a GPU, and no matter on a CPU
-    check_backend(config.attention_backend, config.specs, config.head_dim, dtype=dtype, gradients=True)
+    for stage in stages:
+        attention = stage.config.attention_backend, stage.config.specs, stage.config.head_dim
+        check_backend(*attention, dtype=dtype, gradients=True)
     layers = list(_layer_lines(config, device, dtype, settings.data.seq_len))
     lines = [
         *layers,
         *_change_lines(settings, config),
-        *_work_lines(settings, config, ranks=1),
-        *_machine_lines(settings, config, device),
+        *_work_lines(settings, stages),
+        *_machine_lines(settings, stages, device),
     ]
     return f"plan of {settings.name}; nothing was trained\n{_aligned(lines)}"
 
@@ -126,28 +130,35 @@ def _traits(spec: LayerSpec) -> str:
     return spec.kind + "".join(f", {name}={value}" for name, value in set_fields.items() if name != "kind")
 
 
-def _machine_lines(settings: Settings, config: WindreachConfig, device: torch.device) -> Lines:
+def _machine_lines(settings: Settings, stages: list[StageWork], device: torch.device) -> Lines:
     """Memory of one process, precision, and the shortest possible time."""
     set_up_threads(settings.training.num_threads, local_processes=1)
     t, machine = settings.training, measure(device)
     precision = machine.choose(t.precision)
     setup = Setup(precision, checkpointing=t.activation_checkpointing, device=Device.here(device.type))
-    needed = memory(settings, config, setup)
+    needed = largest_memory(stages, setup)
     listed = ", ".join(f"{name.replace('_', ' ')} {size(n)}" for name, n in needed.items() if name != "exchange")
     yield "memory", f"{size(sum(needed.values()))} for one process that holds everything ({listed})"
     rates = f"matmul here fp32 {machine.fp32_flops / 1e9:,.0f}, bf16 {machine.bf16_flops / 1e9:,.0f} GFLOP/s"
     yield "precision", f"{precision} (training.precision is {t.precision}; {rates})"
-    shortest = duration(sum(w.flops(config) for w in work(settings, ranks=1)) / machine.rate(precision))
+    shortest = duration(sum(stage.flops for stage in stages) / machine.rate(precision))
     yield "time", f"{shortest} if all were bare {precision} matmuls at the rate measured just now; steps are slower"
 
 
-def _work_lines(settings: Settings, config: WindreachConfig, ranks: int) -> Lines:
-    """Parameters, FLOPs, and the tokens of each objective."""
+def _work_lines(settings: Settings, stages: list[StageWork]) -> Lines:
+    """Parameters, FLOPs, the tokens of each objective, and stages if there are several."""
+    config = stages[0].config
     parts, flops, seq_len = parameters(config), _training_flops(settings, config), settings.data.seq_len
     yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
     each = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
     yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {seq_len:,}, visible keys only ({each})"
-    for w in work(settings, ranks):
+    if (teacher := teacher_config(settings)) is not None:
+        n, forward = count_parameters(teacher), sum(forward_flops(teacher, seq_len).values())
+        yield "teacher", f"{n:,} parameters, {forward:,.0f} FLOPs per token of text"
+    if len(stages) > 1:
+        yield from ((f"stage {number}", str(stage)) for number, stage in enumerate(stages, 1))
+        return
+    for w in stages[0].works:
         step = f"{w.first.tokens:,} tokens per step in rows of {w.first.seq_len:,}"
         if w.first != w.last:
             end = f"{w.last.tokens:,} in rows of {w.last.seq_len:,}"
@@ -166,13 +177,13 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
 
     With activation checkpointing the GPUs run at the same hardware rate, but their MFU is lower.
     """
-    config, works = model_config(settings, vocab_size(settings)), work(settings, ranks)
-    tokens, flops = sum(w.tokens for w in works), sum(w.flops(config) for w in works)
+    stages = stage_works(settings, vocab_size(settings), ranks)
+    config, tokens, flops = stages[0].config, sum(s.tokens for s in stages), sum(s.flops for s in stages)
     usable, columns = USABLE * GPUS[gpu].memory, []
     for sharding in ("ddp", "fsdp2") if ranks > 1 else ("ddp",):
         for checkpointing in (False, True):
             setup = Setup("bf16", ranks, sharding, checkpointing)
-            needed, most = memory(settings, config, setup), largest_rows(settings, config, setup, usable)
+            needed, most = largest_memory(stages, setup), largest_rows(settings, config, setup, usable)
             factor = recompute_factor(config, settings.data.seq_len) if checkpointing else 1.0
             seconds = factor * flops / (ranks * GPUS[gpu].bf16_flops * mfu)
             total, way = sum(needed.values()), {"sharding": sharding, "checkpointing": checkpointing}
@@ -184,8 +195,9 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
         "reach": reach(config.specs), "window_times_layers": window_times_layers(config.specs),
         "parameters": parameters(config), "flops_per_token": _training_flops(settings, config),
         "work": [
-            {"name": w.name, "steps": w.steps, "tokens": w.tokens, "flops": w.flops(config), "step": vars(w.last)}
-            for w in works
+            {"name": w.name, "steps": w.steps, "tokens": w.tokens, "flops": w.flops(s.config), "step": vars(w.last)}
+            for s in stages
+            for w in s.works
         ],
         "columns": columns,
     }  # fmt: skip
@@ -198,7 +210,7 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
         f"[bold]{plan['name']} on {plan['gpus']:,} x {gpu['name']}[/], bf16 ({gpu['bf16_flops'] / 1e12:,.4g} TFLOP/s, "
         f"{size(gpu['usable'])} usable; {gpu['source']})"
     )
-    console.print(_aligned(_work_lines(settings, model_config(settings, vocab_size(settings)), plan["gpus"])))
+    console.print(_aligned(_work_lines(settings, stage_works(settings, vocab_size(settings), plan["gpus"]))))
     formats: dict[str, tuple[str, Callable[[Any], str]]] = {  # the other figures are bytes
         "checkpointing": ("recompute", lambda on: "layers" if on else "nothing"),
         "fits": ("fits", lambda fits: "yes" if fits else "no"),

@@ -27,7 +27,8 @@ from model.flops import count_parameters, forward_flops, parameters
 from model.windows import LayerSpec
 from training.cross_entropy import GPU_FACTOR, LOGITS_AT_ONCE
 from training.curriculum import Curriculum
-from training.objective import Plan, step_flops, step_plan
+from training.distillation import teacher_config
+from training.objective import Plan, step_flops, step_plan, teacher_flops
 from training.processes.precision import DTYPES
 from training.schedule import interpolate
 from training.settings.consistency import last_distance, recall_seq_len
@@ -76,17 +77,23 @@ class Work:
         """Where rows grow, the mean of the first and the last step stands for all steps."""
         return self.steps * (self.first.tokens + self.last.tokens) / 2
 
-    def flops(self, config: WindreachConfig) -> float:
-        ends = (step_flops(config, p, p.rows * min(self.scored_per_row, p.seq_len)) for p in (self.first, self.last))
-        return self.steps * sum(ends) / 2
+    def flops(self, config: WindreachConfig, teacher: WindreachConfig | None = None) -> float:
+        """With a teacher also its forward passes over the text."""
+        ends = [(p, p.rows * min(self.scored_per_row, p.seq_len)) for p in (self.first, self.last)]
+        total = sum(step_flops(config, plan, scored) for plan, scored in ends)
+        if teacher is not None and self.name == "text":
+            total += sum(teacher_flops(teacher, plan, scored) for plan, scored in ends)
+        return self.steps * total / 2
 
 
-def work(settings: Settings, ranks: int) -> list[Work]:
-    """The objectives of a run: text, and recall where it is enabled."""
+def work(settings: Settings, ranks: int, steps: range | None = None) -> list[Work]:
+    """The objectives of a run, or of some of its steps: text, and recall where it is enabled."""
     t, recall, seq_len = settings.training, settings.recall, settings.data.seq_len
+    steps = steps or range(t.max_steps)
 
     def active_steps(weight: list[tuple[float, float]]) -> int:
-        return round(sum(interpolate(weight, i, 1000) > 0 for i in range(1000)) / 1000 * t.max_steps)
+        samples = [steps.start + len(steps) * i / 1000 for i in range(1000)]
+        return round(sum(interpolate(weight, step, t.max_steps) > 0 for step in samples) / 1000 * len(steps))
 
     def recall_plan(distance: int) -> Plan:
         tokens = (recall.tokens_per_step or t.tokens_per_step) * curriculum.batch_factor(distance)
@@ -118,8 +125,10 @@ def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[st
     weights = 4 * -(-(count_parameters(config) + relay_head) // shards)
     moments = optimizer_bytes(config, settings.training.optimizer, len(objectives), relay_head)
     activations, rest = max((micro_batch_bytes(config, setup, w, w.last.micro_rows) for w in objectives), key=sum)
+    teacher = teacher_config(settings)
     return {
         "weights": weights, "gradients": weights * len(objectives), "optimizer": -(-moments // shards),
+        **({} if teacher is None else {"teacher": 4 * count_parameters(teacher)}),  # whole on every processor
         "exchange": exchange_bytes(config, setup), "activations": activations, "logits_and_scratch": rest,
     }  # fmt: skip
 

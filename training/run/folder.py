@@ -46,6 +46,7 @@ class Facts(BaseModel, extra="allow"):
     data_sha256: dict[str, str] | None = None
     row_order: int | None = None
     tokenizer_sha256: str | None = None
+    teacher_sha256: str | None = None
     settings_sha256: str | None = None
     wandb_id: str | None = None
 
@@ -179,6 +180,7 @@ def decide_once(
     A run that resumes another run's `checkpoint` takes its precision. `origin` describes initial weights that were not
     random. Raises UserError where the text (`sources` by name) or the tokenizer has changed.
     """
+    from training.distillation import teacher_hash
     from training.processes.precision import measure
 
     folder, machine = run_dir(settings), measure(device)
@@ -187,6 +189,7 @@ def decide_once(
         "data_sha256": data_hashes(sources),
         "row_order": ROW_ORDER,
         "tokenizer_sha256": tokenizer.sha256,
+        "teacher_sha256": teacher_hash(settings),
         "settings_sha256": settings_hash(settings),
         "wandb_id": uuid4().hex[:8],
     } | dict(origin or {})
@@ -242,7 +245,7 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises UserError if a hash of `now`, of a split of the text or of the tokenizer, is another one in `saved`."""
+    """Raises UserError if a hash of `now` is another one in `saved`: of the text by split, the tokenizer, a teacher."""
     text, before = now.get("data_sha256", {}), saved.get("data_sha256", {})
     if changed := [split for split in text if before.get(split) != text[split]]:
         lines = (f"  {s}: sha256 {before.get(s, 'none')[:16]}... there, {text[s][:16]}... now\n" for s in changed)
@@ -254,6 +257,9 @@ def check_same_data(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any
             f"  there: sha256 {saved['tokenizer_sha256']}\n  now:   sha256 {now['tokenizer_sha256']}\n"
             "  give data.tokenizer.model_file the tokenizer of that run, or start a run under another name"
         )
+    if "teacher_sha256" in now and saved.get("teacher_sha256") not in (None, now["teacher_sha256"]):
+        remedy = "put the old weights back into the folder of the teacher, or start a run under another name"
+        raise UserError(f"{where}: the weights of the teacher (training.distillation) have changed\n  {remedy}")
 
 
 def check_same_order(where: Path, saved: Mapping[str, Any]) -> None:

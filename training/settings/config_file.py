@@ -27,6 +27,7 @@ from training.settings.consistency import inconsistencies
 from training.settings.pretrained import fill_in
 from training.settings.problems import MOST_SHOWN, Keys, Problem, explain
 from training.settings.schema import Settings
+from training.settings.stages import stage_problems
 
 MOST_BYTES, MOST_KEYS = 1 << 18, 16  # of a file, which PyYAML reads in a second or two; in the path of an override
 
@@ -45,7 +46,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     problems += fill_in(tree)
     try:
         settings = Settings.model_validate(tree)
-        problems += inconsistencies(settings)
+        problems += inconsistencies(settings) or stage_problems(settings)
     except ValidationError as errors:
         problems += explain(errors, tree)
     if problems:

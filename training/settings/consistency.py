@@ -133,6 +133,9 @@ def _steps(s: Settings) -> Iterator[Check]:
     steps, late = f"the run has training.max_steps = {t.max_steps}", t.profile and t.profile.start_step >= t.max_steps
     yield ("training.schedule.warmup_steps", t.schedule.warmup_steps >= t.max_steps,
            f"{steps}, so the peak learning rate is never reached", "lower it")  # fmt: skip
+    yield ("training.distillation", t.distillation and not (t.distillation.teacher or s.model.init.from_pretrained),
+           "the run starts from no pretrained model, so there is no teacher",
+           "give training.distillation.teacher, or model.init.from_pretrained")  # fmt: skip
     yield "training.profile.start_step", late, f"{steps}, so nothing is recorded", "lower it"
 
 

@@ -5,7 +5,7 @@ data/settings.py run `python -m training.settings.generate`. `config_file.py` re
 words the mistakes, and `consistency.py` checks settings against each other.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -222,6 +222,27 @@ class ProfileSettings(Strict):
     """Number of steps to record."""
 
 
+class DistillationSettings(Strict):
+    """Distillation: at each scored text token the model also learns the teacher's whole distribution."""
+
+    weight: PositiveFloat = 1.0
+    """Weight of the divergence KL(teacher || model), beside a weight of 1 of the text loss itself."""
+    temperature: PositiveFloat = 1.0
+    """Divides both logits. The divergence is multiplied by its square. Raise it to weigh unlikely tokens more."""
+    teacher: str | None = None
+    """The teacher, named as in `model.init.from_pretrained`; it has the same vocabulary. Default: the model that the
+    run starts from, as it was before its layers were changed."""
+
+
+class StageSettings(Strict):
+    """A later stretch of steps with other settings. It ends where the next stage begins."""
+
+    start: PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)]
+    """First step, counted from 0. A fraction is a share of all steps."""
+    set: dict[str, Any] = Field(min_length=1)
+    """What changes, by dotted name, such as {data.seq_len: 2048}. All else stays as in the stage before."""
+
+
 class TrainingSettings(Strict):
     """The training loop."""
 
@@ -250,6 +271,10 @@ class TrainingSettings(Strict):
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    distillation: DistillationSettings | None = None
+    stages: list[StageSettings] = Field(default_factory=list)
+    """Later stretches of steps with other settings: longer rows, other windows, another rotary base. See docs/train.md
+    for an example."""
     profile: ProfileSettings | None = None
     log_every_steps: PositiveInt = 10
     """Steps between two log lines."""

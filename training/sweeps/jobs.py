@@ -27,11 +27,10 @@ from data.tokenizer import prepare_tokenizer
 from model.flops import count_parameters
 from model.windows import reach
 from training.planning.dry_run import vocab_size
-from training.planning.formulas import work
+from training.planning.stages import stage_works
 from training.processes.signals import SIGNALS, STOPPED, end_with_parent, handle_signals, say_signal
 from training.run.checkpoint import write_json
 from training.run.folder import read_facts
-from training.settings.build import model_config
 from training.settings.schema import Settings
 from training.sweeps.grid import Evaluations, Run, Sweep
 
@@ -180,11 +179,12 @@ def plan_table(listed: list[Run], settings: dict[str, Settings]) -> Table:
     table = Table(Column("run", overflow="fold"), *(Column(head, justify="right") for head in heads), box=SIMPLE_HEAD)
     for run in listed:
         s = settings[run.name]
-        config, works = model_config(s, vocab_size(s)), work(s, 1)
-        tokens, farthest = {w.name: w.tokens for w in works}, reach(config.specs)
+        periods = stage_works(s, vocab_size(s), ranks=1)
+        config, works = periods[-1].config, [w for period in periods for w in period.works]
+        farthest = reach(config.specs)
         sizes = f"{count_parameters(config):,}", "unbounded" if farthest is None else f"{farthest:,}"
-        both = (f"{tokens.get(name, 0):,.0f}" for name in ("text", "recall"))
-        table.add_row(run.name, *sizes, *both, f"{sum(w.flops(config) for w in works):.2e}")
+        both = (f"{sum(w.tokens for w in works if w.name == name):,.0f}" for name in ("text", "recall"))
+        table.add_row(run.name, *sizes, *both, f"{sum(period.flops for period in periods):.2e}")
     return table
 
 

@@ -2,6 +2,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ import torch
 from model.cache import RingCache
 from model.config import WindreachConfig
 from model.decoder import build_model
-from model.flops import parameters
+from model.flops import count_parameters, flops_per_token, parameters
+from model.hub import save_hf
+from tests.model.tiny import tiny_config
 from training.planning.dry_run import plan_text, size, vocab_size
+from training.planning.formulas import Setup, memory
+from training.planning.stages import largest_memory, stage_works
 from training.processes.precision import Machine
 from training.settings.build import model_config
 from training.settings.config_file import load_settings
@@ -121,3 +126,42 @@ def test_text_off_for_part_of_the_run_is_not_counted() -> None:
 def test_vocabulary_is_the_given_one_else_that_of_the_tokenizer_to_train() -> None:
     assert vocab_size(load_settings(SMOKE, ["model.vocab_size=5000"])) == 5000
     assert vocab_size(load_settings(SMOKE, ["data.tokenizer.vocab_size=1234"])) == 1234
+
+
+LAYERS = "model.layers: [{kind: full}, {}, {}], recall.curriculum.max_distance: 21"
+STAGES = f"training.stages=[{{start: 0.5, set: {{data.seq_len: 128, {LAYERS}}}}}]"
+
+
+def test_stages_are_listed_with_their_reach_rows_tokens_and_flops() -> None:
+    alone, lines = plan("tiny"), plan("tiny", STAGES)
+    assert not [name for name in alone if name.startswith("stage")]
+    assert lines["stage 1"].startswith("steps 1 to 30: R = 21; 15,360 tokens of text in rows of 64, 15,360 tokens of r")
+    assert lines["stage 2"].startswith("steps 31 to 60: R unbounded; 15,360 tokens of text in rows of 128, ")
+    settings = load_settings(ROOT / "configs" / "tiny.yaml", [STAGES])
+    first, second = stage_works(settings, 512, ranks=1)
+    assert (first.config.specs[0].kind, second.config.specs[0].kind) == ("sliding", "full")
+    for stage, (text, recall) in ((first, first.works), (second, second.works)):
+        per_token = flops_per_token(stage.config, text.first.seq_len)
+        assert text.flops(stage.config) == pytest.approx(15_360 * per_token)
+        assert stage.flops == text.flops(stage.config) + recall.flops(stage.config)
+
+
+def test_the_memory_is_that_of_the_stage_with_the_largest_micro_batch() -> None:
+    larger = STAGES.replace("data.seq_len: 128", "training.tokens_per_step: 1024")
+    settings = load_settings(ROOT / "configs" / "tiny.yaml", [larger])
+    stages = stage_works(settings, 512, ranks=1)
+    needed = [sum(memory(s.stretch.settings, s.config, Setup("fp32")).values()) for s in stages]
+    assert needed[0] < needed[1] == sum(largest_memory(stages, Setup("fp32")).values())
+
+
+def test_a_teacher_is_counted_in_flops_and_memory(tmp_path: Path) -> None:
+    teacher = tiny_config(vocab_size=512)
+    save_hf(build_model(teacher), tmp_path)
+    taught = f"training.distillation.teacher={tmp_path}"
+    settings = load_settings(ROOT / "configs" / "tiny.yaml", [taught])
+    (with_it,), (without,) = (stage_works(s, 512, 1) for s in (settings, load_settings(ROOT / "configs" / "tiny.yaml")))
+    tokens = with_it.works[0].tokens
+    extra = with_it.flops - without.flops
+    assert extra == pytest.approx(tokens * flops_per_token(teacher, settings.data.seq_len, training=False))
+    assert plan("tiny", taught)["teacher"].startswith(f"{count_parameters(teacher):,} parameters, ")
+    assert memory(settings, with_it.config, Setup("fp32"))["teacher"] == 4 * count_parameters(teacher)

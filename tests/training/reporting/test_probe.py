@@ -12,7 +12,7 @@ from model.decoder import InitOptions, WindreachForCausalLM, build_model
 from model.windows import reach
 from tests.training.conftest import Prepared
 from training.curriculum import Curriculum
-from training.probe import Probe, horizon
+from training.reporting.probe import Probe, horizon
 from training.settings.build import model_config
 from training.settings.schema import Settings
 
@@ -71,7 +71,7 @@ def test_bits_do_not_depend_on_how_rows_are_grouped(
 ) -> None:
     probe = make_probe(prepared, None, validation_tokens=24 * 64)
     together = probe.text(decoder)
-    monkeypatch.setattr("training.probe.ROWS", 5)
+    monkeypatch.setattr("training.reporting.probe.ROWS", 5)
     assert probe.text(decoder) == pytest.approx(together, rel=1e-5)
 
 
