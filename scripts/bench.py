@@ -7,8 +7,6 @@
     python scripts/bench.py decode                                 token-by-token generation
     python scripts/bench.py prefill                                a prompt read into the cache, W = 256
     python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
-    python scripts/bench.py prepare --megabytes 100                text to token ids (minutes; not in all)
-    python scripts/bench.py store                                  a start on 100 billion tokens (needs 1 GB of disk)
     python scripts/bench.py all --json bench.json
 
 The ratio is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run here says why.
@@ -67,7 +65,7 @@ def main() -> None:
 
 def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine") -> "Iterator[list[Row]]":
     """Run the chosen benchmarks; yields the rows of each table."""
-    from scripts.benchmarks import attention, decode, prepare, store, train
+    from scripts.benchmarks import attention, decode, train
 
     chosen = ["train", "attention", "decode", "prefill"] if arguments.bench == "all" else [arguments.bench]
     few = replace(setup, rounds=min(setup.rounds, 3))
@@ -85,10 +83,6 @@ def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine"
         yield decode.bench_prefill(few, LONG, beside=16_384)
     if "stream" in chosen:
         yield decode.bench_stream(setup, arguments.tokens)
-    if "prepare" in chosen:
-        yield prepare.bench_prepare(setup, arguments.megabytes)
-    if "store" in chosen:
-        yield store.bench_store(setup)
 
 
 def table_of(rows: "list[Row]") -> Table:
@@ -106,7 +100,7 @@ def table_of(rows: "list[Row]") -> Table:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=["attention", "aims", "train", "decode", "prefill", "stream", "prepare", "store", "all"])
+    add("bench", choices=["attention", "aims", "train", "decode", "prefill", "stream", "all"])
     add("overrides", nargs="*", metavar="key=value", help="settings, as for train.py: model.hidden_size=128")
     add("--config", default="configs/quickstart.yaml", help="model to time, except in attention; default: %(default)s")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
@@ -123,7 +117,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--new-tokens", type=_count, default="128", help="decode: tokens to generate; default: %(default)s")
     add("--batches", type=_counts, default="1,8", help="decode: batch sizes; default: %(default)s")
     add("--tokens", type=_count, default="131072", help="stream: tokens of the text; default: %(default)s")
-    add("--megabytes", type=_count, default="100", help="prepare: MB of text; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
     check_writable(arguments.json)
     return arguments
