@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from eval.command import at_least, numbers
 from model.errors import UserError, cli
 from scripts.benchmarks import TRAINING_PEERS
 from training.settings.config_file import load_settings
@@ -105,18 +106,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--config", default="configs/quickstart.yaml", help="model to time, except in attention; default: %(default)s")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--json", metavar="FILE", type=Path, help="write the rows to FILE")
-    add("--threads", type=_count, help="default: all cores of this process")
+    add("--threads", type=at_least(1), help="default: all cores of this process")
     add("--precision", choices=["fp32", "bf16"], help="default: training.precision of the config")
-    add("--rows", type=_count, help="train: batch size; default: tokens_per_step / seq_len of the config")
+    add("--rows", type=at_least(1), help="train: batch size; default: tokens_per_step / seq_len of the config")
     peers = ", ".join(f"'{name}'" for name in TRAINING_PEERS)
     add("--peer", choices=list(TRAINING_PEERS), default="", metavar="NAME", help=f"train: only one of {peers}")
-    add("--seq-lens", type=_counts, default=[], help="train: sequence lengths; default: seq_len of the config")
-    add("--rounds", type=_count, default="7", help="timed runs of each function; default: %(default)s")
-    add("--lengths", type=_counts, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")
-    add("--windows", type=_counts, default="16,32,64,128,256,512", help="attention: windows; default: %(default)s")
-    add("--new-tokens", type=_count, default="128", help="decode: tokens to generate; default: %(default)s")
-    add("--batches", type=_counts, default="1,8", help="decode: batch sizes; default: %(default)s")
-    add("--tokens", type=_count, default="131072", help="stream: tokens of the text; default: %(default)s")
+    add("--seq-lens", type=numbers, default=(), help="train: sequence lengths; default: seq_len of the config")
+    add("--rounds", type=at_least(1), default="7", help="timed runs of each function; default: %(default)s")
+    add("--lengths", type=numbers, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")
+    add("--windows", type=numbers, default="16,32,64,128,256,512", help="attention: windows; default: %(default)s")
+    add("--new-tokens", type=at_least(1), default="128", help="decode: tokens to generate; default: %(default)s")
+    add("--batches", type=numbers, default="1,8", help="decode: batch sizes; default: %(default)s")
+    add("--tokens", type=at_least(1), default="131072", help="stream: tokens of the text; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
     check_writable(arguments.json)
     return arguments
@@ -125,16 +126,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check_writable(file: Path | None) -> None:
     if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return sorted({_count(part) for part in text.split(",")})
 
 
 if __name__ == "__main__":
