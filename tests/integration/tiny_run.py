@@ -126,9 +126,10 @@ def wait_for_step(folder: Path, step: int, processes: Sequence[Forked | subproce
     """Until `step` is logged, or a process has ended."""
     log = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+    while all(process.poll() is None for process in processes):
         if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
             return
+        assert time.monotonic() < deadline, f"step {step} is not logged after 300 s"
         time.sleep(0.005)
 
 
