@@ -23,6 +23,6 @@ def test_export_loads_in_a_process_without_this_repository(tmp_path: Path) -> No
     for folder in ("hf", "checkpoints/step-000002/hf"):
         out = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(tmp_path / "run" / folder)],
-            capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True,
+            capture_output=True, text=True, cwd=tmp_path, timeout=300, check=True,
         ).stdout  # fmt: skip
         assert out.split() == ["MistralForCausalLM", "8", "True", "True"]
