@@ -138,7 +138,7 @@ def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signal
     process = start(config)
     wait_for_step(folder, step, [process])
     process.send_signal(number)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode is not None
     return process.returncode
 
