@@ -99,12 +99,14 @@ def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def start_ranks(config: Path, *arguments: str, processes: int) -> list[Forked]:
+def start_ranks(
+    config: Path, *arguments: str, processes: int, environment: dict[str, str] | None = None
+) -> list[Forked]:  # fmt: skip
     """What a launcher does: one process a rank, with the same address in their environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | (environment or {})
     return [
         start(config, *arguments, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
@@ -113,7 +115,9 @@ def start_ranks(config: Path, *arguments: str, processes: int) -> list[Forked]:
 
 def run(*arguments: Any, expect: int = 0, processes: int = 1, **options: Any) -> str:
     """Both streams of a finished run, of all its processes one after another; the exit code of each is checked."""
-    started = [start(*arguments, **options)] if processes == 1 else start_ranks(*arguments, processes=processes)
+    started = (
+        [start(*arguments, **options)] if processes == 1 else start_ranks(*arguments, processes=processes, **options)
+    )
     texts = []
     for process in started:
         out, errors = process.communicate(timeout=300)
