@@ -169,7 +169,7 @@ def start_quickstart(clone: Path, training: str) -> tuple[subprocess.Popen[bytes
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_quickstart_and_the_step_that_runs(clone: Path, number: signal.Signals) -> None:
-    process, leader = start_quickstart(clone, "sleep 60 &\nwait")
+    process, leader = start_quickstart(clone, "sleep 600 &\nwait")
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output

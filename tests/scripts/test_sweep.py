@@ -35,7 +35,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def run_sweep(*arguments: str, expect: int = 0) -> str:
     process = start(*arguments)
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == expect, out
     return out
 
@@ -109,10 +109,10 @@ def text_of(file: Path) -> str:
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not happened():
         assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "it has not happened after 300 s"
+        assert time.monotonic() < deadline, "it has not happened after 600 s"
         time.sleep(0.02)
 
 
