@@ -71,6 +71,15 @@ def nominal_reach(specs: Sequence[LayerSpec], window: int) -> int:
     return len(specs) * (window - 1) if reach is None else reach
 
 
+def out_folder(path: str | Path) -> Path:
+    """The folder for results that `--out` names, created if missing."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {str(path)!r} can't be created ({error.strerror}); choose another folder") from error
+    return Path(path)
+
+
 @dataclass
 class Examined:
     """A loaded model and what the evaluations need to know about it."""
@@ -133,12 +142,7 @@ class Examined:
 
     def out_dir(self, chosen: str | None) -> Path:
         """The folder for results, created if missing: `chosen`, else the run folder, else the current folder."""
-        out = Path(chosen) if chosen else self.run_dir or Path(".")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {str(out)!r} can't be created ({error.strerror}); choose another folder") from error
-        return out
+        return out_folder(chosen or self.run_dir or ".")
 
     def header(self) -> dict[str, Any]:
         """The fields that every result file begins with."""

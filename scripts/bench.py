@@ -7,8 +7,6 @@
     python scripts/bench.py decode                                 token-by-token generation
     python scripts/bench.py prefill                                a prompt read into the cache, W = 256
     python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
-    python scripts/bench.py prepare --megabytes 100                text to token ids (minutes; not in all)
-    python scripts/bench.py store                                  a start on 100 billion tokens (needs 1 GB of disk)
     python scripts/bench.py all --json bench.json
 
 The ratio is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run here says why.
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from eval.command import at_least, numbers
 from model.errors import UserError, cli
 from scripts.benchmarks import TRAINING_PEERS
 from training.settings.config_file import load_settings
@@ -67,7 +66,7 @@ def main() -> None:
 
 def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine") -> "Iterator[list[Row]]":
     """Run the chosen benchmarks; yields the rows of each table."""
-    from scripts.benchmarks import attention, decode, prepare, store, train
+    from scripts.benchmarks import attention, decode, train
 
     chosen = ["train", "attention", "decode", "prefill"] if arguments.bench == "all" else [arguments.bench]
     few = replace(setup, rounds=min(setup.rounds, 3))
@@ -85,10 +84,6 @@ def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine"
         yield decode.bench_prefill(few, LONG, beside=16_384)
     if "stream" in chosen:
         yield decode.bench_stream(setup, arguments.tokens)
-    if "prepare" in chosen:
-        yield prepare.bench_prepare(setup, arguments.megabytes)
-    if "store" in chosen:
-        yield store.bench_store(setup)
 
 
 def table_of(rows: "list[Row]") -> Table:
@@ -106,24 +101,23 @@ def table_of(rows: "list[Row]") -> Table:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=["attention", "aims", "train", "decode", "prefill", "stream", "prepare", "store", "all"])
+    add("bench", choices=["attention", "aims", "train", "decode", "prefill", "stream", "all"])
     add("overrides", nargs="*", metavar="key=value", help="settings, as for train.py: model.hidden_size=128")
     add("--config", default="configs/quickstart.yaml", help="model to time, except in attention; default: %(default)s")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--json", metavar="FILE", type=Path, help="write the rows to FILE")
-    add("--threads", type=_count, help="default: all cores of this process")
+    add("--threads", type=at_least(1), help="default: all cores of this process")
     add("--precision", choices=["fp32", "bf16"], help="default: training.precision of the config")
-    add("--rows", type=_count, help="train: batch size; default: tokens_per_step / seq_len of the config")
+    add("--rows", type=at_least(1), help="train: batch size; default: tokens_per_step / seq_len of the config")
     peers = ", ".join(f"'{name}'" for name in TRAINING_PEERS)
     add("--peer", choices=list(TRAINING_PEERS), default="", metavar="NAME", help=f"train: only one of {peers}")
-    add("--seq-lens", type=_counts, default=[], help="train: sequence lengths; default: seq_len of the config")
-    add("--rounds", type=_count, default="7", help="timed runs of each function; default: %(default)s")
-    add("--lengths", type=_counts, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")
-    add("--windows", type=_counts, default="16,32,64,128,256,512", help="attention: windows; default: %(default)s")
-    add("--new-tokens", type=_count, default="128", help="decode: tokens to generate; default: %(default)s")
-    add("--batches", type=_counts, default="1,8", help="decode: batch sizes; default: %(default)s")
-    add("--tokens", type=_count, default="131072", help="stream: tokens of the text; default: %(default)s")
-    add("--megabytes", type=_count, default="100", help="prepare: MB of text; default: %(default)s")
+    add("--seq-lens", type=numbers, default=(), help="train: sequence lengths; default: seq_len of the config")
+    add("--rounds", type=at_least(1), default="7", help="timed runs of each function; default: %(default)s")
+    add("--lengths", type=numbers, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")
+    add("--windows", type=numbers, default="16,32,64,128,256,512", help="attention: windows; default: %(default)s")
+    add("--new-tokens", type=at_least(1), default="128", help="decode: tokens to generate; default: %(default)s")
+    add("--batches", type=numbers, default="1,8", help="decode: batch sizes; default: %(default)s")
+    add("--tokens", type=at_least(1), default="131072", help="stream: tokens of the text; default: %(default)s")
     arguments = parser.parse_intermixed_args(argv)
     check_writable(arguments.json)
     return arguments
@@ -132,16 +126,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check_writable(file: Path | None) -> None:
     if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise UserError(f"--json {file}: can't be written; name a file in a folder that exists")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return sorted({_count(part) for part in text.split(",")})
 
 
 if __name__ == "__main__":

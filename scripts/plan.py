@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 the input is wrong.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.command import at_least
 from model.errors import UserError, cli
+from scripts.bench import check_writable
 from training.planning.gpus import GPUS
 
 
@@ -48,8 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if not 0 < arguments.mfu <= 1:
         parser.error(f"--mfu {arguments.mfu}: give a share above 0 and at most 1, such as 0.4")
-    if arguments.json and not os.access(arguments.json.parent, os.W_OK):
-        parser.error(f"--json {arguments.json}: {arguments.json.parent} is no folder that you may write; name one")
+    check_writable(arguments.json)
     return arguments
 
 

@@ -10,10 +10,10 @@ import json
 import sys
 import time
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
 from eval.conformance.__main__ import ATTENTION, runs_of_windows
+from eval.models import out_folder
 from model.errors import UserError, cli
 
 WINDOWED = {"sliding_window": 8}
@@ -89,14 +89,14 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ARCHITECTURES]:
         raise UserError(f"unknown model type {unknown[0]!r}; known: {', '.join(ARCHITECTURES)}")
-    results = {}
+    results, out = {}, out_folder(args.out)
     for name in args.names or ARCHITECTURES:
         results[name] = examine(name)
         print(
             f"{name}: {results[name].get('not_examined') or table({name: results[name]}).splitlines()[-1]}", flush=True
         )
-        Path(args.out, "architectures.json").write_text(json.dumps(results, indent=1))
-        Path(args.out, "architectures.md").write_text(table(results))
+        (out / "architectures.json").write_text(json.dumps(results, indent=1))
+        (out / "architectures.md").write_text(table(results))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import json
 import platform
 import resource
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from eval.command import at_least, names
+from eval.models import out_folder
 from model import windows
 from model.errors import UserError, cli
 
@@ -108,12 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     args = new_parser().parse_args()
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out!r} can't be created ({error.strerror}); choose another folder") from error
-    result, console = measure(args), Console(width=None if sys.stdout.isatty() else 120)
+    out, result, console = out_folder(args.out), measure(args), Console(width=None if sys.stdout.isatty() else 120)
     (out / "proof.json").write_text(json.dumps(result, indent=1))
     print_result(result, console)
     console.print(f"Peak memory {result['peak_memory_mib']:,} MiB. Written: {out / 'proof.json'}", highlight=False)

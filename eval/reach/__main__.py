@@ -46,17 +46,12 @@ def measure(examined: Examined, haystack: Haystack, seed: int = 0, texts: int = 
         "seed": seed,
         "receptive_field": None if examined.reach is None else examined.reach + 1,
         "reach_of_other_tokens": windows.reach_of_other_tokens(examined.specs),
-        "layer_kinds": [f"{spec.kind}:{spec.window}" if spec.window else spec.kind for spec in examined.specs],
         "layer_specs": [vars(spec) for spec in examined.specs],
         "cliff": rows,
         "cliff_note": note,
         "cliff_holds": cliff_holds(rows) if rows else None,
         "gradient": field,
-        "alpha": {
-            "residual_share": alpha,
-            "attention_share": None if alpha is None else 1 - alpha,
-            "residual_share_by_layer": alphas,
-        },
+        "alpha": {"residual_share": alpha, "residual_share_by_layer": alphas},
         "predictions": predictions(examined, alphas),
         "haystack": haystack.name,
     }

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import linregress
 from torch import Tensor, nn
 
 from eval.forward import body
@@ -57,23 +56,6 @@ def energy_quantiles(energy: np.ndarray, window: int | None, reach: int | None) 
     ]
 
 
-def fit_decay(energy: np.ndarray, reach: int | None) -> dict[str, dict[str, float]]:
-    """Least squares on the log energy at distances 1..R: an exponential exp(-d/length) and a power d^-exponent.
-
-    Empty when fewer than three of these distances have any energy.
-    """
-    value = energy[1 : (reach or len(energy)) + 1]
-    distance = np.arange(1, len(value) + 1, dtype=np.float64)[value > 1e-30]
-    if len(distance) < 3:
-        return {}
-    log = np.log(value[value > 1e-30])
-    line, power = linregress(distance, log), linregress(np.log(distance), log)
-    return {
-        "exponential": {"length_tokens": -1.0 / line.slope if line.slope else np.inf, "r_squared": line.rvalue**2},
-        "power": {"exponent": -power.slope, "r_squared": power.rvalue**2},
-    }
-
-
 def untrained(examined: Examined) -> nn.Module:
     """The same architecture before training: drawn by our seeded initialisation, or by the library's default."""
     if not examined.ours:
@@ -90,16 +72,13 @@ def untrained(examined: Examined) -> nn.Module:
 
 
 def gradient_field(examined: Examined, texts: Tensor, seed: int = 0) -> dict[str, Any]:
-    """{"before": {...}, "after": {...}}: energy by distance, quantiles and fits, before and after training."""
+    """{"before": {...}, "after": {...}}: energy by distance and its quantiles, before and after training."""
     field: dict[str, Any] = {"texts": texts.shape[0], "tokens": texts.shape[1]}
     window, reach = examined.window, examined.reach
     for moment, model in (("before", untrained(examined)), ("after", examined.model)):
         energy = gradient_energy(model, texts, seed=seed)
-        others = np.concatenate([[0.0], energy[1:]])
         field[moment] = {
             "energy": [float(f"{value:.4g}") for value in energy],
             "quantiles": energy_quantiles(energy, window, reach),
-            "quantiles_beyond_own_token": energy_quantiles(others, window, reach),
-            "fits": fit_decay(energy, reach),
         }
     return field

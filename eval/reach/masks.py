@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.errors import UserError, cli
+from eval.models import out_folder
+from model.errors import cli
 from model.windows import LayerSpec
 from training.settings.config_file import load_settings
 
@@ -32,17 +33,13 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", metavar="CONFIG.yaml")
     parser.add_argument("--out", metavar="DIR", default=".", help="folder for the pictures; default: this folder")
     args = parser.parse_args()
-    settings, out = load_settings(args.config, []), Path(args.out)
+    settings = load_settings(args.config, [])
 
     from training.planning.dry_run import vocab_size
     from training.settings.build import model_config
 
     specs = model_config(settings, vocab_size(settings)).specs
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out!r} can't be made ({error.strerror}); name a folder you may write") from error
-    print(f"Written: {', '.join(map(str, write(specs, out)))}")
+    print(f"Written: {', '.join(map(str, write(specs, out_folder(args.out))))}")
 
 
 if __name__ == "__main__":

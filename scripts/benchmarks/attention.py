@@ -6,7 +6,7 @@ Legend: n tokens, W window, B batch, H heads, G kv heads, D head size.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -54,7 +54,7 @@ GPU_AIMS = (  # the same beside the fastest causal kernel, which is CAUSAL or CA
 )
 
 
-def bench_attention(setup: Setup, lengths: list[int], windows: list[int]) -> list[Row]:
+def bench_attention(setup: Setup, lengths: Sequence[int], windows: Sequence[int]) -> list[Row]:
     """All peers, forward and forward + backward: several lengths at one window, several windows at one length."""
     middle = LENGTH if LENGTH in lengths else lengths[-1]
     shapes = [Shape(n, WINDOW) for n in lengths] + [Shape(middle, w) for w in windows if w != WINDOW and w < middle]
@@ -97,7 +97,7 @@ def _aim_case(shape: Shape) -> str:
     return f"{sizes}, at most {gain:.2f} x causal"
 
 
-def bench_lengths(setup: Setup, lengths: list[int]) -> list[Row]:
+def bench_lengths(setup: Setup, lengths: Sequence[int]) -> list[Row]:
     """Seconds and peak bytes of our forward + backward on long sequences."""
     rows: list[Row] = []
     for n in lengths:

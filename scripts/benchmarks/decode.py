@@ -1,6 +1,6 @@
 """Generation beside the caches of `transformers`: decoding, the prompt (prefill), and a long stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -57,7 +57,7 @@ class Loop(Generation):
 
 
 def bench_decode(
-    setup: Setup, prompt_tokens: int, new_tokens: int, batches: list[int], only: str = ""
+    setup: Setup, prompt_tokens: int, new_tokens: int, batches: Sequence[int], only: str = ""
 ) -> list[Row]:  # fmt: skip
     """Greedy tokens of the same weights: our ring against the caches of transformers. All use `generate` on a CPU.
 
@@ -101,7 +101,7 @@ def _ids(setup: Setup, vocab_size: int, *shape: int) -> Tensor:
     return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(setup.device)
 
 
-def bench_prefill(setup: Setup, lengths: list[int], beside: int) -> list[Row]:
+def bench_prefill(setup: Setup, lengths: Sequence[int], beside: int) -> list[Row]:
     """A prompt read into the cache, W = 256: ours alone at several lengths, with sdpa at `beside` tokens."""
     settings, smaller = setup.settings, {"sliding_window": PREFILL_WINDOW, "num_hidden_layers": PREFILL_LAYERS}
     config = plain_config(settings.model_copy(update={"model": settings.model.model_copy(update=smaller)}))

@@ -141,7 +141,7 @@ def test_a_program_without_a_guarded_main_ends_with_the_reason(many, tmp_path):
     (tmp_path / "program.py").write_text(KILLED.partition("settings =")[0] + settings + call)
     root = str(Path(encoding.__file__).parents[1])
     command, env = [sys.executable, str(tmp_path / "program.py")], os.environ | {"PYTHONPATH": root}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
     assert 'put the program under `if __name__ == "__main__":`' in result.stderr
 
 

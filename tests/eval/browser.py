@@ -40,7 +40,7 @@ def look(page: Path, script: str, width: int, folder: Path) -> tuple[Any, list[s
     shown = subprocess.run(
         [CHROMIUM, *QUIET, "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}",
          "--virtual-time-budget=5000", "--window-size=1300,900", "--dump-dom", frame.resolve().as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     found = re.search(r'<pre id="found">(.*?)</pre>', shown.stdout, re.DOTALL)
     assert found, f"the browser showed nothing:\n{shown.stdout[:500]}\n{shown.stderr[-2000:]}"

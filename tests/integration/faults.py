@@ -84,7 +84,7 @@ class Trials:
         if command == "loss":
             arguments = ["eval.loss", str(self.run), "--max-tokens", "200", "--rows", "2"]
         process = Forked(arguments, environment=environment, preload=self.library)
-        said = "".join(process.communicate(timeout=120))
+        said = "".join(process.communicate(timeout=300))
         assert process.returncode is not None
         return process.returncode, said
 

@@ -131,7 +131,7 @@ def stop_after_step(folder: Path, step: int, processes: list[Forked]) -> None:
     for process in processes:
         process.send_signal(signal.SIGTERM)
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 75, errors
 
 
@@ -149,7 +149,7 @@ def test_when_one_rank_dies_the_other_ends_within_a_minute_with_a_message(tmp_pa
     assert "fault: another process of this run has ended, so this one ends too" in errors
     assert "the same command goes on from the last checkpoint" in errors
     assert "Traceback" not in errors
-    processes[victim].communicate(timeout=60)
+    processes[victim].communicate(timeout=300)
     assert checkpoints(tmp_path / "run")
 
 
@@ -159,7 +159,7 @@ def test_a_signal_to_launcher_and_ranks_alike_stops_all_with_a_checkpoint(tmp_pa
     launcher = start_as_a_user(config, processes=2)
     wait_for_step(tmp_path, 2, [launcher])
     os.killpg(launcher.pid, signal.SIGTERM)
-    out, errors = launcher.communicate(timeout=60)
+    out, errors = launcher.communicate(timeout=300)
     assert errors.count("SIGTERM: finishing this step, then a checkpoint") == 2
     assert out.count("stopped at step") == 1
     assert len(checkpoints(tmp_path / "run")) == 1
@@ -171,7 +171,7 @@ def test_when_the_launcher_is_killed_its_processes_write_a_checkpoint_and_end(tm
     launcher = start_as_a_user(config, processes=2)
     wait_for_step(tmp_path, 2, [launcher])
     launcher.kill()
-    _, errors = launcher.communicate(timeout=60)  # until its processes, which have the same streams, have ended
+    _, errors = launcher.communicate(timeout=300)  # until its processes, which have the same streams, have ended
     assert errors.count("SIGTERM: finishing this step, then a checkpoint") == 2
     assert len(checkpoints(tmp_path / "run")) == 1
 

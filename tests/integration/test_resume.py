@@ -131,7 +131,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once_and_nothing_is_lost
     while process.poll() is None and not (tmp_path / "run/settings.yaml").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     assert "SIGTERM: stopped before the first step; run the same command again to go on" in errors
     assert "resumed" not in run(config)

@@ -1,4 +1,7 @@
-"""Weights and moments in shards (FSDP2), as a user launches it: the run of one process, resumed and exported."""
+"""Weights and moments in shards (FSDP2): the run of one process, resumed and exported.
+
+The first run is launched as a user does it. The others are forks with the environment that the launcher sets.
+"""
 
 import json
 import os
@@ -13,19 +16,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.integration.tiny_run import ROOT, losses, metrics, write_config
+from tests.integration.tiny_run import ROOT, losses, metrics, run, write_config
 
 OPTIONS = {"max_steps": 5, "save_every_steps": 3, "keep_checkpoints": 9, "optimizer": {"kind": "muon", "lr": 0.003}}
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp2-cpu-2.yaml"]
 
 
+SHARDED = {
+    "ACCELERATE_USE_CPU": "True", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
+
+
 def train(config: Path, *arguments: str, sharded: bool) -> str:
     """Muon steps its matrices and AdamW the rest, so both optimizers meet shards."""
-    command = [sys.executable, *(LAUNCH if sharded else []), str(ROOT / "train.py"), str(config), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    return run(config, *arguments, **{"processes": 2, "environment": SHARDED} if sharded else {})
 
 
 def figures(rows: dict[int, dict[str, Any]]) -> list[float]:
@@ -36,7 +41,10 @@ def figures(rows: dict[int, dict[str, Any]]) -> list[float]:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    train(write_config(folder, **OPTIONS), sharded=True)
+    command = [sys.executable, *LAUNCH, "train.py", str(write_config(folder, **OPTIONS))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return folder
 
 
@@ -47,14 +55,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def resumed(run: Path, folder: Path, *, sharded: bool) -> Path:
+def resumed(before: Path, folder: Path, *, sharded: bool) -> Path:
     """A copy of the run, resumed at step 3 of 5."""
-    shutil.copytree(run / "run", folder / "run")
+    shutil.copytree(before / "run", folder / "run")
     for part in ("train.txt", "heldout.txt"):
-        shutil.copy(run / part, folder / part)
-    shutil.copytree(run / "cache", folder / "cache")
+        shutil.copy(before / part, folder / part)
+    shutil.copytree(before / "cache", folder / "cache")
     for settings in ("tiny.yaml", "run/settings.yaml"):
-        (folder / settings).write_text((run / settings).read_text().replace(str(run), str(folder)))
+        (folder / settings).write_text((before / settings).read_text().replace(str(before), str(folder)))
     output = train(folder / "tiny.yaml", "--resume", str(folder / "run/checkpoints/step-000003"), sharded=sharded)
     assert "at step 3" in output
     return folder
@@ -85,6 +93,7 @@ def test_each_process_writes_its_half_of_the_moments(sharded: Path, alone: Path)
 def test_sharded_run_resumes_bit_for_bit(sharded: Path, tmp_path: Path) -> None:
     again = resumed(sharded, tmp_path, sharded=True)
     assert losses(again) == losses(sharded)
+    assert len(list((again / "run/checkpoints/step-000005").glob("shard-*"))) == 2
     assert all(torch.equal(w, weights(sharded)[name]) for name, w in weights(again).items())
 
 

@@ -99,12 +99,14 @@ def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def start_ranks(config: Path, *arguments: str, processes: int) -> list[Forked]:
+def start_ranks(
+    config: Path, *arguments: str, processes: int, environment: dict[str, str] | None = None
+) -> list[Forked]:  # fmt: skip
     """What a launcher does: one process a rank, with the same address in their environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | (environment or {})
     return [
         start(config, *arguments, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
@@ -113,7 +115,9 @@ def start_ranks(config: Path, *arguments: str, processes: int) -> list[Forked]:
 
 def run(*arguments: Any, expect: int = 0, processes: int = 1, **options: Any) -> str:
     """Both streams of a finished run, of all its processes one after another; the exit code of each is checked."""
-    started = [start(*arguments, **options)] if processes == 1 else start_ranks(*arguments, processes=processes)
+    started = (
+        [start(*arguments, **options)] if processes == 1 else start_ranks(*arguments, processes=processes, **options)
+    )
     texts = []
     for process in started:
         out, errors = process.communicate(timeout=300)
@@ -126,9 +130,10 @@ def wait_for_step(folder: Path, step: int, processes: Sequence[Forked | subproce
     """Until `step` is logged, or a process has ended."""
     log = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+    while all(process.poll() is None for process in processes):
         if log.exists() and f'"step": {step}, "kind": "train"' in log.read_text():
             return
+        assert time.monotonic() < deadline, f"step {step} is not logged after 300 s"
         time.sleep(0.005)
 
 
@@ -137,7 +142,7 @@ def kill_after_step(folder: Path, config: Path, step: int, number: signal.Signal
     process = start(config)
     wait_for_step(folder, step, [process])
     process.send_signal(number)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode is not None
     return process.returncode
 

@@ -38,8 +38,8 @@ def test_the_command_prints_a_table_and_writes_rows_with_the_fixed_keys(
 
 def test_stream_and_lists_of_lengths_have_defaults() -> None:
     arguments = bench.parse(["all", "model.hidden_size=64", "--lengths", "512,256,512"])
-    assert (arguments.lengths, arguments.windows) == ([256, 512], [16, 32, 64, 128, 256, 512])
-    assert (arguments.tokens, arguments.seq_lens, arguments.overrides) == (131_072, [], ["model.hidden_size=64"])
+    assert (arguments.lengths, arguments.windows) == ((256, 512), (16, 32, 64, 128, 256, 512))
+    assert (arguments.tokens, arguments.seq_lens, arguments.overrides) == (131_072, (), ["model.hidden_size=64"])
 
 
 @pytest.mark.parametrize("option", ["--rounds=0", "--lengths=512,0", "--threads=-1", "--seq-lens=64,x"])

@@ -379,7 +379,7 @@ def test_an_endless_process_streams_as_it_writes_until_a_signal(run: Path) -> No
     assert process.stdout is not None
     assert len(process.stdout.read(2000)) == 2000  # before it has ended
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert b"tokens/s; cache 1,280 bytes" in told
     assert b"Traceback" not in told

@@ -66,7 +66,7 @@ def test_overrides_are_taken_and_the_table_names_each_part_of_memory(
         (["--gpu", "h10"], r"argument --gpu: invalid choice: 'h10' \(choose from '?a10'?"),
         (["--gpus", "0"], "argument --gpus: '0': give a whole number of at least 1"),
         (["--mfu", "1.5"], "--mfu 1.5: give a share above 0 and at most 1, such as 0.4"),
-        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: /nowhere is no folder that you may write; name"),
+        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: can't be written; name a file"),
         (["training.precision=fp32"], "training.precision is fp32, but the known rates of GPUs are those of bf16"),
         (["training.max_stebs=1"], r"did you mean training.max_steps\?"),
     ],

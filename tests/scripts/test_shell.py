@@ -23,7 +23,7 @@ def run(folder: Path, script: str, *arguments: str, **environment: str) -> subpr
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -162,15 +162,16 @@ def start_quickstart(clone: Path, training: str) -> tuple[subprocess.Popen[bytes
     environment = os.environ | {"GPUS": "0", "FAIL": "nothing", "LAUNCH": ""}
     process = subprocess.Popen(command, cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (clone / "pid").exists() or not (clone / "pid").read_text():
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     return process, int((clone / "pid").read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_quickstart_and_the_step_that_runs(clone: Path, number: signal.Signals) -> None:
-    process, leader = start_quickstart(clone, "sleep 60 &\nwait")
+    process, leader = start_quickstart(clone, "sleep 600 &\nwait")
     process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert b"stopped; run the same command again to go on" in output
     with pytest.raises(ProcessLookupError):
@@ -181,5 +182,5 @@ def test_a_signal_ends_the_quickstart_and_the_step_that_runs(clone: Path, number
 def test_when_the_quickstart_is_killed_its_training_gets_a_sigterm(clone: Path) -> None:
     process, _ = start_quickstart(clone, "trap 'echo asked to stop; exit' TERM\nwhile :; do sleep 0.1; done")
     process.kill()
-    output, _ = process.communicate(timeout=30)  # until the training, which has the same stream, has ended
+    output, _ = process.communicate(timeout=300)  # until the training, which has the same stream, has ended
     assert output.endswith(b"asked to stop\n")

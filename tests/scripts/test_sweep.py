@@ -112,7 +112,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str] | None
     deadline = time.monotonic() + 600
     while not happened():
         assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "it has not happened after 600 s"
         time.sleep(0.02)
 
 

@@ -280,7 +280,7 @@ def test_the_command_writes_json_and_its_exit_code_tells_of_faults(
         sys.executable, "-m", "eval.conformance.served", "--endpoint", server.url, "--model", "tiny",
         "--window", str(WINDOW), "--layers", str(LAYERS), "--texts", "1", "--json", str(tmp_path / "served.json"),
     ]  # fmt: skip
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stderr
     assert ("FAULT:" in done.stdout) == bool(code)
     assert json.loads((tmp_path / "served.json").read_text())["seen"] == LAYERS * (window - 1)

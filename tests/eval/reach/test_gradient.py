@@ -1,4 +1,4 @@
-"""The gradient field: cases whose energy, quantiles and fits are known beforehand."""
+"""The gradient field: cases whose energy and quantiles are known beforehand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -69,21 +69,3 @@ def test_quantiles_are_the_first_distance_within_which_so_much_lies() -> None:
     assert [row["in_windows"] for row in rows] == [0.0, 1.5, 2.5]
     assert [row["percent_of_reach"] for row in rows] == [0.0, 60.0, 100.0]
     assert gradient.energy_quantiles(energy, None, None)[1]["in_windows"] is None
-
-
-def test_fits_find_an_exponential_and_a_power_law() -> None:
-    distance = np.arange(1, 200, dtype=np.float64)
-    exponential = gradient.fit_decay(np.concatenate([[1.0], np.exp(-distance / 7.5)]), None)
-    assert exponential["exponential"] == pytest.approx({"length_tokens": 7.5, "r_squared": 1.0}, rel=1e-3)
-    assert exponential["power"]["r_squared"] < 0.95
-    power = gradient.fit_decay(np.concatenate([[1.0], distance**-1.5]), None)
-    assert power["power"] == pytest.approx({"exponent": 1.5, "r_squared": 1.0})
-    assert power["exponential"]["r_squared"] < 0.95
-
-
-def test_fits_look_at_the_reach_only_and_need_three_distances() -> None:
-    energy = np.array([1.0, 0.5, 0.25, 0.125, 99.0, 99.0])
-    fit = gradient.fit_decay(energy, reach=3)["exponential"]
-    assert fit == pytest.approx({"length_tokens": 1 / np.log(2), "r_squared": 1.0})
-    assert gradient.fit_decay(energy, reach=2) == {}
-    assert gradient.fit_decay(np.array([1.0, 0.5, 0.0, 0.2, 0.0]), None) == {}

@@ -117,4 +117,4 @@ def test_a_config_or_folder_that_can_not_be_used_is_refused(
     assert "none.yaml" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert call(monkeypatch, "--out", tmp_path / "file") == 2
-    assert "can't be made (File exists); name a folder you may write" in capsys.readouterr().err
+    assert "can't be created (File exists); choose another folder" in capsys.readouterr().err
