@@ -54,15 +54,16 @@ class ConcatRows:
         return max(0, self.store.n_tokens - 1) // self.seq_len
 
     def read(self, row: int) -> TextRow:
-        return labelled(*self.store.read(row * self.seq_len, self.seq_len + 1))
+        return labelled(self.store, row * self.seq_len, self.seq_len)
 
     def shard_of(self, row: int) -> int:
         return self.store.shard_at(row * self.seq_len)
 
 
-def labelled(tokens: IntArray, documents: IntArray) -> TextRow:
-    """The row of all tokens but the last one, which is only predicted: the next token within the document."""
-    labels = np.where(documents[1:] == documents[:-1], tokens[1:], UNSCORED)
+def labelled(store: TokenStore, start: int, n: int) -> TextRow:
+    """`n` tokens from `start` on. Each predicts the next token of its document, where the store says that it counts."""
+    (tokens, documents), scored = store.read(start, n + 1), store.scored(start, n + 1)
+    labels = np.where((documents[1:] == documents[:-1]) & scored[1:], tokens[1:], UNSCORED)
     return TextRow(tokens[:-1], labels, documents[:-1] - documents[0])
 
 
@@ -153,7 +154,7 @@ class BestFitRows:
         padding = len(ends)  # padding is a document of its own, in which nothing is scored
         result = TextRow(*(np.full(self.seq_len, blank) for blank in (0, UNSCORED, padding)))
         for number, (start, first, last) in enumerate(zip(starts.tolist(), [0, *ends.tolist()], ends.tolist())):
-            piece = labelled(*self.store.read(base + start, last - first + 1))
+            piece = labelled(self.store, base + start, last - first)
             result.tokens[first:last], result.labels[first:last] = piece.tokens, piece.labels
             result.documents[first:last] = number
         return result
