@@ -148,7 +148,7 @@ class BestFitRows:
 
     def read(self, row: int) -> TextRow:
         shard = self.shard_of(row)
-        packed = _open_packed(self.folder, shard)
+        packed = self.packed(shard)
         pieces = slice(*packed.first_pieces[row - self.first_rows[shard] :][:2].tolist())
         base, starts, ends = int(self.store.first_tokens[shard]), packed.starts[pieces], packed.lengths[pieces].cumsum()
         padding = len(ends)  # padding is a document of its own, in which nothing is scored
@@ -161,6 +161,27 @@ class BestFitRows:
 
     def shard_of(self, row: int) -> int:
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
+
+    def packed(self, shard: int) -> PackedRows:
+        return _open_packed(self.folder, shard)
+
+
+class HeldOutRows(BestFitRows):
+    """The same in memory, for held-out conversations: an answer that is cut from its question says little."""
+
+    def __init__(self, store: TokenStore, seq_len: int):
+        self.store, self.seq_len = store, seq_len
+        self.shards = [_best_fit(store, seq_len, shard) for shard in range(len(store.shards))]
+        self.first_rows = np.cumsum([0, *(len(packed.first_pieces) - 1 for packed in self.shards)])
+
+    def packed(self, shard: int) -> PackedRows:
+        return self.shards[shard]
+
+
+def _best_fit(store: TokenStore, seq_len: int, shard: int) -> PackedRows:
+    """The rows of a shard."""
+    end = np.diff(store.first_tokens)[shard]
+    return best_fit(np.diff(store.shard(shard).starts, append=end), seq_len)
 
 
 @lru_cache(maxsize=64)
@@ -181,8 +202,8 @@ def prepare_best_fit(store: TokenStore, seq_len: int, folder: Path) -> Path:
 def _write_best_fit(store: TokenStore, seq_len: int, folder: Path) -> None:
     with written_whole(folder) as aside:
         rows = [0]
-        for number, end in enumerate(np.diff(store.first_tokens)):
-            packed = best_fit(np.diff(store.shard(number).starts, append=end), seq_len)
+        for number in range(len(store.shards)):
+            packed = _best_fit(store, seq_len, number)
             for name, array in packed._asdict().items():
                 np.save(aside / f"{number:05}-{name}.npy", array)
             rows.append(len(packed.first_pieces) - 1)

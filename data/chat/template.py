@@ -48,7 +48,6 @@ class ChatTemplate:
     """Encodes conversations. Raises UserError for a tokenizer without a template, and for one that can't be parsed."""
 
     def __init__(self, tokenizer: "Tokenizer"):
-        import jinja2
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         if tokenizer.chat_template is None:
@@ -63,10 +62,10 @@ class ChatTemplate:
         self.backend = copy.deepcopy(hf.backend_tokenizer)
         self.backend.post_processor = None  # it may take blanks out of the offsets of a token
         try:
-            compiled = _compile_jinja_template(self.source)
-        except jinja2.TemplateError as error:
-            at = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise UserError(f"the chat template is damaged: {at}{error}; name another in data.chat_template") from error
+            with bounded():  # constant expressions are computed now
+                compiled = _compile_jinja_template(self.source)
+        except BadRow as reason:
+            raise UserError(f"{reason}; name another in data.chat_template") from reason
         compiled.environment.globals["strftime_now"] = lambda form: TODAY.strftime(form)
         self.marks_answers = re.search(r"{%[-+]?\s*generation\b", self.source) is not None
 
@@ -154,6 +153,8 @@ def _places(text: str, messages: Sequence[Message]) -> list[tuple[int, str]]:
 @contextmanager
 def bounded() -> Iterator[None]:
     """Bound the time and the memory of what is done inside, and say each failure as a `BadRow`."""
+    from jinja2 import TemplateSyntaxError
+
     try:
         with _memory(), _time():
             yield
@@ -164,7 +165,9 @@ def bounded() -> Iterator[None]:
     except MemoryError as error:
         raise BadRow(f"the chat template takes more than {MOST_MEMORY >> 20:,} MiB") from error
     except Exception as error:  # a template may raise any, e.g. by 1 / 0
-        raise BadRow(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
+        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise BadRow(f"the chat template fails: {line}{reason}") from error
 
 
 @contextmanager
