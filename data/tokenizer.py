@@ -22,8 +22,6 @@ import sentencepiece
 from numpy.typing import NDArray
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from data.chat.template import FILE as TEMPLATE_FILE
-from data.chat.template import read_template
 from data.folders import written_whole
 from data.pretrained import SMOLLM2, checkpoint_folder
 from data.settings import DataSettings, RunSettings
@@ -34,9 +32,9 @@ from model.errors import UserError, read_small_file
 if TYPE_CHECKING:
     import tokenizers
 
-FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+FILE, JSON_FILE, TEMPLATE_FILE = "tokenizer.model", "tokenizer.json", "chat_template.jinja"
 VERSION = 1  # raise it when the same text would give another tokenizer
-MOST_BYTES = 256 << 20  # of a tokenizer's file
+MOST_BYTES, MOST_TEMPLATE_BYTES = 256 << 20, 1 << 20  # of a tokenizer's file, and of a chat template
 TRAINING_CHARACTERS = 50_000_000  # more text gives no better tokens
 
 _Piece = ModelProto.SentencePiece  # has the types of tokens
@@ -227,8 +225,19 @@ def _tokenizer_file(name: str | Path) -> Path:
 def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
     """A model, with the chat template beside it."""
     template = file.parent / TEMPLATE_FILE
-    written = read_template(template, "the chat template") if template.is_file() else None
+    written = _template(template, "the chat template") if template.is_file() else None
     return SentencePieceTokenizer(read_small_file(file, MOST_BYTES), written)
+
+
+def _template(path: str | Path, setting: str) -> str:
+    """The text of a chat template."""
+    try:
+        return read_small_file(path, MOST_TEMPLATE_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(
+            f"{setting} {str(path)!r} can't be read: {reason}; name a file such as {TEMPLATE_FILE}"
+        ) from error
 
 
 def _from_json(file: Path) -> HubTokenizer:
@@ -253,7 +262,7 @@ def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
     data = settings.data
     tokenizer = load_tokenizer(data.tokenizer.model_file or _trained(data))
     if data.chat_template is not None:
-        tokenizer.chat_template = read_template(data.chat_template)
+        tokenizer.chat_template = _template(data.chat_template, "data.chat_template")
     return tokenizer
 
 

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.chat.messages import ANSWERER, BadRow, Message
-from model.errors import UserError, read_small_file
+from model.errors import UserError
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
-FILE = "chat_template.jinja"  # beside the files of a tokenizer
-MOST_BYTES = 1 << 20  # of a template
 MOST_SECONDS, MOST_MEMORY = 10.0, 1 << 30  # of one conversation
 TODAY = datetime(2025, 1, 1)  # for templates that write the date: the same text must always give the same tokens
 VERSION = 1  # raise it when the same conversation and template would give other tokens or answers
@@ -53,7 +51,7 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             raise UserError(
                 "the tokenizer has no chat template, which the conversations need; set data.chat_template to a file "
-                f"such as {FILE}, or data.tokenizer.model_file to a folder that holds one"
+                "such as chat_template.jinja, or data.tokenizer.model_file to a folder that holds one"
             )
         self.tokenizer, self.source = tokenizer, tokenizer.chat_template
         hf = tokenizer.hugging_face()
@@ -127,15 +125,6 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt, **self.variables,
         )  # fmt: skip
         return text, spans[0] if spans else []
-
-
-def read_template(path: str | Path, setting: str = "data.chat_template") -> str:
-    """The text of a template. Raises UserError if the file can't be read."""
-    try:
-        return read_small_file(path, MOST_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{setting} {str(path)!r} can't be read: {reason}; name a file such as {FILE}") from error
 
 
 def _places(text: str, messages: Sequence[Message]) -> list[tuple[int, str]]:

@@ -234,6 +234,10 @@ def test_bad_conversations_are_skipped_up_to_a_number_and_counted(chat: Make) ->
 def test_a_source_of_conversations_needs_a_template(chat: Make) -> None:
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         prepare(chat(chat_template=None))
+    with pytest.raises(
+        UserError, match=r"data\.chat_template 'no\.jinja' can't be read: No such file or directory; name"
+    ):
+        prepare(chat(chat_template="no.jinja"))
 
 
 def test_recall_rows_with_conversations_as_filler_do_not_train_their_prompts(
