@@ -167,7 +167,7 @@ def test_damaged_answers_are_found_by_their_hash_and_short_ones_by_their_size(ch
 
 
 def test_prompts_and_answers_in_two_columns_are_conversations_of_two_messages(chat: Make, tmp_path: Path) -> None:
-    pairs = [{"q": f"{i} the sea", "a": {"text": f"calm {i}"}} for i in range(20)]
+    pairs: list[dict[str, Any]] = [{"q": f"{i} the sea", "a": {"text": f"calm {i}"}} for i in range(20)]
     columns = {"messages_column": None, "prompt_column": "q", "answer_column": "a.text"}
     folder, tokenizer = prepare(chat(pairs, **columns))
     stores = open_tokens(folder, tokenizer).values()
