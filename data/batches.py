@@ -76,13 +76,14 @@ def recall_batch(
 def _fillers(
     draws: Draws, store: TokenStore, vocab: RecallVocabulary, seq_len: int, noise: bool
 ) -> tuple[IntArray, IntArray]:
-    """(B, T) filler of each sequence, and the number of the document of each token; -1 for noise."""
+    """(B, T) filler of each sequence, and the number of the document of each token; -1 for what is not scored."""
     if noise:
         filler = vocab.plain[draws.integers("noise", seq_len, len(vocab.plain))]
         return filler, np.full_like(filler, -1)
     starts = draws.integers("start", 1, filler_room(store, seq_len))[:, 0].tolist()
-    text, documents = zip(*(store.read(start, seq_len) for start in starts))
-    return np.stack(text), np.stack(documents)
+    text, documents = map(np.stack, zip(*(store.read(start, seq_len) for start in starts)))
+    scored = np.stack([store.scored(start, seq_len) for start in starts])
+    return text, np.where(scored, documents, -1)
 
 
 def _filler_labels(text: IntArray, documents: IntArray, vocab: RecallVocabulary, tokens: IntArray) -> IntArray:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources import SPLITS, BadRow, Part, split_of, text_of
+from data.chat.messages import BadRow, content_of, conversation_of
+from data.chat.template import ChatTemplate
+from data.sources import SPLITS, Part, split_of, text_of, value_of
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,12 +44,28 @@ class Rows(NamedTuple):
     rows: list[Any]
 
 
+class Document(NamedTuple):
+    """A document in tokens."""
+
+    tokens: NDArray[Any]  # (n,) between the tokenizer's markers, or as the chat template has written it
+    answers: NDArray[np.int64]  # (answers, 4) `Answer` each; none of a text
+    n_bytes: int  # of its text, in UTF-8
+    content: bytes  # by which it is known
+
+
 class Encoded(NamedTuple):
-    """Documents of one split, each between the tokenizer's markers."""
+    """Documents of one split."""
 
     tokens: NDArray[Any]  # (n,) uint16 or uint32, all documents in order
     lengths: NDArray[np.int64]  # (documents,) tokens of each
     sizes: NDArray[np.int64]  # (documents,) UTF-8 bytes of their text
+    answers: NDArray[np.int64]  # (answers, 4) `Answer` each, positions in `tokens`
+
+    def first(self, n: int) -> "Encoded":
+        """The first `n` documents."""
+        tokens = int(self.lengths[:n].sum())
+        answers = self.answers[self.answers[:, 1] <= tokens]
+        return Encoded(self.tokens[:tokens], self.lengths[:n], self.sizes[:n], answers)
 
 
 class Batch(NamedTuple):
@@ -61,26 +79,39 @@ class Encoder(NamedTuple):
     """Encodes rows. `share` of the documents are held out where their part does not say."""
 
     tokenizer: "Tokenizer"
-    column: str
+    columns: tuple[str, ...]
     share: float
+    chat: ChatTemplate | None = None  # for conversations
 
     def __call__(self, batch: list[Rows]) -> Batch:
-        splits: dict[str, list[tuple[NDArray[Any], int]]] = {split: [] for split in SPLITS}
-        bad, dtype, tokenizer = [], token_dtype(self.tokenizer), self.tokenizer
-        before, after = (np.array([] if i is None else [i], dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
+        splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+        bad = []
         for (part, first), named, rows in batch:
             for number, row in enumerate(rows, first):
                 try:
-                    text, content = text_of(row, self.column)
+                    document = self._conversation(row, self.chat) if self.chat else self._text(row)
                 except BadRow as reason:
                     bad.append((Position(part, number), str(reason)))
                     continue
-                if text.strip():
-                    ids = np.concatenate(
-                        [before, *(np.array(tokenizer.encode(t), dtype) for t in self._cut(text)), after]
-                    )
-                    splits[named or split_of(content, self.share)].append((ids, len(content)))
-        return Batch({split: _joined(documents, dtype) for split, documents in splits.items()}, bad)
+                if document is not None:
+                    splits[named or split_of(document.content, self.share)].append(document)
+        return Batch({split: _joined(docs, token_dtype(self.tokenizer)) for split, docs in splits.items()}, bad)
+
+    def _text(self, row: Any) -> Document | None:
+        """None if it is empty."""
+        tokenizer, dtype = self.tokenizer, token_dtype(self.tokenizer)
+        text, content = text_of(row, self.columns)
+        if not text.strip():
+            return None
+        before, after = (np.array([] if i is None else [i], dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
+        ids = np.concatenate([before, *(np.array(tokenizer.encode(t), dtype) for t in self._cut(text)), after])
+        return Document(ids, np.zeros((0, 4), np.int64), len(content), content)
+
+    def _conversation(self, row: Any, chat: ChatTemplate) -> Document:
+        messages = conversation_of(value_of(row, self.columns), self.columns)
+        content, n_bytes = content_of(messages), sum(len(message["content"].encode()) for message in messages)
+        ids, answers = chat.encode(messages)
+        return Document(np.array(ids, token_dtype(self.tokenizer)), np.array(answers, np.int64), n_bytes, content)
 
     def _cut(self, text: str) -> Iterator[str]:
         """A long text in parts, where that changes no id: the ids of a whole book as a list take 50 bytes a byte."""
@@ -91,9 +122,17 @@ class Encoder(NamedTuple):
             start = end or len(text)
 
 
-def _joined(documents: list[tuple[NDArray[Any], int]], dtype: np.dtype[Any]) -> Encoded:
-    lengths, sizes = np.array([(len(ids), n) for ids, n in documents], dtype=np.int64).reshape(-1, 2).T
-    return Encoded(np.concatenate([np.zeros(0, dtype), *(ids for ids, _ in documents)]), lengths, sizes)
+def _joined(documents: list[Document], dtype: np.dtype[Any]) -> Encoded:
+    lengths, sizes = np.array([(len(d.tokens), d.n_bytes) for d in documents], dtype=np.int64).reshape(-1, 2).T
+    starts = (lengths.cumsum() - lengths).tolist()
+    answers = [np.zeros((0, 4), np.int64), *(moved(d.answers, start) for d, start in zip(documents, starts))]
+    tokens = np.concatenate([np.zeros(0, dtype), *(d.tokens for d in documents)])
+    return Encoded(tokens, lengths, sizes, np.concatenate(answers))
+
+
+def moved(answers: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    """(answers, 4) the positions of the same answers if so many tokens come before."""
+    return np.where(answers < 0, answers, answers + tokens)
 
 
 def token_dtype(tokenizer: "Tokenizer") -> np.dtype[Any]:
@@ -148,7 +187,7 @@ def _batches(parts: Sequence[Part], start: Position) -> Iterator[tuple[list[Rows
         for row in part.rows(first):
             rows.append(row)
             row_number += 1
-            size += len(row) if isinstance(row, (str, bytes)) else 1
+            size += len(row if isinstance(row, (str, bytes)) else repr(row))
             if size >= BATCH:
                 yield [*batch, Rows(Position(number, first), part.split, rows)], Position(number, row_number), size
                 batch, rows, first, size = [], [], row_number, 0

@@ -54,15 +54,16 @@ class ConcatRows:
         return max(0, self.store.n_tokens - 1) // self.seq_len
 
     def read(self, row: int) -> TextRow:
-        return labelled(*self.store.read(row * self.seq_len, self.seq_len + 1))
+        return labelled(self.store, row * self.seq_len, self.seq_len)
 
     def shard_of(self, row: int) -> int:
         return self.store.shard_at(row * self.seq_len)
 
 
-def labelled(tokens: IntArray, documents: IntArray) -> TextRow:
-    """The row of all tokens but the last one, which is only predicted: the next token within the document."""
-    labels = np.where(documents[1:] == documents[:-1], tokens[1:], UNSCORED)
+def labelled(store: TokenStore, start: int, n: int) -> TextRow:
+    """`n` tokens from `start` on. Each predicts the next token of its document, where the store says that it counts."""
+    (tokens, documents), scored = store.read(start, n + 1), store.scored(start, n + 1)
+    labels = np.where((documents[1:] == documents[:-1]) & scored[1:], tokens[1:], UNSCORED)
     return TextRow(tokens[:-1], labels, documents[:-1] - documents[0])
 
 
@@ -152,19 +153,40 @@ class BestFitRows:
 
     def read(self, row: int) -> TextRow:
         shard = self.shard_of(row)
-        packed = _open_packed(self.folder, shard)
+        packed = self.packed(shard)
         pieces = slice(*packed.first_pieces[row - self.first_rows[shard] :][:2].tolist())
         base, starts, ends = int(self.store.first_tokens[shard]), packed.starts[pieces], packed.lengths[pieces].cumsum()
         padding = len(ends)  # padding is a document of its own, in which nothing is scored
         result = TextRow(*(np.full(self.seq_len, blank) for blank in (0, UNSCORED, padding)))
         for number, (start, first, last) in enumerate(zip(starts.tolist(), [0, *ends.tolist()], ends.tolist())):
-            piece = labelled(*self.store.read(base + start, last - first + 1))
+            piece = labelled(self.store, base + start, last - first)
             result.tokens[first:last], result.labels[first:last] = piece.tokens, piece.labels
             result.documents[first:last] = number
         return result
 
     def shard_of(self, row: int) -> int:
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
+
+    def packed(self, shard: int) -> PackedRows:
+        return _open_packed(self.folder, shard)
+
+
+class HeldOutRows(BestFitRows):
+    """The same in memory, for held-out conversations: an answer that is cut from its question says little."""
+
+    def __init__(self, store: TokenStore, seq_len: int):
+        self.store, self.seq_len = store, seq_len
+        self.shards = [_best_fit(store, seq_len, shard) for shard in range(len(store.shards))]
+        self.first_rows = np.cumsum([0, *(len(packed.first_pieces) - 1 for packed in self.shards)])
+
+    def packed(self, shard: int) -> PackedRows:
+        return self.shards[shard]
+
+
+def _best_fit(store: TokenStore, seq_len: int, shard: int) -> PackedRows:
+    """The rows of a shard."""
+    end = np.diff(store.first_tokens)[shard]
+    return best_fit(np.diff(store.shard(shard).starts, append=end), seq_len)
 
 
 @lru_cache(maxsize=64)
@@ -185,8 +207,8 @@ def prepare_best_fit(store: TokenStore, seq_len: int, folder: Path) -> Path:
 def _write_best_fit(store: TokenStore, seq_len: int, folder: Path) -> None:
     with written_whole(folder) as aside:
         rows = [0]
-        for number, end in enumerate(np.diff(store.first_tokens)):
-            packed = best_fit(np.diff(store.shard(number).starts, append=end), seq_len)
+        for number in range(len(store.shards)):
+            packed = _best_fit(store, seq_len, number)
             for name, array in packed._asdict().items():
                 np.save(aside / f"{number:05}-{name}.npy", array)
             rows.append(len(packed.first_pieces) - 1)

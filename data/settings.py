@@ -74,9 +74,30 @@ class SourceSettings(Strict):
     """Most text to hold out by `heldout_share`, in MB. Documents beyond it are neither trained on nor evaluated."""
     text_column: str = "text"
     """Column that holds the text in jsonl, json, csv and parquet files. `a.b` is column b within column a."""
+    messages_column: str | None = None
+    """Column that holds a conversation: a list of messages, each with a `role` and a `content`. The tokenizer's chat
+    template encodes it, and only the answers, the messages of the role `assistant`, are trained. Default: rows are
+    text. Set it to fine-tune on instructions."""
+    prompt_column: str | None = None
+    """Column that holds the user's message of a conversation of two messages. Set it with `answer_column` where rows
+    have no list of messages."""
+    answer_column: str | None = None
+    """Column that holds the answer to the message in `prompt_column`."""
     max_bad_rows: int = Field(0, ge=0, le=2**53)
     """Number of rows without readable text to skip. One more ends the preparation."""
     hub: HubSettings | None = None
+
+    @property
+    def conversations(self) -> bool:
+        """Whether rows hold conversations, of which only the answers are trained."""
+        return self.messages_column is not None or self.prompt_column is not None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The column that holds a document, or those of a prompt and its answer."""
+        if self.prompt_column is not None and self.answer_column is not None:
+            return self.prompt_column, self.answer_column
+        return (self.messages_column or (self.hub.text_column if self.hub else self.text_column),)
 
 
 class MixtureSource(SourceSettings):
@@ -96,6 +117,9 @@ class DataSettings(SourceSettings):
     """Several sources of text instead of the one above: each has the settings above, a `name` and a `weight`. See
     docs/data.md for an example."""
     tokenizer: TokenizerSettings = TokenizerSettings()
+    chat_template: str | None = None
+    """Jinja file that turns conversations into text. Default: the chat template of the tokenizer. Set it for a
+    tokenizer without one."""
     cache_dir: str = ".cache/data"
     """Folder for the trained tokenizer and the encoded text. Both are reused while the text stays the same."""
     seq_len: PositiveInt = 512

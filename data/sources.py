@@ -1,7 +1,8 @@
 """Reads documents from the novels, from local files (text, jsonl, csv, parquet) or from a data set of the hub.
 
 A source consists of parts. A part is a file or a split of a data set. Its rows are read one by one, from any row on; a
-row holds one document, and is no training sequence here. `text_of` returns the text of a row. Worker processes call it.
+row holds one document, and is no training sequence here. `text_of` returns the text of a row, and `value_of` what is in
+its columns. Worker processes call them.
 
 Held-out text is named by `heldout_files` or `hub.heldout_split`. If none is named, the hash of a document decides
 whether it is held out.
@@ -21,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.chat.messages import BadRow, content_of, conversation_of
 from data.folders import file_hashes, remembered
 from data.novels import BOOKS, novels
 from data.settings import DataSettings, MixtureSource
@@ -36,10 +38,6 @@ class JsonLine(bytes):
     """A row that is still to be parsed."""
 
 
-class BadRow(Exception):
-    """A row without readable text."""
-
-
 class Part(NamedTuple):
     """A file or a split of a data set. `rows(n)` reads from row n on, counted from 0."""
 
@@ -51,7 +49,7 @@ class Part(NamedTuple):
 
 def parts(source: MixtureSource) -> list[Part]:
     """All parts of a source, in a fixed order. Raises `UserError` for a missing file, and for one of both splits."""
-    shared, column = _splits_by_hash(source), column_of(source)
+    shared, columns = _splits_by_hash(source), source.columns
     if source.source == "novels":
         return [Part("novels", split, partial(_novel_rows, split)) for split in SPLITS]
     if source.hub:
@@ -62,24 +60,30 @@ def parts(source: MixtureSource) -> list[Part]:
         at = setting(source)
         raise UserError(f"{at}heldout_files: {str(min(both))!r} is one of {at}train_files too; leave it out of one")
     return [
-        Part(path.name, None if shared else split, partial(_file_rows, path, column), _bytes_of_text(path))
+        Part(path.name, None if shared else split, partial(_file_rows, path, columns), _bytes_of_text(path))
         for split, paths in files.items()
         for path in paths
     ]
 
 
-def text_of(row: Any, column: str) -> tuple[str, bytes]:
-    """The text of a row, and the same in UTF-8. Raises `BadRow` if it has none."""
+def value_of(row: Any, columns: tuple[str, ...]) -> Any:
+    """What a row has in its column, or in each of several. Raises `BadRow` if it can't be read."""
     if isinstance(row, JsonLine):
         try:
             row = json.loads(row)
         except (ValueError, RecursionError) as error:
             raise BadRow(f"not JSON in UTF-8 ({error})") from error
-        row = _cell(row, column)
+        row = _cells(row, columns)
     if isinstance(row, BadRow):
         raise row
+    return row
+
+
+def text_of(row: Any, columns: tuple[str, ...]) -> tuple[str, bytes]:
+    """The text of a row, and the same in UTF-8. Raises `BadRow` if it has none."""
+    row = value_of(row, columns)
     if not isinstance(row, str):
-        raise BadRow(f"column {column!r} holds {'nothing' if row is None else type(row).__name__}, not text")
+        raise BadRow(f"column {columns[0]!r} holds {'nothing' if row is None else type(row).__name__}, not text")
     try:
         return row, row.encode()
     except UnicodeEncodeError as error:
@@ -95,13 +99,14 @@ def split_of(text: bytes, share: float) -> str:
 def texts(source: MixtureSource, split: str) -> Iterator[str]:
     """The non-empty documents of a split, without those that can't be read. The cap on held-out text does not count.
 
+    Of a conversation it is the text of its messages.
     Raises `UserError` for a file that can't be read, and for a split without any text.
     """
     empty = True
     for part in parts(source):
         for row in part.rows(0) if part.split in (None, split) else ():
             try:
-                text, content = text_of(row, column_of(source))
+                text, content = _plain(row, source)
             except BadRow:  # counted when the text is encoded
                 continue
             if text.strip() and (part.split or split_of(content, source.heldout_share)) == split:
@@ -109,6 +114,14 @@ def texts(source: MixtureSource, split: str) -> Iterator[str]:
                 yield text
     if empty:
         raise no_text(source, split)
+
+
+def _plain(row: Any, source: MixtureSource) -> tuple[str, bytes]:
+    """The text of a row without the marks of a chat template, and the bytes by which the row is known."""
+    if not source.conversations:
+        return text_of(row, source.columns)
+    messages = conversation_of(value_of(row, source.columns), source.columns)
+    return "\n".join(message["content"] for message in messages), content_of(messages)
 
 
 def no_text(source: MixtureSource, split: str) -> UserError:
@@ -130,10 +143,6 @@ def setting(source: MixtureSource) -> str:
     return f"data.sources {source.name!r}: " if source.name else "data."
 
 
-def column_of(source: MixtureSource) -> str:
-    return source.hub.text_column if source.hub else source.text_column
-
-
 def source_fingerprint(source: MixtureSource, split: str, cache_dir: str) -> str:
     """SHA-256 (hex) of a split. A hub data set is known by its settings: when it changes, clear `data.cache_dir`.
 
@@ -148,6 +157,8 @@ def source_fingerprint(source: MixtureSource, split: str, cache_dir: str) -> str
         content = [source.text_column, share, list(zip(suffixes, hashes, strict=True))]
     elif source.hub:
         content = [source.hub.model_dump(), hashes, *([share] if share else [])]
+    if source.conversations:
+        content.append(source.columns)
     return hashlib.sha256(json.dumps([source.source, split, *content], sort_keys=True).encode()).hexdigest()
 
 
@@ -196,7 +207,7 @@ def _hub_rows(source: MixtureSource, split: str, first: int) -> Iterator[Any]:
     try:
         table = datasets.load_dataset(hub.name, hub.config, split=split, streaming=hub.streaming)
         rows = islice(table.skip(first), hub.max_documents and max(0, hub.max_documents - first))
-        yield from (_cell(row, hub.text_column) for row in rows)
+        yield from (_cells(row, source.columns) for row in rows)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -208,9 +219,9 @@ def _hub_rows(source: MixtureSource, split: str, first: int) -> Iterator[Any]:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _file_rows(path: Path, column: str, first: int) -> Iterator[Any]:
+def _file_rows(path: Path, columns: tuple[str, ...], first: int) -> Iterator[Any]:
     suffix = _table_suffix(path)
-    return islice(_TABLES[suffix](path, column) if suffix else _text_row(path), first, None)
+    return islice(_TABLES[suffix](path, columns) if suffix else _text_row(path), first, None)
 
 
 def _bytes_of_text(path: Path) -> int | None:
@@ -260,38 +271,45 @@ def _text_row(path: Path) -> Iterator[str]:
         yield text.read()
 
 
-def _json_rows(path: Path, column: str) -> Iterator[Any]:
+def _json_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
     """One row for each line, or for each element of a list. Empty lines are no rows."""
     with _opened(path) as file:
         begins = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")  # after a byte order mark and blanks
         if _plain_name(path).endswith(".json") and begins[:1] == b"[":
-            yield from (_cell(row, column) for row in json.load(file))
+            yield from (_cells(row, columns) for row in json.load(file))
         else:
             yield from (JsonLine(line) for line in file if not line.isspace())
 
 
-def _csv_rows(path: Path, column: str) -> Iterator[Any]:
+def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)
     with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines, strict=True)
         if not table.fieldnames:
             raise ValueError("it has no line with the names of the columns")
-        yield from (_cell(row, column) for row in table)
+        yield from (_cells(row, columns) for row in table)
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[Any]:
+def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
     import pyarrow.parquet
 
     with _opened(path) as file, pyarrow.parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
-        top = column if column in names else column.partition(".")[0]
-        for batch in table.iter_batches(1024, columns=[top] if top in names else names):
-            yield from (_cell(row, column) for row in batch.to_pylist())
+        tops = [column if column in names else column.partition(".")[0] for column in columns]
+        for batch in table.iter_batches(1024, columns=tops if {*tops} <= {*names} else names):
+            yield from (_cells(row, columns) for row in batch.to_pylist())
 
 
 _TABLES = {
     ".jsonl": _json_rows, ".ndjson": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows,
 }  # fmt: skip
+
+
+def _cells(row: Any, columns: tuple[str, ...]) -> Any:
+    """The value of the one column, or the list of those of several. A `BadRow` if one is missing."""
+    values = [_cell(row, column) for column in columns]
+    bad = next((value for value in values if isinstance(value, BadRow)), None)
+    return bad or (values if len(columns) > 1 else values[0])
 
 
 def _cell(row: Any, column: str) -> Any:

@@ -55,7 +55,7 @@ def statistics(shards: Iterable[Shard], text_bytes: int, seq_len: int, limits: M
     packings, position, hashes = get_args(Packing), 0, bytearray()
     by_length, longer = np.zeros((BINS, 2), dtype=np.int64), np.zeros((len(limits), 2), dtype=np.int64)
     wasted = np.zeros((len(packings), 2), dtype=np.int64)
-    for tokens, starts in shards:
+    for tokens, starts, _ in shards:
         lengths = np.diff(starts, append=len(tokens))
         by_length += _by_length(lengths)
         longer += _longer(lengths, np.array([*limits.values()], dtype=np.int64))

@@ -2,11 +2,14 @@
 
     cache_dir/tokens-<fingerprint>/{train,heldout}-00000.bin      all documents of a shard, as uint16 or uint32
                                    {train,heldout}-00000.starts   position of the first token of each, as int64
+                                   {train,heldout}-00000.answers  of conversations: four int64 for each answer, as
+                                                                  `data.chat.template.Answer` names them
                                    index.json                     sizes and hashes of the shards, hash of the text
 
-Numbers are little-endian. Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none. A shard holds
-whole documents. The fingerprint covers the content of the source, the tokenizer and `VERSION`. A change of any of them
-gives another folder. A folder whose files do not have the sizes in index.json is written again.
+Numbers are little-endian. Each document is `<s> tokens </s>`, without `<s>` if the tokenizer has none; a conversation
+is as the chat template has written it. A shard holds whole documents. The fingerprint covers the content of the source,
+the tokenizer, the chat template of conversations, and `VERSION`. A change of any of them gives another folder. A folder
+whose files do not have the sizes in index.json is written again.
 
 A folder is written by `data.token_writer` as `tokens-<fingerprint>.part`, and renamed when it is complete.
 """
@@ -16,6 +19,7 @@ import json
 import mmap
 import os
 import shutil
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data.chat import template
 from data.encoding import refuse_unguarded_main
 from data.folders import one_at_a_time, sha256_of
 from data.settings import MixtureSource, RunSettings
@@ -40,10 +45,14 @@ IntArray = NDArray[np.int64]
 
 
 class Shard(NamedTuple):
-    """Whole documents: their token ids (n,), and where each starts in them (documents,)."""
+    """Whole documents: their token ids (n,), and where each starts in them (documents,).
+
+    `answers` (answers, 4): an `Answer` each, the only tokens that are trained. None: all are.
+    """
 
     tokens: NDArray[Any]
     starts: IntArray
+    answers: IntArray | None = None
 
 
 class ShardFiles(NamedTuple):
@@ -54,12 +63,13 @@ class ShardFiles(NamedTuple):
     sha256: dict[str, str]  # by suffix
 
     def open(self) -> Shard:
-        return _open_shard(self.path, self.dtype)
+        return _open_shard(self.path, self.dtype, ".answers" in self.sha256)
 
 
 @lru_cache(maxsize=256)  # a mapped file keeps a descriptor open, and a process may have 1,024
-def _open_shard(path: Path, dtype: str) -> Shard:
-    return Shard(_mapped(f"{path}.bin", dtype), _mapped(f"{path}.starts", "<i8"))
+def _open_shard(path: Path, dtype: str, answers: bool) -> Shard:
+    mapped = _mapped(f"{path}.answers", "<i8").reshape(-1, 4) if answers else None
+    return Shard(_mapped(f"{path}.bin", dtype), _mapped(f"{path}.starts", "<i8"), mapped)
 
 
 def _mapped(file: str, dtype: str) -> NDArray[Any]:
@@ -111,6 +121,26 @@ class TokenStore:
             borders[shard.starts[begin:end] - (first - base)] = 1
             documents[here] = self.first_documents[number] + begin - 1 + borders.cumsum()
         return tokens, documents
+
+    def scored(self, start: int, n: int) -> NDArray[np.bool_]:
+        """(n,) whether each token from `start` on is to be predicted: all of a text, of conversations the answers."""
+        result = np.ones(n, dtype=bool)
+        for number, first, last in self._stretches(start, min(start + n, self.n_tokens)):
+            answers = self.shard(number).answers
+            if answers is None:
+                continue
+            base = int(self.first_tokens[number])
+            from_, to = first - base, last - base
+            result[first - start : last - start] = False
+            begin, end = bisect_right(answers, from_, key=lambda a: a[1]), bisect_left(answers, to, key=lambda a: a[0])
+            for begins, ends, *_ in answers[begin:end].tolist():
+                result[max(begins, from_) + base - start : min(ends, to) + base - start] = True
+        return result
+
+    @property
+    def conversations(self) -> bool:
+        """Whether only answers are scored."""
+        return bool(self.shards) and self.shard(0).answers is not None
 
     def documents(self) -> Iterator[tuple[int, int]]:
         """Start and end of each document."""
@@ -165,7 +195,7 @@ def token_folders(settings: RunSettings, tokenizer: "Tokenizer", workers: int | 
 
 
 def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer", workers: int | None) -> Path:
-    hashes = _text_hashes(source, cache_dir)
+    hashes = _text_hashes(source, cache_dir, tokenizer)
     facts = json.dumps([VERSION, list(hashes.values()), tokenizer.sha256])
     folder = Path(cache_dir) / f"tokens-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
     if read_index(folder) is None:
@@ -175,7 +205,7 @@ def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer",
                 tokenizer.token_bytes()  # raises UserError before the work, not after it
                 part = folder.with_suffix(".part")
                 write_tokens(part, source, hashes, tokenizer, workers)
-                if _text_hashes(source, cache_dir) != hashes:
+                if _text_hashes(source, cache_dir, tokenizer) != hashes:
                     shutil.rmtree(part)
                     what = f"the text{f' of {source.name}' if source.name else ''} changed while it was encoded"
                     raise UserError(f"{what}; run the same command again when its files are complete")
@@ -184,8 +214,14 @@ def _token_folder(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer",
     return folder
 
 
-def _text_hashes(source: MixtureSource, cache_dir: str) -> dict[str, str]:
-    return {split: source_fingerprint(source, split, cache_dir) for split in SPLITS}
+def _text_hashes(source: MixtureSource, cache_dir: str, tokenizer: "Tokenizer") -> dict[str, str]:
+    """By split. Conversations are another text by another chat template."""
+    hashes = {split: source_fingerprint(source, split, cache_dir) for split in SPLITS}
+    if not source.conversations:
+        return hashes
+    written = template.ChatTemplate(tokenizer).source
+    facts = {split: json.dumps([template.VERSION, text, written]) for split, text in hashes.items()}
+    return {split: hashlib.sha256(fact.encode()).hexdigest() for split, fact in facts.items()}
 
 
 def open_tokens(folder: Path, tokenizer: "Tokenizer") -> dict[str, TokenStore]:

@@ -17,17 +17,17 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from data.encoding import Encoded, Encoder, Position, encoded, token_dtype
+from data.chat.template import ChatTemplate
+from data.encoding import Encoded, Encoder, Position, encoded, moved, token_dtype
 from data.folders import write_text
 from data.settings import MixtureSource
-from data.sources import MB, SPLITS, column_of, no_text, parts, setting
+from data.sources import MB, SPLITS, no_text, parts, setting
 from model.errors import UserError
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 SHARD = 64 << 20  # bytes of text: what a kill may cost
-SUFFIXES = (".bin", ".starts")
 COUNTS = {"bytes_read": 0, "bad_rows": 0, "unused_documents": 0}
 SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
 
@@ -55,7 +55,8 @@ class _Writer:
 
     def __init__(self, folder: Path, source: MixtureSource, hashes: dict[str, str], tokenizer: "Tokenizer"):
         self.folder, self.source, self.parts = folder, source, parts(source)
-        self.encoder = Encoder(tokenizer, column_of(source), source.heldout_share)
+        chat = ChatTemplate(tokenizer) if source.conversations else None
+        self.encoder = Encoder(tokenizer, source.columns, source.heldout_share, chat)
         new = {"source_sha256": hashes, "dtype": token_dtype(tokenizer).str, "shards": [], "complete": False}
         self.index: dict[str, Any] = read_index(folder, complete=False) or new | {"next_row": (0, 0)} | COUNTS
         by_hash = any(part.split is None for part in self.parts)
@@ -86,17 +87,22 @@ class _Writer:
 
     def _new_shard(self) -> "dict[str, _NewShard]":
         number = len(self.index["shards"])
-        return {split: _NewShard(self.folder / f"{split}-{number:05}") for split in SPLITS}
+        chat = self.encoder.chat is not None
+        return {split: _NewShard(self.folder / f"{split}-{number:05}", chat) for split in SPLITS}
 
     def _count_bad(self, bad: list[tuple[Position, str]]) -> None:
         for (part, row), reason in bad:
             self.index["bad_rows"] += 1
             if self.index["bad_rows"] > self.source.max_bad_rows:
-                at, column = setting(self.source), self.encoder.column
-                named = f"{at}{'hub.' if self.source.hub else ''}text_column"
+                at, source = setting(self.source), self.source
+                text = (
+                    "messages_column" if source.messages_column else "hub.text_column" if source.hub else "text_column"
+                )
+                named = text if len(source.columns) == 1 else "prompt_column and answer_column"
                 raise UserError(
-                    f"{named} is {column!r}; row {row + 1} of {self.parts[part].name!r}: {reason}; mend it, "
-                    f"name another column, or set {at}max_bad_rows to the number of rows to skip"
+                    f"{at}{named} is {', '.join(map(repr, source.columns))}; row {row + 1} of "
+                    f"{self.parts[part].name!r}: {reason}; mend it, name another column, or set {at}max_bad_rows to "
+                    "the number of rows to skip"
                 )
 
     def _capped(self, encoded: Encoded, shard: "_NewShard") -> Encoded:
@@ -104,7 +110,7 @@ class _Writer:
         left = self.cap - self.total("bytes", "heldout") - shard.n_bytes
         n = int(np.searchsorted(encoded.sizes.cumsum(), left, side="right"))
         self.index["unused_documents"] += len(encoded.sizes) - n
-        return Encoded(encoded.tokens[: encoded.lengths[:n].sum()], encoded.lengths[:n], encoded.sizes[:n])
+        return encoded.first(n)
 
     def _save(self, shard: "dict[str, _NewShard]", end: Position) -> None:
         """Finish a shard, and then say in the index that it is there."""
@@ -115,18 +121,19 @@ class _Writer:
 
 
 class _NewShard:
-    """The documents of one split in a shard that is being written. `path` has no suffix."""
+    """The documents of one split in a shard that is being written. `path` has no suffix; `chat`: conversations."""
 
-    def __init__(self, path: Path):
-        self.path, self.tokens, self.documents, self.n_bytes = path, 0, 0, 0
+    def __init__(self, path: Path, chat: bool):
+        self.path, self.chat, self.tokens, self.documents, self.n_bytes, self.answers = path, chat, 0, 0, 0, 0
         self.files: dict[str, BinaryIO] = {}  # by suffix
-        self.hashes = {suffix: hashlib.sha256() for suffix in SUFFIXES}
+        self.hashes = {suffix: hashlib.sha256() for suffix in (".bin", ".starts", *([".answers"] if chat else []))}
 
     def write(self, documents: Encoded) -> None:
         if not len(documents.lengths):
             return
         starts = (self.tokens + documents.lengths.cumsum() - documents.lengths).astype("<i8")
-        for suffix, array in zip(SUFFIXES, (documents.tokens, starts)):
+        answers = moved(documents.answers, self.tokens).astype("<i8")
+        for suffix, array in zip(self.hashes, (documents.tokens, starts, answers)):
             if suffix not in self.files:
                 self.files[suffix] = Path(f"{self.path}{suffix}.tmp").open("wb")  # noqa: SIM115, closed by `finish`
             self.files[suffix].write(array.data)
@@ -134,6 +141,7 @@ class _NewShard:
         self.tokens += len(documents.tokens)
         self.documents += len(documents.lengths)
         self.n_bytes += int(documents.sizes.sum())
+        self.answers += len(answers)
 
     def finish(self) -> dict[str, Any]:
         """Put the files in their places. Returns what the index says about them."""
@@ -143,7 +151,9 @@ class _NewShard:
                 os.fsync(file.fileno())
             os.replace(file.name, f"{self.path}{suffix}")
         sha256 = {suffix: digest.hexdigest() for suffix, digest in self.hashes.items()}
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.n_bytes, "sha256": sha256}
+        answers = {"answers": self.answers} if self.chat else {}
+        sizes = {"tokens": self.tokens, "documents": self.documents, "bytes": self.n_bytes}
+        return sizes | answers | {"sha256": sha256}
 
 
 def read_index(folder: Path, complete: bool = True) -> dict[str, Any] | None:
@@ -153,6 +163,7 @@ def read_index(folder: Path, complete: bool = True) -> dict[str, Any] | None:
         for number, shard in enumerate(index["shards"]):
             for split, entry in shard.items():
                 sizes = {".bin": np.dtype(index["dtype"]).itemsize * entry["tokens"], ".starts": 8 * entry["documents"]}
+                sizes |= {".answers": 32 * entry["answers"]} if "answers" in entry else {}
                 for suffix, size in sizes.items():
                     if (folder / f"{split}-{number:05}{suffix}").stat().st_size != size:
                         return None

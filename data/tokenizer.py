@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from data.folders import written_whole
-from data.pretrained import checkpoint_folder, is_converted
-from data.settings import RunSettings
+from data.pretrained import SMOLLM2, checkpoint_folder, is_converted
+from data.settings import DataSettings, RunSettings
 from data.sources import source_fingerprint, texts
 from data.tasks.vocabulary import RESERVED
 from model.errors import UserError, read_small_file
@@ -32,9 +32,9 @@ from model.errors import UserError, read_small_file
 if TYPE_CHECKING:
     import tokenizers
 
-FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+FILE, JSON_FILE, TEMPLATE_FILE = "tokenizer.model", "tokenizer.json", "chat_template.jinja"
 VERSION = 1  # raise it when the same text would give another tokenizer
-MOST_BYTES = 256 << 20  # of a tokenizer's file
+MOST_BYTES, MOST_TEMPLATE_BYTES = 256 << 20, 1 << 20  # of a tokenizer's file, and of a chat template
 TRAINING_CHARACTERS = 50_000_000  # more text gives no better tokens
 
 _Piece = ModelProto.SentencePiece  # has the types of tokens
@@ -53,19 +53,21 @@ class Tokenizer(Protocol):
     unk_id: int | None
     sha256: str  # of the files that decide the ids
     lines_apart: bool  # whether a text has the ids of its lines, one after another
+    chat_template: str | None  # Jinja; conversations need it
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def get_vocab(self) -> dict[str, int]: ...
     def token_bytes(self) -> NDArray[np.int64]: ...
+    def hugging_face(self) -> Any: ...  # a PreTrainedTokenizerFast
     def save(self, folder: str | Path) -> None: ...
 
 
 class SentencePieceTokenizer:
     """A sentencepiece model of the type BPE or unigram."""
 
-    def __init__(self, model: bytes):
-        self.model = model
+    def __init__(self, model: bytes, chat_template: str | None = None):
+        self.model, self.chat_template = model, chat_template
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self.processor.get_piece_size()
         ids = self.processor.bos_id(), self.processor.eos_id(), self.processor.unk_id()
@@ -79,7 +81,10 @@ class SentencePieceTokenizer:
             self._unigram.encode_special_tokens = True  # as text: sentencepiece makes no marker of a written <s>
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceTokenizer, (self.model,)  # in a worker process: `tokenizers` forgets the line above
+        return SentencePieceTokenizer, (
+            self.model,
+            self.chat_template,
+        )  # in a worker process: `tokenizers` forgets the line above
 
     def encode(self, text: str) -> list[int]:
         if self._unigram is not None:
@@ -102,17 +107,20 @@ class SentencePieceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.model`, and files from which `AutoTokenizer` builds a tokenizer with the same ids."""
-        from transformers import PreTrainedTokenizerFast
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_bytes(self.model)
+        self.hugging_face().save_pretrained(folder)
+
+    def hugging_face(self) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
         ids = self.bos_id, self.eos_id, self.unk_id, self.processor.pad_id()
         bos, eos, unk, pad = (None if i in (None, -1) else self.processor.id_to_piece(i) for i in ids)
-        PreTrainedTokenizerFast(
+        return PreTrainedTokenizerFast(
             tokenizer_object=to_hugging_face(self.model), bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad,
-            clean_up_tokenization_spaces=False, add_bos_token=bos is not None,
-        ).save_pretrained(folder)  # fmt: skip
+            clean_up_tokenization_spaces=False, add_bos_token=bos is not None, chat_template=self.chat_template,
+        )  # fmt: skip
 
 
 class HubTokenizer:
@@ -132,6 +140,18 @@ class HubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self.hf.chat_template  # or several by name
+        return template.get("default") if isinstance(template, dict) else template
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.hf.chat_template = template
+
+    def hugging_face(self) -> Any:
+        return self.hf
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
@@ -169,9 +189,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     file = _tokenizer_file(name)
     setting, or_train = f"data.tokenizer.model_file {str(file)!r}", "or leave it out to train one"
     try:
-        tokenizer = (
-            _from_json(file) if file.name == JSON_FILE else SentencePieceTokenizer(read_small_file(file, MOST_BYTES))
-        )
+        tokenizer = _from_json(file) if file.name == JSON_FILE else _from_sentencepiece(file)
     except (OSError, RuntimeError, ValueError) as error:
         kind = "a tokenizer.json" if file.name == JSON_FILE else "a sentencepiece model of the type BPE or unigram"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"not {kind}"
@@ -202,6 +220,24 @@ def _tokenizer_file(name: str | Path) -> Path:
     return path
 
 
+def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
+    """A model, with the chat template beside it."""
+    template = file.parent / TEMPLATE_FILE
+    written = _template(template, "the chat template") if template.is_file() else None
+    return SentencePieceTokenizer(read_small_file(file, MOST_BYTES), written)
+
+
+def _template(path: str | Path, setting: str) -> str:
+    """The text of a chat template."""
+    try:
+        return read_small_file(path, MOST_TEMPLATE_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(
+            f"{setting} {str(path)!r} can't be read: {reason}; name a file such as {TEMPLATE_FILE}"
+        ) from error
+
+
 def _from_json(file: Path) -> HubTokenizer:
     """A tokenizer.json, with the markers that files beside it name, else those with the usual names."""
     from transformers import PreTrainedTokenizerFast
@@ -222,8 +258,14 @@ def _from_json(file: Path) -> HubTokenizer:
 def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
     """The given tokenizer, else one that is trained on the training text and kept in `data.cache_dir`."""
     data = settings.data
-    if data.tokenizer.model_file is not None:
-        return load_tokenizer(data.tokenizer.model_file)
+    tokenizer = load_tokenizer(data.tokenizer.model_file or _trained(data))
+    if data.chat_template is not None:
+        tokenizer.chat_template = _template(data.chat_template, "data.chat_template")
+    return tokenizer
+
+
+def _trained(data: DataSettings) -> Path:
+    """The folder of the tokenizer of the training text. It is trained now if it is missing."""
     sources = [source_fingerprint(source, "train", data.cache_dir) for source in data.mixture]
     inputs = [VERSION, sources, data.tokenizer.vocab_size, sentencepiece.__version__]
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -233,7 +275,7 @@ def prepare_tokenizer(settings: RunSettings) -> Tokenizer:
         tokenizer = train_tokenizer(filter(None, chain.from_iterable(in_turns)), data.tokenizer.vocab_size)
         with written_whole(folder) as aside:
             (aside / FILE).write_bytes(tokenizer.model)
-    return load_tokenizer(folder)
+    return folder
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:

@@ -18,15 +18,21 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from data.token_store import TokenStore
+
 IntArray = NDArray[np.int64]
 
 
 class HeldOutDocument(NamedTuple):
-    """One document: its tokens (n,), the exact number of UTF-8 bytes of their text, and the name of its source."""
+    """One document: its tokens (n,), the exact number of UTF-8 bytes of their text, and the name of its source.
+
+    Of a conversation only the answers count: `scored` (n,) marks their tokens, and `n_bytes` are theirs.
+    """
 
     tokens: IntArray
     n_bytes: int
     source: str = ""
+    scored: NDArray[np.bool_] | None = None
 
 
 class Haystack:
@@ -34,7 +40,7 @@ class Haystack:
 
     def __init__(self, name: str, documents: list[HeldOutDocument]) -> None:
         self.name = name
-        self.documents = [document for document in documents if len(document.tokens) > 1]
+        self.documents = [d for d in documents if len(d.tokens) > 1 and (d.scored is None or d.scored[1:].any())]
         if not self.documents:
             raise UserError(
                 f"held-out text {name!r} has no document of two tokens; give a longer text with --text FILE, or raise "
@@ -89,9 +95,16 @@ def open_haystack(
             left -= end - start
             if start == end:
                 break
-            tokens, _ = source.heldout.read(start, end - start)
-            documents.append(HeldOutDocument(tokens, source.heldout.bytes_of(start, end), name))
+            documents.append(_document(source.heldout, start, end, name))
     return Haystack("held-out text of the run", documents)
+
+
+def _document(store: "TokenStore", start: int, end: int, source: str) -> HeldOutDocument:
+    tokens, _ = store.read(start, end - start)
+    if not store.conversations:
+        return HeldOutDocument(tokens, store.bytes_of(start, end), source)
+    scored = store.scored(start, end - start)
+    return HeldOutDocument(tokens, int(store.token_bytes[tokens[scored]].sum()), source, scored)
 
 
 def read_haystack(

@@ -46,7 +46,10 @@ def stretches(n_tokens: int, length: int, context: int) -> Iterator[tuple[int, i
 def document_nats(
     examined: Examined, document: HeldOutDocument, length: int, context: int, advance: Callable[[int], None]
 ) -> float:
-    """Sum of -ln p over tokens 1..n-1 of a document; calls `advance` with the number of tokens just scored."""
+    """Sum of -ln p over tokens 1..n-1 of a document, those of the answers in a conversation.
+
+    Calls `advance` with the number of tokens just read.
+    """
     import torch
 
     from eval.forward import token_nats
@@ -56,7 +59,8 @@ def document_nats(
         while batch := list(itertools.islice(group, max(1, BATCH_TOKENS // size))):
             ids = torch.from_numpy(np.stack([document.tokens[start:end] for start, _, end in batch]))
             for (start, scored, end), nats in zip(batch, token_nats(examined, ids), strict=True):
-                total += float(nats[scored - start - 1 :].sum())
+                counted = slice(None) if document.scored is None else document.scored[scored:end]
+                total += float(nats[scored - start - 1 :][counted].sum())
                 advance(end - scored)
     return total
 
@@ -73,6 +77,8 @@ def bits_per_byte(examined: Examined, haystack: Haystack, length: int, context: 
             nats, first = document_nats(examined, document, length, context, advance), int(document.tokens[0])
             n_bytes = document.n_bytes - (0 if first == marker else len(decode([first]).encode()))
             figures = np.array([nats, len(document.tokens) - 1, n_bytes])
+            if document.scored is not None:
+                figures = np.array([nats, document.scored[1:].sum(), document.n_bytes])
             sums[document.source] = sums.get(document.source, np.zeros(3)) + figures
     nats, n_tokens, n_bytes = sum(sums.values(), np.zeros(3)).tolist()
     by_source = {name: of[0] / math.log(2) / of[2] for name, of in sums.items()}

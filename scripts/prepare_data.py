@@ -7,6 +7,8 @@
     python scripts/prepare_data.py CONFIG.yaml --stats              also says how long the documents are, what packing
                                                                     cuts, and how many are duplicates
 
+For conversations it also prints how many answers stand farther behind their instruction than a window holds.
+
 The results are cached in data.cache_dir. `train.py` does the same if they are not there yet. The same command goes on
 where a killed one stopped. DIR gets tokenizer.model (for data.tokenizer.model_file) and the files that
 `AutoTokenizer.from_pretrained` reads. `--verify` ends with exit code 2 if a file has changed. `--stats` prints a table
@@ -27,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data.chat.lint import FarAnswers, far_answers, sentences
 from data.mixture import open_sources, prepare_sources
 from data.settings import DataSettings
 from data.sources import SPLITS, altered_files
@@ -88,11 +91,41 @@ def main() -> None:
         for name, source in open_sources(folders, tokenizer, settings.data).items():
             padding = 1 - source.train.n_tokens / (len(source.rows) * settings.data.seq_len)
             console.print(f"best_fit{f' of {name}' if name else ''}: {padding:.2%} of the training rows is padding")
+    far = lint(settings, stores, console)
     if arguments.stats:
-        write_statistics(settings, stores, arguments.out or Path(settings.data.cache_dir) / "statistics", console)
+        folder = arguments.out or Path(settings.data.cache_dir) / "statistics"
+        write_statistics(settings, stores, far, folder, console)
 
 
-def write_statistics(settings: Settings, stores: Mapping[str, TokenStore], folder: Path, console: Console) -> None:
+def lint(settings: Settings, stores: Mapping[str, TokenStore], console: Console) -> dict[str, FarAnswers]:
+    """Print how far the answers of conversations stand behind what they depend on; the figures by source and split."""
+    chats = {name: store for name, store in stores.items() if store.conversations}
+    if not chats:
+        return {}
+    limits = {name: tokens for name, tokens in named_lengths(settings).items() if name != "seq_len"}
+    far = {name: far_answers(map(store.shard, range(len(store.shards))), limits) for name, store in chats.items()}
+    table = Table("conversations", *far)
+    table.add_row("answers", *(f"{of.answers:,}" for of in far.values()))
+    for name, tokens in limits.items():
+        beyond = f"begins farther back than {name} = {tokens:,}"
+        table.add_row(f"instruction {beyond}", *(f"{of.instruction[name]:.2%}" for of in far.values()))
+        table.add_row(f"system prompt {beyond}", *(f"{of.system[name]:.2%}" for of in far.values()))
+    console.print(table)
+    for name, of in far.items():
+        if name.endswith(", train"):
+            console.print(name.removesuffix(", train"), " ".join(sentences(of, limits)), sep=": ", soft_wrap=True)
+    if settings.data.packing == "concat":
+        console.print(
+            "data.packing is concat: a conversation is cut at the end of a row, and what follows is trained without "
+            "what came before; best_fit cuts only conversations longer than a row",
+            soft_wrap=True,
+        )
+    return far
+
+
+def write_statistics(
+    settings: Settings, stores: Mapping[str, TokenStore], far: Mapping[str, FarAnswers], folder: Path, console: Console
+) -> None:
     """Print and draw what the training text of each source consists of; `folder` also gets that of held-out text."""
     limits, figures = named_lengths(settings), {}
     for name, store in stores.items():
@@ -104,7 +137,8 @@ def write_statistics(settings: Settings, stores: Mapping[str, TokenStore], folde
     from eval.plots.canvas import save  # imports matplotlib
     from eval.plots.lengths import lengths_figure
 
-    result = {"name": settings.name, "limits": limits, "sources": {n: asdict(figure) for n, figure in figures.items()}}
+    sources = {n: asdict(of) | ({"answers": asdict(far[n])} if n in far else {}) for n, of in figures.items()}
+    result = {"name": settings.name, "limits": limits, "sources": sources}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "statistics.json").write_text(json.dumps(result, indent=1))

@@ -132,7 +132,7 @@ def test_a_killed_worker_is_reported(monkeypatch):
     tokenizer = SimpleNamespace(vocab_size=2, bos_id=0, eos_id=1, encode=exec, lines_apart=False)
     part = Part("rows", "train", lambda first: ["import os; os._exit(1)"])
     with pytest.raises(UserError, match=r"was killed, perhaps for lack of memory; run the same command again"):
-        list(encoding.encoded([part], Position(0, 0), Encoder(tokenizer, "text", 0.1), 2))
+        list(encoding.encoded([part], Position(0, 0), Encoder(tokenizer, ("text",), 0.1), 2))
 
 
 def test_a_program_without_a_guarded_main_ends_with_the_reason(many, tmp_path):
@@ -276,7 +276,7 @@ def test_held_out_documents_beyond_the_cap_are_unused(many, monkeypatch, tmp_pat
 )
 def test_a_long_text_is_encoded_in_parts_with_the_same_ids(text, tokenizer, monkeypatch):
     assert tokenizer.lines_apart
-    encoder, batch = Encoder(tokenizer, "text", 0.5), [encoding.Rows(Position(0, 0), "train", [text])]
+    encoder, batch = Encoder(tokenizer, ("text",), 0.5), [encoding.Rows(Position(0, 0), "train", [text])]
     whole = encoder(batch).splits["train"]
     monkeypatch.setattr(encoding, "BATCH", 7)
     calls = []

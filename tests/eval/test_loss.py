@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -103,6 +104,19 @@ def test_bits_per_byte_are_also_told_by_source(examined):
     assert by_source == {name: pytest.approx(measured(named(name))["bits_per_byte"], rel=1e-6) for name in parts}
     assert by_source["web"] != by_source["books"]
     assert "bits_per_byte_by_source" not in measured(named("web"))
+
+
+def test_of_a_conversation_the_answers_alone_count(examined):
+    tokens = open_haystack(examined).documents[0].tokens[:300]
+    token_bytes, scored = examined.tokenizer.token_bytes(), np.zeros(300, bool)
+    scored[40:60] = scored[200:203] = True
+    nats = token_nats(examined, torch.from_numpy(tokens[None]))[0]
+    n_bytes = int(token_bytes[tokens[scored]].sum())
+    without = HeldOutDocument(tokens, n_bytes, "", np.zeros(300, bool))
+    haystack = Haystack("text", [HeldOutDocument(tokens, n_bytes, "", scored), without])
+    result = loss.bits_per_byte(examined, haystack, 60, 30)
+    assert (result["tokens"], result["bytes"]) == (23, n_bytes)
+    assert result["bits_per_byte"] == pytest.approx(nats[scored[1:]].sum() / math.log(2) / n_bytes, rel=1e-4)
 
 
 def test_every_source_of_a_run_gives_its_part_of_the_held_out_text(examined, untrained_run, tmp_path):

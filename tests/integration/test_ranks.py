@@ -15,6 +15,7 @@ from tests.integration.tiny_run import (
     start_as_a_user,
     start_ranks,
     wait_for_step,
+    write_chat,
     write_config,
     write_mixture,
 )
@@ -43,6 +44,20 @@ def test_two_processes_equal_one(tmp_path: Path, at_once: list[float]) -> None:
     output = run(write_config(tmp_path, max_steps=5), processes=2)
     assert figures(tmp_path) == pytest.approx(at_once, rel=1e-3)
     assert output.count("done: 5 steps") == 1
+
+
+def test_two_processes_with_unequal_numbers_of_answer_tokens_equal_one(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    for folder, processes in ((one, 1), (two, 2)):
+        run(write_chat(folder, max_steps=4), processes=processes)
+    steps, same = [
+        [row[k] for row in metrics(folder).values() for k in ("loss_text", "grad_norm_text")] for folder in (one, two)
+    ]
+    assert steps == pytest.approx(same, rel=1e-3)
+    validated = [metrics(folder, "validation")[4]["bits_per_byte"] for folder in (one, two)]
+    assert validated[0] == pytest.approx(validated[1], rel=1e-3)
 
 
 def test_two_processes_of_accelerate_launch_equal_one_and_end_together_on_a_mistake(

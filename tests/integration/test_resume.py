@@ -9,7 +9,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.integration.tiny_run import kill_after_step, losses, metrics, run, start, write_config, write_mixture
+from tests.integration.tiny_run import (
+    CHAT_TEMPLATE,
+    kill_after_step,
+    losses,
+    metrics,
+    run,
+    start,
+    write_chat,
+    write_config,
+    write_mixture,
+)
 from training.run.checkpoint import file_sha256
 
 
@@ -84,6 +94,19 @@ def test_a_mixture_of_sources_is_resumed_bit_equal_and_logged_by_source(
     assert last["loss_text_web"] != last["loss_text_books"]
     each = [last[f"loss_text_{source}"] for source in ("web", "books")]
     assert min(each) < last["loss_text"] < max(each)
+
+
+def test_a_run_on_conversations_is_resumed_bit_equal_and_refuses_another_template(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    whole, killed = (tmp_path_factory.mktemp(name) for name in ("conversations", "killed"))
+    run(write_chat(whole))
+    assert kill_after_step(killed, write_chat(killed), 5, signal.SIGKILL) == -signal.SIGKILL
+    assert "resumed" in run(killed / "tiny.yaml")
+    assert losses(killed) == losses(whole)
+    assert (whole / "run/hf/chat_template.jinja").read_text() == CHAT_TEMPLATE
+    (killed / "chat.jinja").write_text(CHAT_TEMPLATE.replace(":", " says:"))
+    assert "the text under this run has changed since it began" in run(killed / "tiny.yaml", expect=2)
 
 
 def test_a_checkpoint_with_another_order_of_rows_is_refused(tmp_path: Path) -> None:

@@ -73,6 +73,31 @@ def write_mixture(folder: Path, **training: Any) -> Path:
     return path
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ':\n' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
+def write_chat(folder: Path, **training: Any) -> Path:
+    """A run on conversations: a few words, and the same in the other order."""
+    described = yaml.safe_load(write_config(folder, **training).read_text())
+    for split, n in (("train", 40), ("heldout", 12)):
+        words = [[WORDS[(i * i * 7 + 3 * j + i) % len(WORDS)] for j in range(1 + i % 4)] for i in range(n)]
+        told = [{"user": " ".join(some), "assistant": " ".join(some[::-1])} for some in words]
+        rows = [{"messages": [{"role": role, "content": text} for role, text in both.items()]} for both in told]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
+    files = {f"{split}_files": [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
+    chat = {"messages_column": "messages", "chat_template": str(folder / "chat.jinja"), "packing": "best_fit"}
+    described["data"] |= files | chat | {"tokenizer": {"vocab_size": 320}}
+    described["recall"] = {"enabled": False}
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(described))
+    return path
+
+
 def command(config: Path, *arguments: str, processes: int = 1) -> list[str]:
     program = [str(ROOT / "train.py"), str(config), *arguments]
     if processes == 1:

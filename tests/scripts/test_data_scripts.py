@@ -12,6 +12,7 @@ from data import folders
 from data.tokenizer import load_tokenizer
 from model.errors import UserError
 from scripts import prepare_data
+from tests.integration.tiny_run import CHAT_TEMPLATE
 from training.settings.config_file import load_settings
 
 
@@ -136,3 +137,31 @@ def test_a_folder_for_no_statistics_is_refused(config, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         prepare_data.main()
     assert "--out is the folder of the statistics; add --stats" in capsys.readouterr().err
+
+
+def test_prepare_data_says_how_far_answers_stand_behind_their_instruction(config, monkeypatch, capsys, tmp_path):
+    told = [("the sea was calm and a ship came slowly over"[: 3 + i], f"calm {i}") for i in range(40)]
+    roles = "user", "assistant"
+    rows = [{"messages": [{"role": r, "content": text} for r, text in zip(roles, both)]} for both in told]
+    for split, some in (("train", rows[:30]), ("heldout", rows[30:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
+    overrides = [f"data.{split}_files=[{tmp_path}/{split}.jsonl]" for split in ("train", "heldout")]
+    overrides += [
+        "data.messages_column=messages",
+        f"data.chat_template={tmp_path}/chat.jinja",
+        "model.sliding_window=4",
+    ]
+    overrides += ["data.tokenizer.vocab_size=335", "model.num_hidden_layers=5"]
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", config, *overrides, "--stats", "--out", str(out)])
+    prepare_data.main()
+    shown = capsys.readouterr().out
+    figures = json.loads((out / "statistics.json").read_text())
+    assert figures["limits"] == {"W": 4, "R": 15, "seq_len": 512}
+    far = figures["sources"]["files, train"]["answers"]
+    assert (far["answers"], far["without_instruction"], far["with_system"]) == (30, 0, 0)
+    assert far["instruction"]["W"] == 1.0  # the prompt for the answer alone is longer
+    assert 0 < far["instruction"]["R"] < 1
+    assert f"For {far['instruction']['R']:.1%} of the answers it is farther back than R = 15 tokens" in shown
+    assert "best_fit cuts only conversations longer than a row" in shown

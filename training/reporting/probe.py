@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from data.batches import text_batch
-from data.mixture import ConcatRows, Mixture, Shares
+from data.mixture import ConcatRows, HeldOutRows, Mixture, Rows, Shares
 from data.tasks.distance import last_distance_holding
 from data.tasks.layout import RecallItem, item, task_size
 from data.tasks.question import UNSCORED
@@ -68,8 +68,9 @@ class Probe:
 
     def _source(self, decoder: WindreachForCausalLM, store: TokenStore) -> tuple[float, float]:
         """Nats and bytes of this rank's share of a source, in sequences of `data.seq_len` tokens or all that it has."""
-        rows = ConcatRows(store, min(self.settings.data.seq_len, store.n_tokens - 1))
-        n = min(len(rows), max(1, self.settings.training.validation_tokens // rows.seq_len))
+        seq_len = min(self.settings.data.seq_len, store.n_tokens - 1)
+        rows: Rows = HeldOutRows(store, seq_len) if store.conversations else ConcatRows(store, seq_len)
+        n = min(len(rows), max(1, self.settings.training.validation_tokens // seq_len))
         mixture, device = Mixture({"": rows}, Shares([1.0], n, 1, seed=0)), decoder.device
         nats, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0
         for first in range(self.rank * self.rows, n, self.ranks * self.rows):

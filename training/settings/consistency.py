@@ -82,6 +82,8 @@ def _model_and_data(s: Settings) -> list[Check]:
          f"set model.head_dim to {m.head_size + 1}"),
         ("data.seq_len", d.seq_len > m.max_position_embeddings,
          f"model.max_position_embeddings is {m.max_position_embeddings}", "lower one, raise the other"),
+        ("data.chat_template", d.chat_template is not None and not any(of.conversations for of in d.mixture),
+         "no source has conversations, so it has no effect", "remove it, or name the messages_column of a source"),
         *(_source("data", d) if not d.sources else _mixture(d)),
     ]  # fmt: skip
 
@@ -103,6 +105,23 @@ def _source(at: str, d: SourceSettings) -> Iterator[Check]:
            "add train_files: [texts/*.txt]")  # fmt: skip
     for name in ("train_files", "heldout_files"):
         yield f"{at}.{name}", not files and getattr(d, name), unused, f"remove it, or use {at}.source: files"
+    yield from _columns(at, d)
+
+
+def _columns(at: str, d: SourceSettings) -> Iterator[Check]:
+    """Columns with conversations."""
+    pair = {"prompt_column": "answer_column", "answer_column": "prompt_column"}
+    for name in ("messages_column", *pair):
+        given = getattr(d, name) is not None
+        yield (f"{at}.{name}", given and d.source == "novels", f"{at}.source is novels, which hold no conversations",
+               f"remove it, or use {at}.source: files")  # fmt: skip
+        other = pair.get(name)
+        yield (f"{at}.{name}", given and other is not None and getattr(d, other) is None,
+               f"{at}.{other} is missing", "add it: a conversation needs both")  # fmt: skip
+    yield (f"{at}.messages_column", d.messages_column is not None and d.prompt_column is not None,
+           f"{at}.prompt_column is given too", "remove one of them")  # fmt: skip
+    yield (f"{at}.text_column", d.conversations and d.text_column != "text", "the rows are conversations, so it has no "
+           "effect", "remove it, or messages_column, prompt_column and answer_column")  # fmt: skip
 
 
 def _mixture(d: DataSettings) -> Iterator[Check]:

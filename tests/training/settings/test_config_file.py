@@ -183,6 +183,9 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
     assert expected in refusal(good, override)
 
 
+FILES = ["data.source=files", "data.train_files=[a.jsonl]"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -215,6 +218,19 @@ def test_a_wrong_value_is_refused_with_a_sentence(good: Path, override: str, exp
         (["data.source=hub"], "data.source is hub, but no data set is named; add a section such as hub:"),
         (["data.hub={name: wikitext}"], "data.source is novels, so it has no effect; remove it, or use data.source"),
         (["data.train_files=[a.txt]"], "data.source is novels, so it has no effect; remove it, or use"),
+        (["data.messages_column=m"], "data.source is novels, which hold no conversations; remove it, or"),
+        ([*FILES, "data.prompt_column=q"], "data.answer_column is missing; add it: a conversation needs both"),
+        ([*FILES, "data.answer_column=a"], "data.prompt_column is missing; add it: a conversation needs both"),
+        (
+            [*FILES, "data.messages_column=m", "data.prompt_column=q", "data.answer_column=a"],
+            "data.prompt_column is given too; remove one of them",
+        ),
+        ([*FILES, "data.messages_column=m", "data.text_column=t"], "the rows are conversations, so it has no effect"),
+        ([*FILES, "data.chat_template=a"], "no source has conversations, so it has no effect; remove it, or name the"),
+        (
+            ["data.sources=[{name: a, prompt_column: q}]"],
+            "data.sources.0.source is novels, which hold no conversations; remove it, or use",
+        ),
         (
             ["data.sources=[{name: a}]", "data.train_files=[a.txt]"],
             "data.train_files = ['a.txt']  (override data.train_files=[a.txt])\n"
