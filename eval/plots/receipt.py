@@ -1,5 +1,6 @@
 """The states of one model side by side: recall by distance, bits per byte by context, and the cache."""
 
+from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
@@ -43,7 +44,7 @@ def _draw_text(ax: Axes, text: dict[str, Any]) -> None:
     ax.set(title="Held-out text, bits per byte", xlabel="context, tokens")
 
 
-def _draw_curve(ax: Axes, curve: list[tuple[float, ...]], color: str, label: str, tips: list[str]) -> None:
+def _draw_curve(ax: Axes, curve: Sequence[tuple[float, ...]], color: str, label: str, tips: Sequence[str]) -> None:
     """Draw (x, value, low, high) with its interval as a band, on a logarithmic axis with a tick at each x."""
     x, y, low, high = np.array(curve).T
     ax.fill_between(x, low, high, color=color, alpha=0.18, lw=0)

@@ -62,7 +62,7 @@ def measure(states: dict[str, Examined], args: Namespace) -> dict[str, Any]:
         "relay": parts.measure_relay(states, haystack, longest, args.seed) if args.after else None,
         "decoding": parts.measure_decoding(states, haystack, longest, args.seed),
     }  # fmt: skip
-    return original.header() | result
+    return last.header() | result
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from data.pretrained import checkpoint_folder
 from eval.models import Examined, load_model
-from model.errors import UserError
+from model.errors import UserError, printable
 
 ORIGINAL, WINDOWED, ADAPTED = "original", "windowed", "adapted"
 
@@ -22,7 +23,11 @@ def open_states(
     """
     if after is None and not patterns:
         raise UserError("a receipt compares states; give AFTER, the run folder of the adapted model, or --layers")
-    original = load_model(before, device, ours_only=True)
+    try:
+        folder = checkpoint_folder(before)
+    except UserError as error:
+        raise UserError(f"BEFORE {before!r}: {error}") from error
+    original = replace(load_model(str(folder), device, ours_only=True), name=printable(before.rstrip("/")))
     states = {ORIGINAL: original}
     if after is not None:
         adapted = load_model(after, device, ours_only=True)

@@ -49,12 +49,14 @@ def of_one(run: Run) -> Contents:
 
 def page(runs: list[Run]) -> str:
     """The whole report as HTML."""
+    from eval.receipt.findings import finding as receipt_finding
     from eval.relay import finding as relay_finding  # imports torch
     from training.planning.dry_run import duration
 
     return template("report.html").render(
         title=title(runs), runs=runs, shared=shared(runs), contents=[of_one(run) for run in runs],
         svg=plots.svg, tokens=tokens, duration=duration, identity=identity, relay_finding=relay_finding,
+        receipt_finding=receipt_finding,
         explorer=EXPLORER.read_text(encoding="utf-8"), stack=stack_of(runs[0]),
     )  # fmt: skip
 

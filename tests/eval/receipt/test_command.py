@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from html import escape
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from eval.haystack import open_haystack
 from eval.models import load_model
 from eval.needs.measure import draw_excerpts, excerpt_length
 from eval.receipt import __main__ as command
+from eval.receipt.findings import finding
 from eval.receipt.states import layers_of, open_states, with_config
+from eval.report.page import page as report
+from eval.report.runs import read_run
 from model import hub
 from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError, cli
@@ -76,6 +80,32 @@ def test_the_page_fetches_nothing_and_escapes_names(receipt):
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert page.count("<figure>") == 4  # recall and text, and a relay map for each state
     assert (folder / "receipt.png").stat().st_size > 10_000
+
+
+def test_the_report_of_the_adapted_run_links_the_receipt_and_says_what_it_found(receipt, untrained_run, tmp_path):
+    result, _, folder = receipt
+    run = shutil.copytree(untrained_run, tmp_path / "run")
+    shutil.copy(folder / "receipt.json", run)
+    page = report([read_run(str(run))])
+    assert '<a href="receipt.html">The receipt</a>' in page
+    assert escape(finding(result)) in page
+
+
+def test_the_finding_is_computed_from_the_figures(receipt):
+    """By hand: what the windows cost, what remains, and how far recall is at least 90 % of the original's."""
+    result = json.loads(json.dumps(receipt[0]))
+    shares = {"original": (0.8, 0.8), "windowed": (0.72, 0.70), "adapted": (0.73, 0.75)}
+    for name, of in shares.items():
+        for task in result["recall"].values():
+            for row, share in zip(task["rows"], of, strict=True):
+                row["states"][name]["accuracy"] = share
+    for name, bits, ratio in ("windowed", 0.25, 1.25), ("adapted", 0.011, 1.011):
+        text = result["text"]["states"][name]
+        text["difference"][-1], text["ratio"][-1] = [bits, 0, 0], [ratio, 0, 0]
+    assert finding(result) == (
+        "The windows alone cost 0.250 bits per byte (25.0 %) and kept recall up to 36 tokens; after training 0.011 "
+        "bits per byte (1.1 %) remain, and recall is kept up to 48 tokens, the farthest measured."
+    )
 
 
 def test_bits_per_byte_are_nats_over_bytes(receipt, before, untrained_run):
