@@ -24,7 +24,6 @@ from eval.models import Examined
 from eval.needs.measure import (
     bootstrap,
     draw_excerpts,
-    excerpt_length,
     interval,
     nats_with_context,
     units_of,
@@ -37,6 +36,7 @@ from model.cache import RingCache
 from model.flops import cache_bytes
 from model.windows import LayerSpec
 
+EXCERPTS = 12  # of the text, at least: the longest context is read once for each
 CACHE_TOKENS = 4096, 32_768, 131_072
 RELAY_TEXTS, RELAY_VALUES = 48, 4  # a probe is fitted on half of the texts
 RELAY_LONGEST, RELAY_COLUMNS = 256, 16  # tokens behind the value
@@ -93,7 +93,8 @@ def measure_text(
     states: Mapping[str, Examined], haystack: Haystack, contexts: Sequence[int], budget: int, seed: int
 ) -> dict[str, Any]:
     """Bits per byte of the same tokens with each context, and the difference from the original, with 95 % intervals."""
-    excerpts = draw_excerpts(haystack.documents, excerpt_length(contexts, budget), budget, [seed, 23])
+    length = max(1, min(contexts[-1] // 8, budget // EXCERPTS))
+    excerpts = draw_excerpts(haystack.documents, length, budget, [seed, 23])
     unit, units = units_of(haystack.name, excerpts)
     read = len(states) * sum(w.end - w.start for c in contexts for w in windows_of(excerpts, c))
     with progress("bits per byte", read) as advance:

@@ -23,11 +23,7 @@ def open_states(
     """
     if after is None and not patterns:
         raise UserError("a receipt compares states; give AFTER, the run folder of the adapted model, or --layers")
-    try:
-        folder = checkpoint_folder(before)
-    except UserError as error:
-        raise UserError(f"BEFORE {before!r}: {error}") from error
-    original = replace(load_model(str(folder), device, ours_only=True), name=printable(before.rstrip("/")))
+    original = load_before("BEFORE", before, device)
     states = {ORIGINAL: original}
     if after is not None:
         adapted = load_model(after, device, ours_only=True)
@@ -42,6 +38,18 @@ def open_states(
         config = original.model.config.to_dict() | {"layers": layers_of(pattern, original.layers)}
         states[name or pattern] = with_config(original, type(original.model.config)(**config))
     return states
+
+
+def load_before(argument: str, name: str, device: str | None) -> Examined:
+    """A pretrained model in our decoder, by any name that `model.init.from_pretrained` takes.
+
+    `argument` is what a sentence calls it. Raises UserError if there is none, or one that the decoder can't run.
+    """
+    try:
+        folder = checkpoint_folder(name)
+    except UserError as error:
+        raise UserError(f"{argument} {name!r}: {error}") from error
+    return replace(load_model(str(folder), device, ours_only=True), name=printable(name.rstrip("/")))
 
 
 def layers_of(pattern: str, depth: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from data.tokenizer import train_tokenizer
 from eval.haystack import open_haystack
 from eval.models import load_model
-from eval.needs.measure import draw_excerpts, excerpt_length
+from eval.needs.measure import draw_excerpts
 from eval.receipt import __main__ as command
 from eval.receipt.findings import finding
 from eval.receipt.states import layers_of, open_states, with_config
@@ -114,7 +114,7 @@ def test_bits_per_byte_are_nats_over_bytes(receipt, before, untrained_run):
     contexts = result["text"]["contexts"]
     documents = open_haystack(load_model(str(untrained_run), "cpu")).documents
     nats, n_bytes = 0.0, 0
-    for excerpt in draw_excerpts(documents, excerpt_length(contexts, 320), 320, [0, 23]):
+    for excerpt in draw_excerpts(documents, 6, 320, [0, 23]):
         start = max(0, excerpt.first - contexts[-1])
         scored = excerpt.tokens[excerpt.first : excerpt.end].tolist()
         ids = torch.from_numpy(excerpt.tokens[start : excerpt.end])[None]
