@@ -32,7 +32,7 @@ def arguments() -> Namespace:
         "--distances", type=numbers, default=DISTANCES, help="comma-separated, in tokens; default: 16 to 1024, doubling"
     )
     add("--n", type=at_least(1), default=40, help="most items per distance; default %(default)s")
-    add("--tokens", type=at_least(320), default=1536, help="tokens of text to score; default %(default)s")
+    add("--tokens", type=at_least(320), default=1280, help="tokens of text to score; default %(default)s")
     add("--out", metavar="DIR", help="folder for the receipt; default: AFTER, else this one")
     add("--text", type=existing_file, metavar="FILE", help="use this UTF-8 file as held-out text")
     add("--data", type=existing_file, metavar="CONFIG", help="use the held-out text of this YAML file")

@@ -36,7 +36,7 @@ from model.cache import RingCache
 from model.flops import cache_bytes
 from model.windows import LayerSpec
 
-EXCERPTS = 12  # of the text, at least: the longest context is read once for each
+EXCERPTS = 10  # of the text, at least: the longest context is read once for each
 CACHE_TOKENS = 4096, 32_768, 131_072
 RELAY_TEXTS, RELAY_VALUES = 48, 4  # a probe is fitted on half of the texts
 RELAY_LONGEST, RELAY_COLUMNS = 256, 16  # tokens behind the value
