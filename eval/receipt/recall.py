@@ -33,6 +33,7 @@ from eval.haystack import Haystack
 from eval.models import Examined
 from eval.recall.order import VALUES
 from model.cache import RingCache
+from model.errors import UserError
 
 LEAD = 32  # tokens before the needle: more than a model has global tokens
 KEYS = 8
@@ -81,13 +82,16 @@ class Probe:
 
 
 def open_probes(tokenizer: TokenizerLike, haystack: Haystack, distances: Sequence[int], seed: int) -> list[Probe]:
-    """Both tasks. Raises UserError if the tokenizer has too few one-token words."""
+    """The tasks that fit the distances. UserError if none does, or if the tokenizer has too few one-token words."""
     words = recall_vocabulary(tokenizer, VALUES, KEYS)
     statement, question = (tuple(tokenizer.encode(text)) for text in (STATEMENT, QUESTION))
     phrases = Phrases(statement, question, words.values, words.plain)
     tasks = ("pair", "keys", words), ("question", "needle", phrases)
     probes = [Probe(name, TASKS[task], v, haystack, seed, tuple(sorted(distances))) for name, task, v in tasks]
-    return [probe for probe in probes if nearest(probe) <= max(distances)]
+    longest, least = max(distances), min(map(nearest, probes))
+    if longest < least:
+        raise UserError(f"the longest distance is {longest}, and a question needs {least} tokens; give a longer one")
+    return [probe for probe in probes if nearest(probe) <= longest]
 
 
 def nearest(probe: Probe) -> int:

@@ -23,6 +23,7 @@ from model import hub
 from model.decoder import WindreachForCausalLM, build_model
 from model.errors import UserError, cli
 
+FULL = "--layers", "[{kind: full}]"
 SMALL = "--distances", "36,48", "--n", "50", "--tokens", "320"
 
 
@@ -160,6 +161,11 @@ def test_windowed_weights_share_the_memory_of_the_original_and_a_sink_starts_at_
         (["BEFORE", "--layers", "64"], "--layers '64' is no list of layers; write it as model.layers is written"),
         (["BEFORE", "--layers", "[{window: }"], "is no list of layers"),
         (["BEFORE", "--layers", "[{widow: 8}]"], "model.layers[0]: "),
+        (
+            ["BEFORE", *FULL, "--distances", "1"],
+            "the longest distance is 1, and a question needs 2 tokens; give a longer",
+        ),
+        (["no.gguf", *FULL], "BEFORE 'no.gguf': there is no such file; give a .gguf file"),
         (["BEFORE", "no/such"], "MODEL 'no/such': no such folder"),
     ],
 )
