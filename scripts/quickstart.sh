@@ -3,6 +3,7 @@
 #
 #   bash scripts/quickstart.sh                                      configs/quickstart.yaml
 #   bash scripts/quickstart.sh configs/smoke.yaml [key=value ...]   another config, with settings changed
+#   bash scripts/quickstart.sh configs/retrofit-smollm2.yaml        a pretrained model: its evaluation is a receipt
 #
 # Training runs in two processes on a machine without a GPU, in one on a GPU, and in one for each of several GPUs.
 # LAUNCH=configs/accelerate/X.yaml chooses the launch file instead.
@@ -82,7 +83,8 @@ choose_launch() {
 }
 
 bash scripts/bootstrap.sh
-RUN=$("$BIN/python" scripts/run_facts.py "$@")
+facts=$("$BIN/python" scripts/run_facts.py "$@")
+RUN=${facts%%$'\n'*}
 
 say "text and tokenizer"
 interruptible "$BIN/python" scripts/prepare_data.py "$@"
@@ -93,12 +95,20 @@ if outdated "$RUN/hf/config.json" "$CONFIG" train.py $(find model data training 
   interruptible "${launch[@]}" train.py "$@"
 fi
 
-evaluate "reach --plot" reach.png eval/reach/*.py
-evaluate "recall --n 200" recall.png eval/recall/*.py "$RUN/reach.json"
-evaluate loss loss.png eval/loss.py
-evaluate relay relay.png eval/relay.py
-evaluate "heat --n 30" heat.png eval/heat.py
-if outdated "$RUN/report.html" "$RUN"/{recall,reach,loss,relay,heat}.json eval/report/*.py eval/plots/*.py eval/report/templates/*; then
+if [ "$facts" != "$RUN" ]; then # the model was pretrained: what did its windows cost, and what did training bring back?
+  if outdated "$RUN/receipt.html" "$RUN/hf/config.json" eval/receipt/*.py; then
+    say "eval.receipt"
+    interruptible "$BIN/python" -m eval.receipt "${facts#*$'\n'}" "$RUN"
+  fi
+else
+  evaluate "reach --plot" reach.png eval/reach/*.py
+  evaluate "recall --n 200" recall.png eval/recall/*.py "$RUN/reach.json"
+  evaluate loss loss.png eval/loss.py
+  evaluate relay relay.png eval/relay.py
+  evaluate "heat --n 30" heat.png eval/heat.py
+fi
+results=("$RUN"/{recall,reach,loss,relay,heat,receipt}.json)
+if outdated "$RUN/report.html" $(ls "${results[@]}" 2>/dev/null) eval/report/*.py eval/plots/*.py eval/report/templates/*; then
   say "report"
   interruptible "$BIN/python" -m eval.report "$RUN"
 fi

@@ -1,6 +1,8 @@
 """Prints the run folder of a config, or the main results in it; `scripts/quickstart.sh` calls it.
 
 python scripts/run_facts.py CONFIG.yaml [key=value ...] [--headline]
+
+The pretrained model that the run starts from stands on a second line.
 """
 
 import argparse
@@ -16,7 +18,13 @@ from training.settings.config_file import load_settings
 
 
 def headline(run: Path) -> str:
-    """Recall by task, bits per byte and reach, from the JSON files of the run folder."""
+    """Recall by task, bits per byte and reach, from the JSON files of the run folder, or what its receipt says."""
+    if (run / "receipt.json").exists():
+        from eval.receipt.findings import finding
+
+        return (
+            f"{finding(json.loads((run / 'receipt.json').read_text()))}\nreceipt                {run / 'receipt.html'}"
+        )
     recall, loss = (json.loads((run / name).read_text()) for name in ("recall.json", "loss.json"))
     facts = {}
     for name, task in recall["tasks"].items():
@@ -39,7 +47,10 @@ def main() -> None:
     settings = load_settings(arguments.config, arguments.overrides)
     run = run_dir(settings)
     check_settings(run, settings)
-    print(headline(run) if arguments.headline else run)
+    if arguments.headline:
+        print(headline(run))
+    else:
+        print(*filter(None, (run, settings.model.init.from_pretrained)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ MAY_IMPORT = {
 FILES = sorted([*(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py")), ROOT / "train.py"])
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 EVALUATIONS = (
-    "recall", "reach", "reach.masks", "proof", "relay", "heat", "loss", "needs", "law", "report", "conformance",
-    "conformance.served", "conformance.architectures",
+    "recall", "reach", "reach.masks", "proof", "relay", "heat", "loss", "needs", "law", "receipt", "receipt.retrieval",
+    "report", "conformance", "conformance.served", "conformance.architectures",
 )  # fmt: skip
 COMMANDS = [
     ["train.py"], *(["-m", f"eval.{name}"] for name in EVALUATIONS),

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from eval import plots
@@ -49,18 +49,25 @@ def of_one(run: Run) -> Contents:
 
 def page(runs: list[Run]) -> str:
     """The whole report as HTML."""
+    from eval.receipt.findings import finding as receipt_finding
     from eval.relay import finding as relay_finding  # imports torch
     from training.planning.dry_run import duration
 
+    return template("report.html").render(
+        title=title(runs), runs=runs, shared=shared(runs), contents=[of_one(run) for run in runs],
+        svg=plots.svg, tokens=tokens, duration=duration, identity=identity, relay_finding=relay_finding,
+        receipt_finding=receipt_finding,
+        explorer=EXPLORER.read_text(encoding="utf-8"), stack=stack_of(runs[0]),
+    )  # fmt: skip
+
+
+def template(name: str) -> Template:
+    """A page of `templates/`. It escapes all text, and a name without a value is an error."""
     loader = PackageLoader("eval.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("report.html").render(
-        title=title(runs), runs=runs, shared=shared(runs), contents=[of_one(run) for run in runs],
-        svg=plots.svg, tokens=tokens, duration=duration, identity=identity, relay_finding=relay_finding,
-        explorer=EXPLORER.read_text(encoding="utf-8"), stack=stack_of(runs[0]),
-    )  # fmt: skip
+    return environment.get_template(name)
 
 
 def stack_of(run: Run) -> str:

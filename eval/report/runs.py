@@ -48,7 +48,8 @@ def read_run(name: str) -> Run:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"RUN {name!r}: no such folder; give the folder of a run, such as runs/quickstart")
-    results = {key: read_result(file) for key in EVALUATIONS if (file := folder / f"{key}.json").exists()}
+    names = (*EVALUATIONS, "receipt")  # a receipt is for adapted models only, so it is never missing
+    results = {key: read_result(file) for key in names if (file := folder / f"{key}.json").exists()}
     if not results:
         raise UserError(f"RUN {name!r}: nothing measured yet; run `python -m eval.recall {name}` first")
     settings = file.read_text(errors="replace") if (file := folder / "settings.yaml").exists() else ""

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.mixture import open_sources, prepare_sources
 from eval import loss
 from eval.forward import token_nats
 from eval.haystack import Haystack, HeldOutDocument, encode_documents, open_haystack
-from eval.models import load_model
+from eval.models import load_hugging_face, load_model
 from eval.plots import loss_figure
 from model.errors import UserError
 from training.run.folder import data_hashes
@@ -50,6 +52,19 @@ def test_bytes_of_the_held_out_text_are_exact(examined, untrained_run):
     written = (untrained_run.parent / "heldout.txt").read_bytes()
     haystack = open_haystack(examined)
     assert sum(document.n_bytes for document in haystack.documents) == len(written)
+
+
+def test_the_perplexity_of_a_pretrained_model_is_that_of_transformers(examined, tmp_path):
+    """Held-out text through our decoder and through the library's model, from the same folder."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=examined.tokenizer.vocab_size, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    examined.tokenizer.save(tmp_path)
+    ours, haystack = load_model(str(tmp_path), "cpu"), open_haystack(examined, max_tokens=600)
+    theirs = replace(ours, model=load_hugging_face(tmp_path, "theirs").eval())
+    assert (ours.ours, theirs.ours) == (True, False)
+    ppl, expected = (loss.bits_per_byte(e, haystack, 96, 32)["perplexity"] for e in (ours, theirs))
+    assert ppl == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("max_tokens", [2, 57, 1000])

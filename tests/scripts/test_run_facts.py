@@ -56,3 +56,22 @@ def test_a_run_folder_with_other_settings_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr("sys.argv", ["run_facts.py", config, f"run_dir={run}", "model.sliding_window=8"])
     with pytest.raises(UserError, match=r"model\.sliding_window: 4 there, 8 now"):
         run_facts.main()
+
+
+def test_a_pretrained_model_stands_on_a_second_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "name: x\nmodel: {init: {from_pretrained: smollm2}}\ntraining: {max_steps: 1000}\n"
+    )
+    monkeypatch.setattr("sys.argv", ["run_facts.py", str(tmp_path / "config.yaml")])
+    run_facts.main()
+    assert capsys.readouterr().out == "runs/x\nsmollm2\n"
+
+
+def test_the_headline_of_an_adapted_model_is_its_receipt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "receipt.json").write_text("{}")
+    monkeypatch.setattr("eval.receipt.findings.finding", lambda receipt: "The windows cost nothing.")
+    assert run_facts.headline(tmp_path).splitlines() == [
+        "The windows cost nothing.", f"receipt                {tmp_path / 'receipt.html'}",
+    ]  # fmt: skip

@@ -67,7 +67,7 @@ def test_every_package_is_pinned() -> None:
 STUB = """#!/bin/bash
 # Notes the command; answers with a run folder, or with the number of GPUs.
 echo "${0##*/} $*" >>commands
-[ "$1" != scripts/run_facts.py ] || echo runs/x
+[ "$1" != scripts/run_facts.py ] || printf 'runs/x\n%s' "$BEFORE"
 [ "$1" != -c ] || echo "$GPUS"
 [[ "$*" != *"$FAIL"* ]] || exit "$CODE"
 """
@@ -88,11 +88,12 @@ def clone(tmp_path: Path) -> Path:
 
 
 def quickstart(
-    clone: Path, *arguments: str, gpus: int = 0, fail: str = "nothing", code: int = 1
+    clone: Path, *arguments: str, gpus: int = 0, fail: str = "nothing", code: int = 1, before: str = ""
 ) -> tuple[int, list[str]]:
     """The exit code, and the commands that were run."""
     (clone / "commands").unlink(missing_ok=True)
-    done = run(clone, "quickstart.sh", *arguments, GPUS=str(gpus), FAIL=fail, CODE=str(code), LAUNCH="", CONFIG="")
+    stub = {"GPUS": str(gpus), "FAIL": fail, "CODE": str(code), "BEFORE": before}
+    done = run(clone, "quickstart.sh", *arguments, **stub, LAUNCH="", CONFIG="")
     return done.returncode, (clone / "commands").read_text().splitlines()
 
 
@@ -114,6 +115,13 @@ def test_the_quickstart_passes_overrides_to_every_step_that_reads_the_config(clo
     ]
     evaluations = ["reach", "recall", "loss", "relay", "heat", "report"]
     assert [command.split()[2] for command in commands if " -m " in command] == [f"eval.{name}" for name in evaluations]
+
+
+def test_the_evaluation_of_a_pretrained_model_is_a_receipt(clone: Path) -> None:
+    code, commands = quickstart(clone, "configs/x.yaml", before="a model.gguf")
+    assert code == 0
+    evaluations = [command for command in commands if " -m " in command]
+    assert evaluations == ["python -m eval.receipt a model.gguf runs/x", "python -m eval.report runs/x"]
 
 
 @pytest.mark.parametrize("gpus", [0, 3])

@@ -1,0 +1,1 @@
+"""What windows cost a pretrained model, and what training brought back: `python -m eval.receipt`."""
