@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from data.folders import written_whole
-from data.pretrained import SMOLLM2, checkpoint_folder, is_converted
+from data.pretrained import checkpoint_folder, is_converted
 from data.settings import DataSettings, RunSettings
 from data.sources import source_fingerprint, texts
 from data.tasks.vocabulary import RESERVED

@@ -15,7 +15,7 @@ from model.decoder import WindreachForCausalLM, build_model
 from tests.integration import tiny_run
 from training.curriculum import Curriculum
 from training.objective import Scorer, TextObjective, Work, differentiate
-from training.probe import Probe
+from training.reporting.probe import Probe
 from training.settings.build import model_config
 from training.settings.schema import Settings
 
