@@ -2,6 +2,7 @@
 
     python scripts/bench.py train                                  a training step of configs/quickstart.yaml
     python scripts/bench.py train --config configs/small.yaml --rows 1 --seq-lens 1024,8192,16384
+    python scripts/bench.py finetune --config configs/retrofit-smollm2.yaml   a step beside transformers.Trainer
     python scripts/bench.py attention                              several lengths and windows
     python scripts/bench.py aims                                   attention: only the shapes that have an aim
     python scripts/bench.py decode                                 token-by-token generation
@@ -66,13 +67,16 @@ def main() -> None:
 
 def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine") -> "Iterator[list[Row]]":
     """Run the chosen benchmarks; yields the rows of each table."""
-    from scripts.benchmarks import attention, decode, train
+    from scripts.benchmarks import attention, decode, finetune, train
 
     chosen = ["train", "attention", "decode", "prefill"] if arguments.bench == "all" else [arguments.bench]
     few = replace(setup, rounds=min(setup.rounds, 3))
     if "train" in chosen:
         for seq_len in arguments.seq_lens or [None]:
             yield train.bench_train(setup, arguments.rows, seq_len, arguments.peer)
+    if "finetune" in chosen:
+        for seq_len in arguments.seq_lens or [None]:
+            yield finetune.bench_finetune(setup, arguments.rows, seq_len)
     if "aims" in chosen or "attention" in chosen:
         yield attention.bench_aims(setup, machine)
     if "attention" in chosen:  # the peers with dense scores leave gigabytes of free memory behind, so they come last
@@ -101,17 +105,20 @@ def table_of(rows: "list[Row]") -> Table:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=["attention", "aims", "train", "decode", "prefill", "stream", "all"])
+    benches = ["attention", "aims", "train", "finetune", "decode", "prefill", "stream", "all"]
+    add("bench", choices=benches)
     add("overrides", nargs="*", metavar="key=value", help="settings, as for train.py: model.hidden_size=128")
     add("--config", default="configs/quickstart.yaml", help="model to time, except in attention; default: %(default)s")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--json", metavar="FILE", type=Path, help="write the rows to FILE")
     add("--threads", type=at_least(1), help="default: all cores of this process")
     add("--precision", choices=["fp32", "bf16"], help="default: training.precision of the config")
-    add("--rows", type=at_least(1), help="train: batch size; default: tokens_per_step / seq_len of the config")
+    add(
+        "--rows", type=at_least(1), help="train, finetune: batch size; default: tokens_per_step / seq_len of the config"
+    )
     peers = ", ".join(f"'{name}'" for name in TRAINING_PEERS)
     add("--peer", choices=list(TRAINING_PEERS), default="", metavar="NAME", help=f"train: only one of {peers}")
-    add("--seq-lens", type=numbers, default=(), help="train: sequence lengths; default: seq_len of the config")
+    add("--seq-lens", type=numbers, default=(), help="train, finetune: lengths; default: seq_len")
     add("--rounds", type=at_least(1), default="7", help="timed runs of each function; default: %(default)s")
     add("--lengths", type=numbers, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")
     add("--windows", type=numbers, default="16,32,64,128,256,512", help="attention: windows; default: %(default)s")

@@ -92,7 +92,8 @@ class _Chunks(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, rows: int, dtype: torch.dtype,
         lesson: Lesson | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        n, d_hidden, d_weight = len(hidden), torch.empty_like(hidden), torch.zeros_like(weight)
+        n, d_hidden = len(hidden), torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen matrix needs none
         figures, differentiate, rows = [], _differentiate_on(hidden.device.type), _equal_rows(len(hidden), rows)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
@@ -105,7 +106,8 @@ class _Chunks(torch.autograd.Function):
                     hint = Hint(theirs, taught.weight, taught.temperature)
                 d_logits, *of_chunk = differentiate(h @ w.mT, wanted[:, None], z_weight, hint)
                 d_hidden[i : i + rows] = (d_logits @ w)[: n - i]
-                d_weight += d_logits.mT @ h
+                if d_weight is not None:
+                    d_weight += d_logits.mT @ h
                 figures.append(of_chunk)
         losses, right, *others = (torch.cat(parts)[:n] for parts in zip(*figures, strict=True))
         ctx.gradients = d_hidden, d_weight
@@ -115,7 +117,8 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # the graph outlives them
-        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None, None
+        d_weight = None if d_weight is None else d_weight.mul_(d_loss)
+        return d_hidden.mul_(d_loss), d_weight, None, None, None, None, None
 
 
 def _padded(x: Tensor, rows: int, value: float = 0.0) -> Tensor:

@@ -29,6 +29,7 @@ from model.decoder import give_memory
 from model.errors import UserError
 from model.projections import row_sizes
 from model.windows import reach
+from training.adaptation import FROZEN, adapt, merged, plain_names, spared_flops, start_adapters, write_frozen
 from training.captured import Captured
 from training.curriculum import State
 from training.distillation import load_teacher
@@ -85,6 +86,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, resume: str, stop: StopRequest):
         self.settings, self.dir, self.stop = settings, run_dir(settings), stop
+        self.lora = settings.training.lora
         self.ranks = join_ranks()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
         set_up_threads(settings.training.num_threads, local_processes=local)
@@ -104,6 +106,8 @@ class Trainer:
             give_memory(self.decoder, torch.device("cpu"))
             self._fill(pretrained)
         teacher = load_teacher(settings, self.tokenizer, self.decoder.config.vocab_size, device)
+        adapt(self.decoder, settings.training)
+        self.spared = spared_flops(self.decoder)
 
         # 3. Run folder: which checkpoint to resume, and what the first start decided.
         checkpoint = ask_main(lambda: self._open_run(resume))
@@ -115,7 +119,8 @@ class Trainer:
         self.relay_values = recall.values if recall.enabled and recall.relay_loss_weight else 0
         self.scorer = Scorer(self.decoder, self.relay_values, settings.training.z_loss_weight, teacher)
         if settings.training.activation_checkpointing:
-            self.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            drops = bool(self.lora and self.lora.dropout)  # the same inputs in both passes
+            self.decoder.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": drops})
         if compiled := settings.training.compile:
             for decoder in (self.decoder, *([teacher.decoder] if teacher else [])):
                 decoder.compile_layers("max-autotune-no-cudagraphs" if compiled == "max-autotune" else None)
@@ -132,10 +137,11 @@ class Trainer:
         # 6. Resume.
         if shards():
             self._fill(pretrained)
+        start_adapters(self.decoder, settings.seed)
         if checkpoint is not None:
             self._resume(checkpoint)
         elif auxiliary:
-            load_whole(self.scorer.auxiliary(), auxiliary)
+            load_whole({n: w for n, w in self.scorer.auxiliary().items() if n in auxiliary}, auxiliary)
 
     def _open_run(self, resume: str) -> Path | None:
         """The checkpoint to resume. The main process becomes the only writer of the run folder."""
@@ -158,18 +164,19 @@ class Trainer:
         if stage.worth_capturing(dtype, self.facts["matmul_rate"], bool(teacher and teacher.waits(dtype))):
             self.update = Captured(self.update, self.ranks.device)
 
-    def _fill(self, folder: Path | None) -> None:
-        """Copy the weights in the folder of a checkpoint into the decoder, and what it says of generation."""
+    def _fill(self, folder: Path | None, weights: Path | None = None) -> None:
+        """Copy weights into the decoder, and what `folder` says of generation. `weights`: their folder, if another."""
         if folder is not None:
-            load_weights(self.decoder, hub.SavedWeights(folder))
+            load_weights(self.decoder, hub.SavedWeights(weights or folder))
             self.decoder.generation_config = hub.load_generation_config(folder) or self.decoder.generation_config
 
     def _resume(self, path: Path) -> None:
         saved, tensors = load_state(path, dict(self.scorer.named_parameters()))
         check_same_data(path, saved, self.facts)
         check_same_order(path, saved)
-        hub.check_shapes(path / "hf", self.decoder.state_dict(), self.decoder.config.tie_word_embeddings)
-        self._fill(path / "hf")
+        plain = plain_names(self.decoder.state_dict())
+        hub.check_shapes(path / "hf", plain, self.decoder.config.tie_word_embeddings)
+        self._fill(path / "hf", path / FROZEN if self.lora else None)
         self.optimizer.load_state_tensors(tensors)
         load_whole(self.scorer.auxiliary(), tensors)
         self.state = State.of(saved["progress"])
@@ -284,6 +291,7 @@ class Trainer:
             self.tokens += plan.tokens
             taught, scored = ranks * counts.pop(DISTILLATION, 0.0), ranks * sum(counts.values())
             self.flops += step_flops(self.stage.config, plan, scored, relayed, self.relay_values)
+            self.flops -= plan.tokens * self.spared[0] + scored * self.spared[1]
             if taught and self.scorer.teacher is not None:
                 self.flops += teacher_flops(self.scorer.teacher.decoder.config, plan, taught)
         shares = {name: torch.tensor(weight) for name, weight in weights.items()}
@@ -398,16 +406,22 @@ class Trainer:
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)
-        ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, partial(self._write_hf, weights)))
+        ask_main(lambda: save_checkpoint(self.dir, self.state.step, state, stored, partial(self._write_model, weights)))
         if not self._skipping():
             ask_main(lambda: prune(self.dir, self.settings.training.keep_checkpoints))
         self.saved_step = self.state.step
         gc.collect()
         self.began += time.perf_counter() - paused
 
+    def _write_model(self, weights: Tensors, hf: Path) -> None:
+        """What a checkpoint holds of the decoder, but for what is trained beside it."""
+        self._write_hf(weights, hf)
+        if self.lora is not None:
+            write_frozen(hf.parent, weights, self.decoder)
+
     def _write_hf(self, weights: Tensors, folder: Path) -> None:
-        """A Hugging Face checkpoint with its tokenizer, without the relay head."""
-        hub.save_hf(self.decoder, folder, weights, self.tokenizer)
+        """A Hugging Face checkpoint with its tokenizer, without the relay head, and with the adapters merged."""
+        hub.save_hf(self.decoder, folder, merged(weights, self.lora), self.tokenizer)
 
     # -- 10. export ---------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from model.config import WindreachConfig
 from model.decoder import WindreachForCausalLM
 from model.flops import flops_per_token
 from model.packing import Packing
+from training.adaptation import trained_beside
 from training.cross_entropy import Score, cross_entropy, distillation
 from training.curriculum import Curriculum
 from training.distillation import Teacher
@@ -274,8 +275,9 @@ class Scorer(nn.Module):
         return scores
 
     def auxiliary(self) -> dict[str, Tensor]:
-        """Weights that are trained and saved, but are not part of the decoder."""
-        return {} if self.relay_head is None else {RELAY_HEAD: self.relay_head.weight}
+        """Weights that are trained and saved, but are no part of the exported decoder: relay head and adapters."""
+        head = {} if self.relay_head is None else {RELAY_HEAD: self.relay_head.weight}
+        return trained_beside(self.decoder) | head
 
 
 @dataclass

@@ -19,7 +19,7 @@ from model.errors import UserError
 from model.flops import cache_bytes, count_parameters, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.distillation import teacher_config
-from training.planning.formulas import Setup, largest_rows, recompute_factor
+from training.planning.formulas import Setup, largest_rows, parameter_counts, recompute_factor
 from training.planning.gpus import GPUS
 from training.planning.stages import StageWork, largest_memory, stage_works
 from training.processes.precision import DTYPES, measure, set_up_threads
@@ -150,6 +150,9 @@ def _work_lines(settings: Settings, stages: list[StageWork]) -> Lines:
     config = stages[0].config
     parts, flops, seq_len = parameters(config), _training_flops(settings, config), settings.data.seq_len
     yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
+    every, trained, _ = parameter_counts(settings.training, config)
+    if trained < every:
+        yield "trained", f"{trained:,} of {every:,} parameters with the adapters ({trained / every:.2%})"
     each = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
     yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {seq_len:,}, visible keys only ({each})"
     if (teacher := teacher_config(settings)) is not None:

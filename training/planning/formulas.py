@@ -1,7 +1,8 @@
 """Formulas for what a run costs: bytes on each processor, FLOPs and time. Nothing is run and nothing is allocated.
 
 FLOPs are those of `model.flops`: the keys that a query sees, forward and backward, without recomputation.
-Weights take 4 bytes, gradients 4 bytes per objective. DDP holds all of them on each processor, FSDP2 a share of them.
+Weights take 4 bytes, the gradients of those that are trained 4 bytes per objective. DDP holds all of them on each
+processor, FSDP2 a share of them. What frozen weights save in activations and FLOPs is not counted.
 
 Assumed:
 
@@ -25,6 +26,7 @@ from model.attention import Device, plan_attention
 from model.config import WindreachConfig
 from model.flops import count_parameters, forward_flops, parameters
 from model.windows import LayerSpec
+from training.adaptation import Counts, count_trained
 from training.cross_entropy import GPU_FACTOR, LOGITS_AT_ONCE
 from training.curriculum import Curriculum
 from training.distillation import teacher_config
@@ -32,7 +34,7 @@ from training.objective import Plan, step_flops, step_plan, teacher_flops
 from training.processes.precision import DTYPES
 from training.schedule import interpolate
 from training.settings.consistency import last_distance, recall_seq_len
-from training.settings.schema import OptimizerSettings, Settings
+from training.settings.schema import Settings, TrainingSettings
 
 GPU = Device("cuda", (8, 0), frozenset({"triton"}))  # what attention can count on where a plan is for GPUs elsewhere
 CPU_BLOCKS_BELOW = {"fp32": 256, "bf16": 1024}  # tokens of window: a rule of thumb for attention on a CPU
@@ -122,14 +124,16 @@ def memory(settings: Settings, config: WindreachConfig, setup: Setup) -> dict[st
     objectives, recall = work(settings, setup.ranks), settings.recall
     relay_head = config.hidden_size * recall.values if any(w.relay for w in objectives) else 0  # it exists in training
     shards = setup.ranks if setup.sharding == "fsdp2" else 1
-    weights = 4 * -(-(count_parameters(config) + relay_head) // shards)
-    moments = optimizer_bytes(config, settings.training.optimizer, len(objectives), relay_head)
+    counts = parameter_counts(settings.training, config)
+    weights, gradients = (4 * -(-(n + relay_head) // shards) for n in (counts.every, counts.trained))
+    moments = optimizer_bytes(counts, len(objectives), relay_head)
     activations, rest = max((micro_batch_bytes(config, setup, w, w.last.micro_rows) for w in objectives), key=sum)
     teacher = teacher_config(settings)
     return {
-        "weights": weights, "gradients": weights * len(objectives), "optimizer": -(-moments // shards),
+        "weights": weights, "gradients": gradients * len(objectives), "optimizer": -(-moments // shards),
         **({} if teacher is None else {"teacher": 4 * count_parameters(teacher)}),  # whole on every processor
-        "exchange": exchange_bytes(config, setup), "activations": activations, "logits_and_scratch": rest,
+        "exchange": exchange_bytes(config, setup, counts.trained),
+        "activations": activations, "logits_and_scratch": rest,
     }  # fmt: skip
 
 
@@ -140,21 +144,28 @@ def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, avai
     return bisect_right(range(1, 2**40), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
 
 
-def optimizer_bytes(config: WindreachConfig, s: OptimizerSettings, objectives: int, relay_head: int = 0) -> int:
-    """Moments in float32, a set for each objective: AdamW has two per parameter, Muon one per matrix of the layers."""
+def parameter_counts(s: TrainingSettings, config: WindreachConfig) -> Counts:
+    """Parameters with their adapters, those that are trained, and those that Muon updates."""
+    if s.lora is not None or s.train_only:
+        return count_trained(config, s)
     parts = parameters(config)
-    muon = parts["attention"] + parts["feed-forward"] if s.kind == "muon" else 0
-    return 4 * objectives * (2 * (count_parameters(config) + relay_head) - muon)
+    muon = parts["attention"] + parts["feed-forward"] if s.optimizer.kind == "muon" else 0
+    return Counts(sum(parts.values()), sum(parts.values()), muon)
 
 
-def exchange_bytes(config: WindreachConfig, setup: Setup) -> int:
+def optimizer_bytes(counts: Counts, objectives: int, relay_head: int = 0) -> int:
+    """Moments in float32, a set for each objective: AdamW has two per trained parameter, Muon one."""
+    return 4 * objectives * (2 * (counts.trained + relay_head) - counts.by_muon)
+
+
+def exchange_bytes(config: WindreachConfig, setup: Setup, trained: int) -> int:
     """DDP: buckets as large as the gradients.
 
     FSDP2: embedding, head and final norm for the whole step, two layers (one in use, the next on its way), and the
     gradients of one unit before and after their reduction in float32.
     """
     if setup.ranks == 1 or setup.sharding == "ddp":
-        return 4 * count_parameters(config) if setup.ranks > 1 else 0
+        return 4 * trained if setup.ranks > 1 else 0
     parts, size = parameters(config), setup.stream_bytes
     root = parts["embedding"] + parts["output"] + config.hidden_size
     layer = -(-(count_parameters(config) - root) // config.num_hidden_layers)

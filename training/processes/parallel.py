@@ -79,8 +79,13 @@ def whole(module: nn.Module) -> Iterator[None]:
 def whole_weights(module: nn.Module, keep: bool) -> Tensors:
     """The state dict without shards. All processes must call this; those that do not `keep` it get an empty one."""
     state = module.state_dict().items()
-    whole = ((name, t.full_tensor().cpu() if isinstance(t, DTensor) else t) for name, t in state)
+    whole = ((name, whole_tensor(t)) for name, t in state)
     return {name: tensor for name, tensor in whole if keep}
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a whole on the CPU: all processes must call this. Another as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -90,9 +95,10 @@ def load_whole(tensors: Tensors, saved: Tensors | SavedWeights) -> None:
         tensor.copy_(as_placed(saved[name], tensor))
 
 
-def load_weights(module: nn.Module, weights: SavedWeights) -> None:
+def load_weights(module: nn.Module, weights: Tensors | SavedWeights) -> None:
     """Copy a checkpoint into the parameters, which may be sharded. Those that it lacks stay as they are."""
-    load_whole({name: p for name, p in module.named_parameters() if name in weights}, weights)
+    names = {name.replace(".base_layer", ""): p for name, p in module.named_parameters()}  # PEFT's, of adapted matrices
+    load_whole({name: p for name, p in names.items() if name in weights}, weights)
 
 
 def as_placed(full: Tensor, like: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json": {"sha256": ..., "bytes": ...}}}
                         hf/                  a complete Hugging Face checkpoint with its tokenizer
-                        trainer.safetensors  optimizer moments, relay head; shard-*.safetensors where they are sharded
+                        trainer.safetensors  moments, relay head, adapters; shard-*.safetensors where they are sharded
+                        frozen/              with adapters: the frozen weights; one file, linked by each checkpoint
                         state.json           step, token counts, curriculum, RNG states, settings hash, wandb id
 """
 
@@ -36,7 +37,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that appears complete or not at all. Raises UserError where the disk is full or read-only.
 
-    `tensors` are the trainer's, or a folder that holds their shards (`training.processes.parallel`).
+    `tensors` are the trainer's, or a folder that holds their shards (`training.processes.parallel`). `write_hf`
+    fills the folder `hf`, and may write files beside it.
     """
     from safetensors.torch import save_file
 

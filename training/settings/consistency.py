@@ -155,6 +155,9 @@ def _steps(s: Settings) -> Iterator[Check]:
     yield ("training.distillation", t.distillation and not (t.distillation.teacher or s.model.init.from_pretrained),
            "the run starts from no pretrained model, so there is no teacher",
            "give training.distillation.teacher, or model.init.from_pretrained")  # fmt: skip
+    yield ("training.optimizer.kind", t.lora is not None and t.optimizer.kind == "muon",
+           "Muon's updates are made for whole matrices, and training.lora trains two thin factors of each",
+           "use adamw, or remove training.lora")  # fmt: skip
     yield "training.profile.start_step", late, f"{steps}, so nothing is recorded", "lower it"
 
 

@@ -5,7 +5,7 @@ data/settings.py run `python -m training.settings.generate`. `config_file.py` re
 words the mistakes, and `consistency.py` checks settings against each other.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat
 
@@ -20,6 +20,8 @@ from data.settings import (
     Strict,
     TaskName,
 )  # fmt: skip
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class LayerSettings(Strict):
@@ -213,6 +215,21 @@ class ScheduleSettings(Strict):
     """Learning rate at the end, as a share of the peak."""
 
 
+class LoraSettings(Strict):
+    """Low-rank adapters beside frozen matrices, through PEFT. Default: none, the matrices themselves are trained."""
+
+    rank: int = Field(ge=1, le=2**16, examples=[16])
+    """Rank of each adapter, its inner width."""
+    alpha: int = Field(ge=1, le=2**20, examples=[32])
+    """The output of an adapter is multiplied by alpha / rank. Usual is twice the rank."""
+    targets: list[Projection] = Field(default_factory=lambda: [*get_args(Projection)], min_length=1)
+    """Projections that get an adapter, in all layers. Default: all of attention and of the feed-forward block."""
+    dropout: Fraction = Field(0.0, lt=1.0)
+    """Share of the adapters' inputs that are set to 0 in training."""
+    dora: bool = False
+    """Whether the length of each row of a matrix is trained too (DoRA). It costs time, and can help at small ranks."""
+
+
 class ProfileSettings(Strict):
     """Steps to record with torch.profiler. Default: none."""
 
@@ -275,6 +292,10 @@ class TrainingSettings(Strict):
     stages: list[StageSettings] = Field(default_factory=list)
     """Later stretches of steps with other settings: longer rows, other windows, another rotary base. See docs/train.md
     for an example."""
+    train_only: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Patterns of parameter names, such as `model.layers.*.self_attn.*` and `*norm*`. All other parameters are frozen.
+    Names are those in model.safetensors. Default: all are trained, or with `lora` the adapters alone."""
+    lora: LoraSettings | None = None
     profile: ProfileSettings | None = None
     log_every_steps: PositiveInt = 10
     """Steps between two log lines."""

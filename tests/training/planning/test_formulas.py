@@ -53,9 +53,9 @@ def test_a_second_objective_has_gradients_and_moments_of_its_own() -> None:
 
 def test_one_process_exchanges_nothing_and_ddp_as_much_as_its_gradients() -> None:
     settings, config = loaded("mistral-7b")
-    assert exchange_bytes(config, Setup("bf16")) == 0
+    assert exchange_bytes(config, Setup("bf16"), count_parameters(config)) == 0
     setup = Setup("bf16", 8)
-    assert exchange_bytes(config, setup) == memory(settings, config, setup)["gradients"]
+    assert exchange_bytes(config, setup, count_parameters(config)) == memory(settings, config, setup)["gradients"]
 
 
 def test_fsdp2_gathers_two_layers_and_the_root_in_bf16() -> None:
@@ -63,7 +63,7 @@ def test_fsdp2_gathers_two_layers_and_the_root_in_bf16() -> None:
     layer = (count_parameters(config) - 2 * 32_000 * 4_096 - 4_096) // 32
     root = 2 * 32_000 * 4_096 + 4_096
     gathered, on_the_way = 2 * (root + 2 * layer), (2 + 4) * max(layer, root)
-    assert exchange_bytes(config, Setup("bf16", 8, "fsdp2")) == gathered + on_the_way
+    assert exchange_bytes(config, Setup("bf16", 8, "fsdp2"), 0) == gathered + on_the_way
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,6 +1,7 @@
 """The formulas for bytes against real training steps on a CPU, which `PeakBytes` watches from outside."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from model.config import WindreachConfig
 from model.decoder import build_model
 from model.flops import count_parameters
 from tests.training.updates import update
+from training.adaptation import adapt
 from training.objective import Plan, Scorer, Target
 from training.optimizer import SummedOptimizer
-from training.planning.formulas import Setup, Work, micro_batch_bytes, optimizer_bytes
+from training.planning.formulas import Setup, Work, micro_batch_bytes, optimizer_bytes, parameter_counts
 from training.planning.memory import PeakBytes
-from training.settings.schema import OptimizerSettings
+from training.settings.schema import TrainingSettings
 
 TOLERANCE = 0.2  # of the measured peak
 RELAY_VALUES, RELAYED_PER_ROW = 16, 60
@@ -83,20 +85,33 @@ def test_peak_of_a_step_is_that_of_the_formula(case: str, precision: str, checkp
     assert planned == pytest.approx(measured_peak(shape, setup, work), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+LORA = {"rank": 4, "alpha": 8, "dora": True}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {}, {"optimizer": {"kind": "muon"}}, {"lora": LORA}, {"train_only": ["*.self_attn.*"]},
+        {"train_only": ["*.mlp.*", "*norm*"], "optimizer": {"kind": "muon"}},
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("sink", [False, True])
-def test_optimizer_state_is_that_of_a_real_step(kind: str, sink: bool) -> None:
+def test_optimizer_state_is_that_of_a_real_step(training: dict[str, Any], sink: bool) -> None:
     shape = config([SHORT | {"sink": sink}] * 3)
-    settings = OptimizerSettings(kind=kind)
+    settings = TrainingSettings.model_validate({"max_steps": 1} | training)
     scorer = Scorer(build_model(shape), relay_values=16)
-    optimizer = SummedOptimizer(scorer.named_parameters(), ["text", "recall"], settings)
+    adapt(scorer.decoder, settings)
+    optimizer = SummedOptimizer(scorer.named_parameters(), ["text", "recall"], settings.optimizer)
     for objective in ("text", "recall"):
         for p in scorer.parameters():
             p.grad = torch.ones_like(p)
         optimizer.take(objective, 1.0)
     update(optimizer, 1e-3, {"text": 1.0, "recall": 1.0})
     real = sum(t.nbytes for name, t in optimizer.state_tensors().items() if "/step/" not in name)
-    assert optimizer_bytes(shape, settings, objectives=2, relay_head=64 * 16) == real
+    counts = parameter_counts(settings, shape)
+    assert optimizer_bytes(counts, objectives=2, relay_head=64 * 16) == real
+    assert counts.every == sum(p.numel() for p in scorer.decoder.parameters())
 
 
 def test_weights_are_four_bytes_each() -> None:
