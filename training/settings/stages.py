@@ -90,28 +90,29 @@ def _rows_of(settings: Settings) -> tuple[int, int]:
 
 def _changed(settings: Settings, change: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = settings.model_dump(mode="json")
-    for name, value in _dotted(change):
+    changed = dict(_dotted(change))
+    if isinstance(scaling := changed.get("model.rope_scaling"), dict):
+        trained = _trained_context(settings)
+        if scaling.get("rope_type") != "linear":
+            changed["model.rope_scaling"] = scaling = {"original_max_position_embeddings": trained} | scaling
+        trained, factor = scaling.get("original_max_position_embeddings", trained), scaling.get("factor")
+        if isinstance(trained, int) and isinstance(factor, int | float) and factor < 2**53:
+            longest = max(settings.model.max_position_embeddings, int(trained * factor))
+            changed.setdefault("model.max_position_embeddings", longest)
+    for name, value in changed.items():
         *sections, last = name.split(".")
         section = tree
         for key in sections:
             section = section[key]
         section[last] = value
-    if dict(_dotted(change)).keys() & {"model.rope_scaling"}:
-        _complete_scaling(tree["model"], settings)
     return tree
 
 
-def _complete_scaling(model: dict[str, Any], before: Settings) -> None:
-    """Scaling starts from the context of the pretrained model, or from the rows before. The longest row grows by it."""
-    scaling, known = model["rope_scaling"], before.model.rope_scaling
-    if not isinstance(scaling, dict):
-        return  # pydantic will say what is wrong
-    trained = before.model.max_position_embeddings if before.model.init.from_pretrained else before.data.seq_len
-    trained = (known and known.original_max_position_embeddings) or trained
-    if scaling.get("rope_type") != "linear":
-        model["rope_scaling"] = {"original_max_position_embeddings": trained} | scaling
-    if isinstance(factor := scaling.get("factor"), int | float) and 1 <= factor < 2**20:
-        model["max_position_embeddings"] = max(model["max_position_embeddings"], int(trained * factor))
+def _trained_context(before: Settings) -> int:
+    """The rows, in tokens, from which scaling of the rotary positions starts: those of the model before this stage."""
+    model, known = before.model, before.model.rope_scaling
+    pretrained = model.max_position_embeddings if model.init.from_pretrained else before.data.seq_len
+    return (known and known.original_max_position_embeddings) or pretrained
 
 
 def _dotted(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -67,6 +67,9 @@ def test_the_order_of_text_begins_anew_where_rows_or_tokens_of_a_step_change_and
          "from this stage on data.seq_len = 'long': expected a whole number; write it in digits"),
         ({"start": 0.5, "set": {"model.layers": [{"sink": True}]}},
          "from this stage on model.layers: layer 0 would gain or lose its sink, which is a weight; keep `sink`"),
+        ({"start": 0.5, "set": {"model.rope_scaling": {"factor": "four"}}},
+         "from this stage on model.rope_scaling.factor = 'four': expected"),
+        ({"start": 0.5, "set": {"model.rope_scaling": 4}}, "from this stage on model.rope_scaling = 4: expected"),
         ({"start": 1.5, "set": {"data.seq_len": 128}}, "training.stages.0.start = 1.5"),
     ],
 )  # fmt: skip
@@ -102,6 +105,12 @@ def test_a_stage_can_be_changed_on_the_command_line(tmp_path: Path) -> None:
         (0, 64, 10000.0),
         (20, 128, 7.0),
     ]
+
+
+def test_a_longest_row_that_a_stage_sets_is_kept(good: Path) -> None:
+    change = {"model.rope_scaling": {"factor": 1e5}, "model.max_position_embeddings": 99999}
+    _, after = loaded(good, {"start": 0.5, "set": change})
+    assert after.settings.model.max_position_embeddings == 99999
 
 
 @pytest.mark.parametrize(
