@@ -54,7 +54,7 @@ def export_adapter(examined: Examined, out: Path) -> str:
     """
     from safetensors.torch import save_file
 
-    from data.pretrained import SMOLLM2, checkpoint_folder
+    from data.pretrained import checkpoint_folder, is_converted
     from training.adaptation import peft_config, peft_tensors
     from training.run.checkpoint import load_state, newest_valid, replace_folder
 
@@ -72,8 +72,7 @@ def export_adapter(examined: Examined, out: Path) -> str:
         raise UserError(f"--adapter: {examined.run_dir} has no checkpoints/, which hold the adapters")
     config, tensors = peft_config(lora), peft_tensors(load_state(checkpoint)[1])
     named = settings.model.init.from_pretrained
-    converted = named is not None and (named == SMOLLM2 or named.endswith(".gguf"))
-    config.base_model_name_or_path = str(checkpoint_folder(named)) if converted else named
+    config.base_model_name_or_path = str(checkpoint_folder(named)) if named and is_converted(named) else named
 
     def write(folder: Path) -> None:
         config.save_pretrained(str(folder))
