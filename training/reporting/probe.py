@@ -72,9 +72,9 @@ class Probe:
         n = min(len(rows), max(1, self.settings.training.validation_tokens // seq_len))
         mixture, device = Mixture({"": rows}, Shares([1.0], n, 1, seed=0)), decoder.device
         nats, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0
-        own = self.layout.own(rows.seq_len)
         for first in range(self.layout.rank * self.rows, n, self.layout.ranks * self.rows):
             batch = text_batch(mixture, 0, range(first, min(first + self.rows, n)))
+            own = self.layout.own(batch.input_ids.shape[1])
             packing, labels = self.layout.packing(Packing.of_documents(batch.documents)), batch.labels[:, own].flatten()
             ids = batch.input_ids[:, own].to(device)
             hidden = decoder.model(ids, packing=packing.to(device)).last_hidden_state.flatten(0, 1)
