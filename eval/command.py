@@ -4,7 +4,9 @@ It imports neither torch nor matplotlib, so that `--help` and a mistake are answ
 """
 
 import json
+import os
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterator
@@ -69,8 +71,26 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def prepare(args: Namespace, max_tokens: int | None = None) -> tuple[Examined, Path, Haystack]:
-    """The model, the folder for results and the held-out text, of which at most `max_tokens` are read."""
+    """The model, the folder for results and the held-out text, of which at most `max_tokens` are read.
+
+    Several processes that `accelerate launch` has started share each long row. Only the first one prints, and writes
+    into the folder for results. Raises UserError for a model that can't share rows.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        examined = load_model(args.model, args.device)
+        return examined, examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
+    from training.processes.context import Layout
+    from training.processes.ranks import join_ranks
+
+    layout = Layout.of(join_ranks(), processes)
     examined = load_model(args.model, args.device)
+    if not examined.ours:
+        raise UserError(f"MODEL {args.model!r} runs in transformers, which can't share a row; start 1 process")
+    examined.layout = layout
+    if layout.index > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+        args.out = tempfile.mkdtemp()
     return examined, examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
 
 

@@ -10,7 +10,6 @@
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from eval.haystack import Haystack, HeldOutDocument
 from eval.models import Examined
 from eval.results import write_result
 from model.errors import cli
+from training.processes.signals import end_process
 
 BATCH_TOKENS = 4096  # fits into the cache of a CPU
 TARGETS = 4  # tokens per stretch that are scored by context
@@ -173,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    end_process(cli(main))

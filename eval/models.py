@@ -23,6 +23,7 @@ from model.windows import LayerSpec
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
+    from training.processes.context import Layout
     from training.settings.schema import Settings
 
 STARTED = time.monotonic()  # of an evaluation, which imports this module first
@@ -93,6 +94,7 @@ class Examined:
     settings: dict[str, Any] = field(default_factory=dict)  # of the run; empty for other models
     facts: dict[str, Any] = field(default_factory=dict)  # run.json, as training wrote it; with its precision
     sha256: str = ""
+    layout: "Layout | None" = None  # of the processes that share each row; None: this one has whole rows
 
     @property
     def ours(self) -> bool:

@@ -6,7 +6,7 @@ Legend: B batch, T query positions, S key positions.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class Packing:
     padded: there may be padding.
     spans: at most so many documents and stretches of padding are in all rows together. None if that is not known, or
         if padding may lie inside a document. Where it is known, nobody has to wait for a GPU to count them.
+    part: where these tokens lie in their rows, if other processes have the rest. Positions count in the whole row.
     """
 
     positions: Tensor
@@ -60,6 +61,7 @@ class Packing:
     whole: bool = False
     padded: bool = True
     spans: int | None = None
+    part: "Part | None" = None
 
     @staticmethod
     @kept_per_shape
@@ -115,6 +117,43 @@ class Packing:
         """Whether all tokens of all rows belong to one document. Reads the tensors."""
         ids = self.documents
         return ids is None or (bool((ids == ids[:1, :1]).all()) and bool(ids[0, 0] >= 0))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index` of rows that are cut at `bounds`, among the processes of `group`. row: the whole rows, on the CPU.
+
+    Part i is the tokens from bounds[i] up to bounds[i + 1].
+    """
+
+    bounds: tuple[int, ...]
+    index: int
+    row: Packing
+    group: Any
+
+    @property
+    def first(self) -> int:
+        return self.bounds[self.index]
+
+    @property
+    def end(self) -> int:
+        return self.bounds[self.index + 1]
+
+
+def bounds_of_parts(tokens: int, parts: int) -> tuple[int, ...]:
+    """Where rows of `tokens` tokens are cut into parts that differ by one token at most.
+
+    >>> bounds_of_parts(10, 4)
+    (0, 2, 5, 7, 10)
+    """
+    return tuple(tokens * i // parts for i in range(parts + 1))
+
+
+def cut(row: Packing, parts: int, index: int, group: Any) -> Packing:
+    """The packing of part `index` of `parts`. Positions and documents are those of the whole row."""
+    part = Part(bounds_of_parts(row.positions.shape[1], parts), index, row, group)
+    own = slice(part.first, part.end)
+    return Packing(row.positions[:, own], None if row.documents is None else row.documents[:, own], part=part)
 
 
 def may_see(spec: LayerSpec, queries: Packing, keys: Packing) -> Tensor:

@@ -9,6 +9,8 @@
     python scripts/bench.py prefill                                a prompt read into the cache, W = 256
     python scripts/bench.py stream --tokens 131072                 late tokens beside early ones (minutes; not in all)
     python scripts/bench.py all --json bench.json
+    accelerate launch --config_file configs/accelerate/ddp-cpu-2.yaml scripts/bench.py context \\
+        --seq-lens 8192,32768,131072                               rows that processes share (not in all)
 
 The ratio is the peer's seconds divided by ours: above 1 we are faster. A peer that can't run here says why.
 Bytes of attention, prefill and, on a GPU, train: the most that was alive at once in addition to the inputs.
@@ -32,6 +34,7 @@ from rich.table import Table
 from eval.command import at_least, numbers
 from model.errors import UserError, cli
 from scripts.benchmarks import TRAINING_PEERS
+from training.processes.signals import end_process
 from training.settings.config_file import load_settings
 
 if TYPE_CHECKING:
@@ -49,7 +52,9 @@ def main() -> None:
     from scripts.benchmarks.timing import Setup, set_up
     from training.processes.precision import measure
 
-    device, console, threads = set_up(arguments.device, arguments.threads), Console(width=160), torch.get_num_threads()
+    first = os.environ.get("RANK", "0") == "0"  # only one of several launched processes prints
+    device, threads = set_up(arguments.device, arguments.threads), torch.get_num_threads()
+    console = Console(width=160, quiet=not first)
     machine = measure(device)
     precision = machine.choose(arguments.precision or settings.training.precision)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} threads"
@@ -61,13 +66,13 @@ def main() -> None:
     for more in benchmarks(arguments, Setup(settings, device, precision, arguments.rounds), machine):
         console.print(table_of(more))
         rows += map(asdict, more)
-    if arguments.json:
+    if arguments.json and first:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine") -> "Iterator[list[Row]]":
     """Run the chosen benchmarks; yields the rows of each table."""
-    from scripts.benchmarks import attention, decode, finetune, train
+    from scripts.benchmarks import attention, context, decode, finetune, train
 
     chosen = ["train", "attention", "decode", "prefill"] if arguments.bench == "all" else [arguments.bench]
     few = replace(setup, rounds=min(setup.rounds, 3))
@@ -88,6 +93,8 @@ def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine"
         yield decode.bench_prefill(few, LONG, beside=16_384)
     if "stream" in chosen:
         yield decode.bench_stream(setup, arguments.tokens)
+    if "context" in chosen:
+        yield context.bench_context(setup, arguments.seq_lens)
 
 
 def table_of(rows: "list[Row]") -> Table:
@@ -105,7 +112,7 @@ def table_of(rows: "list[Row]") -> Table:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    benches = ["attention", "aims", "train", "finetune", "decode", "prefill", "stream", "all"]
+    benches = ["attention", "aims", "train", "finetune", "decode", "prefill", "stream", "context", "all"]
     add("bench", choices=benches)
     add("overrides", nargs="*", metavar="key=value", help="settings, as for train.py: model.hidden_size=128")
     add("--config", default="configs/quickstart.yaml", help="model to time, except in attention; default: %(default)s")
@@ -118,7 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     peers = ", ".join(f"'{name}'" for name in TRAINING_PEERS)
     add("--peer", choices=list(TRAINING_PEERS), default="", metavar="NAME", help=f"train: only one of {peers}")
-    add("--seq-lens", type=numbers, default=(), help="train, finetune: lengths; default: seq_len")
+    add("--seq-lens", type=numbers, default=(), help="train, finetune, context: lengths of a row; default: seq_len")
     add("--rounds", type=at_least(1), default="7", help="timed runs of each function; default: %(default)s")
     add("--lengths", type=numbers, default="512,1024,2048,4096", help="attention: lengths; default: %(default)s")
     add("--windows", type=numbers, default="16,32,64,128,256,512", help="attention: windows; default: %(default)s")
@@ -136,4 +143,4 @@ def check_writable(file: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    end_process(cli(main))

@@ -35,6 +35,7 @@ from training.curriculum import State
 from training.distillation import load_teacher
 from training.objective import DISTILLATION, Scorer, Work, step_flops, teacher_flops
 from training.optimizer import SummedOptimizer
+from training.processes.context import Layout
 from training.processes.parallel import (
     Tensors,
     load_weights,
@@ -90,10 +91,11 @@ class Trainer:
         self.ranks = join_ranks()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_processes))
         set_up_threads(settings.training.num_threads, local_processes=local)
+        self.layout = Layout.of(self.ranks, settings.training.context_parallel)
         make_deterministic(settings.training.deterministic)
 
         # 1. Data, and the stages that train on it.
-        self.tokenizer, self.stages = prepare_stages(settings)
+        self.tokenizer, self.stages = prepare_stages(settings, self.layout)
         recall, device = settings.recall, self.ranks.device
 
         # 2. Model. A pretrained one is filled here, or where processes share it, when each has its part.
@@ -186,7 +188,8 @@ class Trainer:
         for stage in self.stages[self.stages.index(self.stage) :]:
             last = stage.curriculum.last_distance
             to_come = [dict.fromkeys(self.state.distances, d) for d in range(min(nearest, last), last + 1)]
-            check_same_batches(path, stage.objectives, len(saved["random"]), to_come)
+            groups = len(saved["random"]) // saved.get("context_parallel", 1)
+            check_same_batches(path, stage.objectives, groups, to_come)
         ask_main(lambda: self._stage_of(self.state.step).text.mixture.verify(self.state.step))
         if self.ranks.process_index < len(saved["random"]):
             random = bytearray(base64.b64decode(saved["random"][self.ranks.process_index]["torch"]))
@@ -283,8 +286,8 @@ class Trainer:
         works, ranks = {}, self.ranks.num_processes
         for objective in (o for o in self.stage.objectives if o.name in weights):
             plan = objective.plan(self.state.distances)
-            batches = objective.micro_batches(step, self.state.distances, self.ranks.process_index)
-            works[objective.name] = work = Work.of(objective, batches)
+            batches = objective.micro_batches(step, self.state.distances, self.layout.rank)
+            works[objective.name] = work = Work.of(objective, [self.layout.cut(batch) for batch in batches])
             counts = dict(zip(objective.term_weights, work.counts.tolist(), strict=False))
             relayed = ranks * counts.pop("relay", 0.0)
             self.state.tokens += plan.tokens
@@ -403,6 +406,7 @@ class Trainer:
         facts = {name: self.facts[name] for name in FACTS_SAVED}
         outcomes = [outcome.saved() for outcome in self.outcomes]
         state = {"progress": asdict(self.state), "outcomes": outcomes, "random": gather_object([random])} | facts
+        state["context_parallel"] = self.layout.parts
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         tensors = self.optimizer.state_tensors() | self.scorer.auxiliary()
         stored = stored_in_shards(self.dir / "checkpoints", self.state.step, tensors)

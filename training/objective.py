@@ -81,7 +81,7 @@ class MicroBatch(NamedTuple):
 # So that `tree_map` moves its tensors to a device, as it does those of a named tuple.
 register_pytree_node(
     Packing,
-    lambda p: ([p.positions, p.documents], (p.whole, p.padded, p.spans)),
+    lambda p: ([p.positions, p.documents], (p.whole, p.padded, p.spans, p.part)),
     lambda tensors, facts: Packing(*tensors, *facts),
 )
 
@@ -133,7 +133,10 @@ class Objective(ABC):
 
     @abstractmethod
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
-        """The plan of a step for `ranks` processes, default: as many as there are; `distances` is D of each task."""
+        """The plan of a step for `ranks` groups of processes that share each row, default: as many as there are.
+
+        `distances` is D of each task.
+        """
 
     @abstractmethod
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
@@ -163,7 +166,7 @@ class TextObjective(Objective):
 
     def plan(self, distances: Mapping[str, int], ranks: int | None = None) -> Plan:
         training, seq_len = self.settings.training, self.settings.data.seq_len
-        return step_plan(training.tokens_per_step, seq_len, training.micro_batch_tokens, ranks or self.ranks)
+        return step_plan(training.tokens_per_step, seq_len, training.tokens_at_a_time, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = text_batch(self.mixture, step, rows)
@@ -201,7 +204,7 @@ class RecallObjective(Objective):
         tokens = self.settings.recall.tokens_per_step or training.tokens_per_step
         tokens *= self.curriculum.batch_factor(farthest)
         seq_len = self.curriculum.row_length(farthest, full, row_tokens(self.settings, distances))
-        return step_plan(tokens, seq_len, training.micro_batch_tokens, ranks or self.ranks)
+        return step_plan(tokens, seq_len, training.tokens_at_a_time, ranks or self.ranks)
 
     def micro_batch(self, step: int, plan: Plan, rows: range, distances: Mapping[str, int]) -> MicroBatch:
         batch = recall_batch(

@@ -19,6 +19,7 @@ from model.windows import reach
 from training.captured import check_graphs, worth_capturing
 from training.curriculum import Curriculum, State
 from training.objective import TextObjective, objectives
+from training.processes.context import Layout
 from training.processes.precision import DTYPES
 from training.processes.ranks import ask_main
 from training.reporting.probe import Probe
@@ -32,16 +33,15 @@ class Stage:
     """`sources`: the text in rows of this stage."""
 
     def __init__(
-        self, stretch: Stretch, sources: Mapping[str, Source], vocabulary: RecallVocabulary | None, vocab_size: int
-    ):
+        self, stretch: Stretch, sources: Mapping[str, Source], vocabulary: RecallVocabulary | None, vocab_size: int,
+        layout: Layout,
+    ):  # fmt: skip
         self.settings = settings = stretch.settings
-        self.first, self.sources, self.vocabulary = stretch.first, sources, vocabulary
+        self.first, self.sources, self.vocabulary, self.layout = stretch.first, sources, vocabulary, layout
         self.ranks, self.config = PartialState(), model_config(settings, vocab_size)
         farthest = reach(self.config.specs) or settings.data.seq_len
         self.curriculum = Curriculum(settings.recall.curriculum, settings.model.sliding_window, farthest)
-        self.objectives = objectives(
-            settings, sources, vocabulary, self.curriculum, self.ranks.num_processes, stretch.text_first
-        )
+        self.objectives = objectives(settings, sources, vocabulary, self.curriculum, layout.ranks, stretch.text_first)
         self.text = next(o for o in self.objectives if isinstance(o, TextObjective))
 
     def start(self) -> State:
@@ -51,7 +51,8 @@ class Stage:
     def probe(self) -> Probe:
         """What measures the model while this stage trains it."""
         heldout = {name: source.heldout for name, source in self.sources.items()}
-        return Probe(self.settings, heldout, self.vocabulary, self.curriculum, self.text.plan({}).micro_rows)
+        micro_rows = self.text.plan({}).micro_rows
+        return Probe(self.settings, heldout, self.vocabulary, self.curriculum, micro_rows, self.layout)
 
     def attention(self, dtype: torch.dtype) -> list[AttentionPlan]:
         """How each kind of layer is computed if matrix products are in `dtype`."""
@@ -76,7 +77,7 @@ class Stage:
         return worth_capturing(self.settings.training.compile, self.ranks, seconds_per_layer, waits)
 
 
-def prepare_stages(settings: Settings) -> tuple[Tokenizer, list[Stage]]:
+def prepare_stages(settings: Settings, layout: Layout) -> tuple[Tokenizer, list[Stage]]:
     """The tokenizer, and the stages of the run with their text in rows.
 
     The main process fills the cache, then every process maps it. Only the main one reads the text.
@@ -86,8 +87,8 @@ def prepare_stages(settings: Settings) -> tuple[Tokenizer, list[Stage]]:
     keys = recall.keys if need_keys(recall.tasks) else 0
     vocabulary = recall_vocabulary(tokenizer, recall.values, keys) if recall.enabled else None
     return tokenizer, [
-        Stage(stretch, open_sources(folders, tokenizer, stretch.settings.data), vocabulary, tokenizer.vocab_size)
-        for stretch in stretches
+        Stage(s, open_sources(folders, tokenizer, s.settings.data), vocabulary, tokenizer.vocab_size, layout)
+        for s in stretches
     ]
 
 

@@ -11,7 +11,6 @@
 """
 
 import json
-import sys
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +22,7 @@ from eval.report.runs import Result
 from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli
+from training.processes.signals import end_process
 from training.run.checkpoint import write_text
 
 
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    end_process(cli(main))

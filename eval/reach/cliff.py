@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.forward import last_logits
+from eval.forward import last_logits, shared_logits
 from eval.models import Examined
 from model import windows
 from model.attention import BACKENDS
@@ -166,6 +166,8 @@ def cliff_paths(examined: Examined) -> Iterator[tuple[str, LastLogits]]:
         load = cache(partial(WindreachForCausalLM.from_pretrained, str(examined.folder), backend=backend))
         yield f"forward, {backend}", partial(_last_logits_of, load, examined)
     yield from ways_to_feed(examined).items()
+    if examined.layout is not None:
+        yield f"row shared by {examined.layout.parts} processes", partial(shared_logits, examined)
 
 
 def _last_logits_of(load: Callable[[], Any], examined: Examined, input_ids: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from eval.models import nominal_reach
 from eval.recall.order import CONTROLS, NEEDLES, SIZE_NAMES, Order, default_distances, parse_distances
 from eval.results import write_result
 from model.errors import UserError, cli
+from training.processes.signals import end_process
 
 SIZES = {"pairs": "pairs in the haystack", "hops": "copies to follow", "span_pairs": "pairs in the span"}
 
@@ -107,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    end_process(cli(main))

@@ -93,7 +93,8 @@ def run_batches(
     read = partial(logits_at, examined, rows=rows, precision=precision)
     outcomes_of = partial(measure_batch, asked, read, distances)
     threads = torch.get_num_threads()  # each runs a batch of its own: small matrix products gain little from more
-    workers = threads if examined.ours and examined.device.type == "cpu" else 1
+    alone = examined.layout is None  # processes that share rows must compute them in the same order
+    workers = threads if examined.ours and examined.device.type == "cpu" and alone else 1
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         yield from pool.map(outcomes_of, batches[:1])  # alone: it compiles the layers, which threads can't do at once
         yield from pool.map(outcomes_of, batches[1:])

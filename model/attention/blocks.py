@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.attention.reference import at_least_float32
 from model.packing import Packing, may_see
 from model.windows import LayerSpec, visible
 
@@ -74,8 +75,8 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         m, g, rows, d = q.shape
         scores = _scores(q, k, k_global).view(-1, bias.shape[1], g, rows // bias.shape[2], *bias.shape[2:])
-        sinks = None if sink_h is None else sink_h.float().view(1, 1, g, -1, 1, 1)
-        weights, sink_weights = _softmax(scores.float() * d**-0.5 + bias[:, :, None, None], sinks)
+        sinks = None if sink_h is None else at_least_float32(sink_h).view(1, 1, g, -1, 1, 1)
+        weights, sink_weights = _softmax(at_least_float32(scores) * d**-0.5 + bias[:, :, None, None], sinks)
         weights = weights.to(v.dtype).view(m, g, rows, -1)
         ctx.save_for_backward(q, k, v, k_global, v_global, weights, sink_weights)
         return _weighted_sum(weights, v, v_global)
@@ -84,7 +85,7 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, k_global, v_global, weights, sink_weights = ctx.saved_tensors
-        weighted = weights * _scores(grad, v, v_global).float()
+        weighted = weights * at_least_float32(_scores(grad, v, v_global))
         mean = weighted.sum(-1, keepdim=True)
         grad_scores = ((weighted - weights * mean) * q.shape[-1] ** -0.5).to(q.dtype)
         grad_q = _weighted_sum(grad_scores, k, k_global)

@@ -7,19 +7,23 @@ by `plan_attention` and `AttentionPlan.prepare`, and nowhere else.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.attention import cudnn, varlen
 from model.attention.backends import BACKENDS, Device, fastest
 from model.attention.blocks import Blocks
 from model.attention.composed import ByDocument, Dilated, PaddedQueries, fold_packing
+from model.attention.parts import AcrossParts, halo, plan_exchange, row_behind
 from model.attention.reference import Attend, Causal, Dense, MaskedChunk
-from model.attention.tiles import CausalAfter, Tiles
+from model.attention.tiles import CausalAfter, FullAfter, Tiles
 from model.errors import UserError
-from model.packing import Packing, document_spans, kept_per_shape
+from model.packing import Packing, Part, document_spans, kept_per_shape
 from model.windows import LayerSpec
 
+OVERLAP = 4  # windows of a part from which most of it is computed while messages travel: costs one window more
 MIN_TILE_WINDOW = 128  # tokens; below, tiles are never faster than blocks
 _VARLEN_KERNELS: dict[str, Callable[[], varlen.Kernel]] = {
     "cudnn": cudnn.packed_kernel,
@@ -87,10 +91,47 @@ class AttentionPlan:
         return self.backend == "xformers" or (self.backend == "blocked" and self.spec.global_tokens > 0)
 
     def prepare(self, packing: Packing, batch_size: int = 1) -> Attend:
-        """Self-attention of whole rows (S = T). The result is kept for rows that are one document each."""
+        """Self-attention of whole rows (S = T), or of one part of each. It is kept for rows of one document each."""
+        if packing.part is not None:
+            return self._prepare_part(packing.part, batch_size, packing.positions.device)
         if packing.whole:
             return _prepare_whole_rows(self, packing.positions.shape[1], packing.positions.device, batch_size)
         return self._prepare(packing, batch_size)
+
+    def _prepare_part(self, part: Part, rows: int, device: torch.device) -> Attend:
+        """All processes that share the rows call it, in the same order."""
+        if part.row.whole:
+            return _prepare_part_of_whole_rows(self, part.bounds, part.index, part.group, rows, device)
+        return self._across_parts(part, rows, device)
+
+    def _across_parts(self, part: Part, rows: int, device: torch.device) -> Attend:
+        spec, tokens = self.spec, part.end - part.first
+        exchange, behind = plan_exchange(spec, part, rows, device), halo(spec, part.row, part.first)
+        if spec.window is None:
+            row = row_behind(part.row, behind, part.first, part.end)
+            return AcrossParts(exchange, tokens, self._attend_to_all(row, tokens, device))
+        edge = tokens if spec.global_tokens or spec.kind == "chunked" else (spec.window - 1) * spec.dilation
+        if OVERLAP * edge > tokens:
+            edge = tokens
+
+        def prepared(behind: Tensor, end: int) -> Attend:
+            return self.prepare(row_behind(part.row, behind, part.first, end).to(device), rows)
+
+        inside = prepared(behind[:, :0], part.end) if edge < tokens else None
+        if inside is not None and edge == 0:  # W = 1
+            return inside
+        return AcrossParts(exchange, edge, PaddedQueries(prepared(behind, part.first + edge)), inside)
+
+    def _attend_to_all(self, row: Packing, tokens: int, device: torch.device) -> Attend:
+        """A full layer for the last `tokens` queries of a row."""
+        if self.device_type == "cpu" and self.backend != "reference":
+            return FullAfter.of(row)
+        row = row.to(device)
+        documents = None if row.documents is None else row.documents[:, -tokens:]
+        queries = Packing(row.positions[:, -tokens:], documents)
+        return (
+            Dense.of(self.spec, queries, row) if self.backend == "reference" else MaskedChunk(self.spec, queries, row)
+        )
 
     def prepare_cached(self, queries: Packing, keys: Packing) -> Attend:
         """Attention of a chunk behind a cache: keys in order of age, the last T of them the chunk's own."""
@@ -194,3 +235,11 @@ class AttentionPlan:
 @kept_per_shape
 def _prepare_whole_rows(plan: AttentionPlan, tokens: int, device: torch.device, batch_size: int) -> Attend:
     return plan._prepare(Packing.of_whole_rows(tokens, device), batch_size)
+
+
+@kept_per_shape
+def _prepare_part_of_whole_rows(
+    plan: AttentionPlan, bounds: tuple[int, ...], index: int, group: Any, rows: int, device: torch.device
+) -> Attend:
+    row = Packing.of_whole_rows(bounds[-1], torch.device("cpu"))
+    return plan._across_parts(Part(bounds, index, row, group), rows, device)

@@ -26,6 +26,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """A softmax in less precision loses too much. float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def attend_dense(
     q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, seen_bts: Tensor, sink_h: Tensor | None = None
 ) -> Tensor:
@@ -33,8 +38,8 @@ def attend_dense(
     b, h, t, d = q_bhtd.shape
     g = k_bgsd.shape[1]
     q_grouped = q_bhtd.reshape(b, g, h // g * t, d)
-    scores = (q_grouped @ k_bgsd.transpose(-1, -2)).float().reshape(b, g, h // g, t, -1) * d**-0.5
-    sinks = None if sink_h is None else sink_h.float().reshape(1, g, -1, 1, 1)
+    scores = at_least_float32(q_grouped @ k_bgsd.transpose(-1, -2)).reshape(b, g, h // g, t, -1) * d**-0.5
+    sinks = None if sink_h is None else at_least_float32(sink_h).reshape(1, g, -1, 1, 1)
     weights = _softmax(scores, seen_bts[:, None, None], sinks)
     out = weights.to(v_bgsd.dtype).reshape(b, g, h // g * t, -1) @ v_bgsd
     return out.reshape(b, h, t, d)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.attention.squares import BLOCKS_AT_ONCE, Squares, multiply, weigh
+from model.packing import Packing, document_spans
 
 LEAF = 128  # side of the smallest squares; smaller ones cost more than they save
 KERNEL_ROWS = 768  # queries; with fewer the kernel's backward pass makes small products, which gain little from bf16
@@ -200,8 +201,44 @@ class CausalAfter:
         return out.to(q.dtype).reshape(b, h, t, d)
 
 
+@dataclass(frozen=True)
+class FullAfter:
+    """A full layer for the last T tokens of rows of S tokens, one document at a time. Gradients are exact.
+
+    documents: first and end position in the row, and the rows; None where each row is one document.
+    """
+
+    documents: tuple[tuple[int, int, list[int]], ...] | None
+
+    @staticmethod
+    def of(row: Packing) -> "FullAfter":
+        if row.documents is None:
+            return FullAfter(None)
+        return FullAfter(tuple((*span, rows) for span, rows in document_spans(row.documents).items()))
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        if self.documents is None:
+            return _after(q, k, v, sinks)
+        out, before = torch.zeros_like(q), k.shape[2] - q.shape[2]
+        for first, end, rows in self.documents:
+            keys, queries = slice(first, end), slice(max(0, first - before), end - before)
+            if end > before:
+                of_document = q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]
+                out[rows, :, queries] = _after(*of_document, sinks)
+        return out
+
+
+def _after(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    """Queries (B, H, T, D) over keys (B, G, S, D), the last T of which are their own."""
+    (b, h, t, d), g, before = q.shape, k.shape[1], k.shape[2] - q.shape[2]
+    grouped = q.reshape(b * g, h // g, t, d), *(x.reshape(b * g, before + t, d) for x in (k, v))
+    earlier = (Tile(0, 0, t, before),) if before else ()
+    return _Tiles.apply(*grouped, sinks, Cover((Tile(0, before, t, t, causal=True),), earlier)).view(b, h, t, d)
+
+
 class _Tiles(torch.autograd.Function):
-    """q (X, R, T, D), k and v (X, T, D), sinks (G * R,) or None. Tiles are merged in at least float32."""
+    """q (X, R, T, D), k and v (X, S, D), sinks (G * R,) or None. Tiles are merged in at least float32."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_h: Tensor | None, parts: Cover) -> Tensor:
@@ -226,7 +263,9 @@ class _Tiles(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink_h = ctx.saved_tensors
         delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
-        grads = [torch.empty_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        # `first` writes the gradients of the queries' own keys before `more` adds to them. Earlier keys begin at zero.
+        new = torch.empty_like if k.shape[1] == q.shape[2] else torch.zeros_like
+        grads = [new(x, dtype=lse.dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
         for head in range(q.shape[1]):
             saved = grad[:, head], q[:, head], k, v, delta[:, head], lse[:, head]
             of_head = grads[0][:, head], *grads[1:]

@@ -127,15 +127,16 @@ def start_as_a_user(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
 def start_ranks(
     config: Path, *arguments: str, processes: int, environment: dict[str, str] | None = None
 ) -> list[Forked]:  # fmt: skip
+    return launch(["train.py", str(config), *arguments], processes, environment)
+
+
+def launch(argv: list[str], processes: int, environment: dict[str, str] | None = None) -> list[Forked]:
     """What a launcher does: one process a rank, with the same address in their environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | (environment or {})
-    return [
-        start(config, *arguments, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
-    ]
+    return [Forked(argv, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
 
 def run(*arguments: Any, expect: int = 0, processes: int = 1, **options: Any) -> str:

@@ -19,7 +19,14 @@ from model.errors import UserError
 from model.flops import cache_bytes, count_parameters, forward_flops, parameters
 from model.windows import LayerSpec, reach, window_times_layers
 from training.distillation import teacher_config
-from training.planning.formulas import Setup, largest_rows, parameter_counts, recompute_factor
+from training.planning.formulas import (
+    Setup,
+    halo_bytes,
+    largest_rows,
+    longest_row,
+    parameter_counts,
+    recompute_factor,
+)  # fmt: skip
 from training.planning.gpus import GPUS
 from training.planning.stages import StageWork, largest_memory, stage_works
 from training.processes.precision import DTYPES, measure, set_up_threads
@@ -168,6 +175,17 @@ def _work_lines(settings: Settings, stages: list[StageWork]) -> Lines:
             step += f" at first, {end} at D = {last_distance(settings):,}"
         micro_batch = f"micro-batch {w.last.micro_rows:,} x {w.last.seq_len:,}"
         yield w.name, f"{step}, {micro_batch}; {w.steps:,} steps = {w.tokens:,.0f} tokens"
+    if settings.training.context_parallel > 1:
+        yield from _context_lines(settings, config, settings.training.context_parallel)
+
+
+def _context_lines(settings: Settings, config: WindreachConfig, parts: int) -> Lines:
+    """What each kind of layer sends where processes share rows."""
+    setup, seq_len = Setup("bf16", parts, parts=parts), settings.data.seq_len
+    for spec in dict.fromkeys(config.specs):
+        sent = size(halo_bytes(config, setup, spec, 1, seq_len))
+        what = f"{spec.kind} layers{f' of {spec.window} tokens' if spec.window else ''}"
+        yield "context", f"{what}: the last of {parts} processes receives {sent} a row and layer, and returns as much"
 
 
 def _training_flops(settings: Settings, config: WindreachConfig) -> dict[str, float]:
@@ -180,17 +198,24 @@ def cluster_plan(settings: Settings, gpu: str, ranks: int, mfu: float) -> dict[s
 
     With activation checkpointing the GPUs run at the same hardware rate, but their MFU is lower.
     """
+    parts = settings.training.context_parallel
+    if ranks % parts:
+        raise UserError(
+            f"training.context_parallel is {parts}, but --gpus is {ranks}; "
+            f"give a multiple of {parts}, or change the setting"
+        )
     stages = stage_works(settings, vocab_size(settings), ranks)
     config, tokens, flops = stages[0].config, sum(s.tokens for s in stages), sum(s.flops for s in stages)
     usable, columns = USABLE * GPUS[gpu].memory, []
     for sharding in ("ddp", "fsdp2") if ranks > 1 else ("ddp",):
         for checkpointing in (False, True):
-            setup = Setup("bf16", ranks, sharding, checkpointing)
+            setup = Setup("bf16", ranks, sharding, checkpointing, parts=parts)
             needed, most = largest_memory(stages, setup), largest_rows(settings, config, setup, usable)
             factor = recompute_factor(config, settings.data.seq_len) if checkpointing else 1.0
             seconds = factor * flops / (ranks * GPUS[gpu].bf16_flops * mfu)
             total, way = sum(needed.values()), {"sharding": sharding, "checkpointing": checkpointing}
             fit = {"total": total, "fits": total <= usable, "largest_rows": most}
+            fit["longest_row"] = longest_row(settings, config, setup, usable)
             pace = {"tokens_per_second": tokens / seconds, "seconds": seconds, "gpu_hours": seconds * ranks / 3600}
             columns.append(way | needed | fit | pace)
     return {
@@ -218,6 +243,7 @@ def print_plan(settings: Settings, plan: dict[str, Any]) -> None:
         "checkpointing": ("recompute", lambda on: "layers" if on else "nothing"),
         "fits": ("fits", lambda fits: "yes" if fits else "no"),
         "largest_rows": ("largest micro-batch", lambda rows: f"{rows:,} rows" if rows else "none"),
+        "longest_row": ("longest row on all GPUs", lambda tokens: f"{tokens:,}" if tokens else "none"),
         "tokens_per_second": ("tokens/s", "{:,.0f}".format),
         "seconds": ("time", duration),
         "gpu_hours": ("GPU hours", "{:,.1f}".format),

@@ -20,9 +20,12 @@ Legend: E hidden size, I intermediate size, H heads, G key/value heads, D head s
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from model.attention import Device, plan_attention
+from model.attention.parts import halo_size
 from model.config import WindreachConfig
 from model.flops import count_parameters, forward_flops, parameters
 from model.windows import LayerSpec
@@ -51,6 +54,7 @@ class Setup:
     sharding: str = "ddp"
     checkpointing: bool = False
     device: Device = GPU
+    parts: int = 1  # processes that share each row
 
     @property
     def product_bytes(self) -> int:
@@ -90,6 +94,7 @@ class Work:
 
 def work(settings: Settings, ranks: int, steps: range | None = None) -> list[Work]:
     """The objectives of a run, or of some of its steps: text, and recall where it is enabled."""
+    ranks = max(1, ranks // settings.training.context_parallel)  # groups, each of which shares rows
     t, recall, seq_len = settings.training, settings.recall, settings.data.seq_len
     steps = steps or range(t.max_steps)
 
@@ -100,9 +105,9 @@ def work(settings: Settings, ranks: int, steps: range | None = None) -> list[Wor
     def recall_plan(distance: int) -> Plan:
         tokens = (recall.tokens_per_step or t.tokens_per_step) * curriculum.batch_factor(distance)
         length = curriculum.row_length(distance, recall_seq_len(settings))
-        return step_plan(tokens, length, t.micro_batch_tokens, ranks)
+        return step_plan(tokens, length, t.tokens_at_a_time, ranks)
 
-    plan = step_plan(t.tokens_per_step, seq_len, t.micro_batch_tokens, ranks)
+    plan = step_plan(t.tokens_per_step, seq_len, t.tokens_at_a_time, ranks)
     text = Work("text", plan, plan, active_steps(t.text_weight), seq_len)
     if not recall.enabled:
         return [text]
@@ -144,6 +149,41 @@ def largest_rows(settings: Settings, config: WindreachConfig, setup: Setup, avai
     return bisect_right(range(1, 2**40), left, key=lambda rows: sum(micro_batch_bytes(config, setup, text, rows)))
 
 
+def longest_row(settings: Settings, config: WindreachConfig, setup: Setup, available: float) -> int:
+    """Tokens of the longest row of text that fits if all processes share it, in steps of 1,024 for each; or 0."""
+    needed, together = memory(settings, config, setup), replace(setup, parts=setup.ranks)
+    left = available - sum(needed.values()) + needed["activations"] + needed["logits_and_scratch"]
+
+    def row_bytes(thousands: int) -> int:
+        tokens = 1024 * thousands * setup.ranks
+        plan = Plan(1, tokens, 1)
+        return sum(micro_batch_bytes(config, together, Work("text", plan, plan, 1, tokens), 1))
+
+    return 1024 * setup.ranks * bisect_right(range(1, 2**20), left, key=row_bytes)
+
+
+def halo_bytes(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: int, seq_len: int) -> int:
+    """Keys and values that a layer of the last process receives; their gradients are as large and go back.
+
+    In a sliding layer these are 2 (W - 1) x key/value heads x head size numbers a row, whatever its length.
+    """
+    position = torch.tensor(seq_len * (setup.parts - 1) // setup.parts)
+    numbers = 2 * config.num_key_value_heads * config.head_dim * int(halo_size(spec, position))
+    return rows * numbers * setup.product_bytes
+
+
+def _bytes_behind(config: WindreachConfig, setup: Setup, spec: LayerSpec, rows: int, seq_len: int) -> int:
+    """What a layer of the last process keeps because rows are shared.
+
+    A full layer also keeps its own keys and values once more, behind the others, and on a GPU masks.
+    """
+    kept, own = halo_bytes(config, setup, spec, rows, seq_len), -(-seq_len // setup.parts)
+    if spec.window is None:
+        kept += 2 * rows * own * config.num_key_value_heads * config.head_dim * setup.product_bytes
+        kept += own * seq_len * setup.product_bytes * (setup.device.type == "cuda")
+    return kept
+
+
 def parameter_counts(s: TrainingSettings, config: WindreachConfig) -> Counts:
     """Parameters with their adapters, those that are trained, and those that Muon updates."""
     if s.lora is not None or s.train_only:
@@ -178,9 +218,12 @@ def micro_batch_bytes(config: WindreachConfig, setup: Setup, w: Work, rows: int)
     With a relay head the streams after all layers are alive twice at the head (stacked, and their gradient), and once
     during the backward pass of the layers.
     """
-    seq_len, depth = w.last.seq_len, len(config.specs)
+    seq_len, depth = -(-w.last.seq_len // setup.parts), len(config.specs)
     stream = rows * seq_len * config.hidden_size * setup.stream_bytes
     layers = {spec: layer_bytes(config, setup, spec, rows, seq_len) for spec in set(config.specs)}
+    if setup.parts > 1:
+        behind = {spec: _bytes_behind(config, setup, spec, rows, w.last.seq_len) for spec in layers}
+        layers = {spec: (kept + behind[spec], *rest) for spec, (kept, *rest) in layers.items()}
     if setup.checkpointing:
         activations = depth * stream
         backward, forward = max(map(sum, layers.values())), sum(layers[spec][2] for spec in config.specs)

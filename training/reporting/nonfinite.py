@@ -30,12 +30,13 @@ def keep_batch(
     folder.mkdir(exist_ok=True)
     if sum(1 for _ in folder.iterdir()) >= KEPT_FILES:
         return f"{folder} holds {KEPT_FILES} files already"
-    batches = objective.micro_batches(step, distances, rank)
+    group = rank // objective.settings.training.context_parallel
+    batches = objective.micro_batches(step, distances, group)
     facts = {
         "step": step + 1,
         "objective": objective.name,
         "distances": dict(distances),
-        "rows": [rows.start for rows in objective.plan(distances).micro_ranges(rank, objective.ranks)],
+        "rows": [rows.start for rows in objective.plan(distances).micro_ranges(group, objective.ranks)],
         "measured": {k: repr(v) for k, v in measured.columns(objective.name).items()},  # repr: JSON has no NaN
         "text": [tokenizer.decode(ids) for batch in batches for ids in batch.input_ids.tolist()],
         "micro_batches": [_contents(batch) for batch in batches],

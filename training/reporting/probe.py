@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from data.batches import text_batch
 from data.mixture import ConcatRows, HeldOutRows, Mixture, Rows, Shares
@@ -24,6 +23,7 @@ from model.packing import Packing
 from training.cross_entropy import cross_entropy
 from training.curriculum import Curriculum
 from training.objective import recall_rules
+from training.processes.context import ALONE, Layout
 from training.processes.ranks import sum_over_ranks
 from training.settings.schema import Settings
 
@@ -35,11 +35,10 @@ class Probe:
 
     def __init__(
         self, settings: Settings, heldout: Mapping[str, TokenStore], vocabulary: RecallVocabulary | None,
-        curriculum: Curriculum, micro_rows: int = ROWS,
+        curriculum: Curriculum, micro_rows: int = ROWS, layout: Layout = ALONE,
     ):  # fmt: skip
         """`heldout`: the held-out text of each source."""
-        self.settings, self.heldout, self.rows = settings, heldout, min(ROWS, micro_rows)
-        self.rank, self.ranks = PartialState().process_index, PartialState().num_processes
+        self.settings, self.heldout, self.rows, self.layout = settings, heldout, min(ROWS, micro_rows), layout
         self.items: dict[str, dict[int, list[RecallItem]]] = {}  # by task and distance
         if vocabulary is None:
             return
@@ -73,10 +72,12 @@ class Probe:
         n = min(len(rows), max(1, self.settings.training.validation_tokens // seq_len))
         mixture, device = Mixture({"": rows}, Shares([1.0], n, 1, seed=0)), decoder.device
         nats, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0
-        for first in range(self.rank * self.rows, n, self.ranks * self.rows):
+        for first in range(self.layout.rank * self.rows, n, self.layout.ranks * self.rows):
             batch = text_batch(mixture, 0, range(first, min(first + self.rows, n)))
-            packing, labels = Packing.of_documents(batch.documents).to(device), batch.labels.flatten()
-            hidden = decoder.model(batch.input_ids.to(device), packing=packing).last_hidden_state.flatten(0, 1)
+            own = self.layout.own(batch.input_ids.shape[1])
+            packing, labels = self.layout.packing(Packing.of_documents(batch.documents)), batch.labels[:, own].flatten()
+            ids = batch.input_ids[:, own].to(device)
+            hidden = decoder.model(ids, packing=packing.to(device)).last_hidden_state.flatten(0, 1)
             nats += cross_entropy(hidden, decoder.lm_head.weight, labels.to(device)).loss
             n_bytes += int(store.token_bytes[labels[labels != UNSCORED].numpy()].sum())
         return nats.item(), float(n_bytes)
@@ -87,9 +88,9 @@ class Probe:
         with _evaluating(decoder):
             for task, by_distance in self.items.items():
                 for distance, items in by_distance.items():
-                    mine = items[self.rank :: self.ranks]
+                    mine = items[self.layout.rank :: self.layout.ranks]
                     parts = [mine[i : i + self.rows] for i in range(0, len(mine), self.rows)]
-                    right[task, distance] = sum(_right(decoder, part) for part in parts)
+                    right[task, distance] = sum(_right(decoder, part, self.layout) for part in parts)
         total = sum_over_ranks(right)
         return Recalled({t: {d: total[t, d] / len(asked[d]) for d in asked} for t, asked in self.items.items()})
 
@@ -121,13 +122,16 @@ def horizon(accuracy: dict[int, float]) -> int:
     return last_distance_holding(accuracy, accuracy.values(), 0.9)
 
 
-def _right(decoder: WindreachForCausalLM, items: list[RecallItem]) -> int:
-    """How many of these questions the decoder answers right."""
-    ids = torch.tensor([i.tokens for i in items], device=decoder.device)
-    last = torch.tensor([i.query_position for i in items], device=ids.device)
+def _right(decoder: WindreachForCausalLM, items: list[RecallItem], layout: Layout) -> int:
+    """How many of these questions the decoder answers right, of those whose query this process holds."""
+    tokens = len(items[0].tokens)
+    own, packing = layout.own(tokens), layout.packing(Packing.of_whole_rows(tokens, torch.device("cpu")))
+    ids = torch.tensor([i.tokens[own] for i in items], device=decoder.device)
+    last = torch.tensor([i.query_position for i in items], device=ids.device) - own.start
     wanted = torch.tensor([i.answer for i in items], device=ids.device)
-    hidden = decoder.model(ids).last_hidden_state[torch.arange(len(items), device=ids.device), last]
-    return int((decoder.lm_head(hidden).argmax(-1) == wanted).sum())
+    mine = ((last >= 0) & (last < own.stop - own.start)).nonzero()[:, 0]
+    hidden = decoder.model(ids, packing=packing.to(ids.device)).last_hidden_state[mine, last[mine]]
+    return int((decoder.lm_head(hidden).argmax(-1) == wanted[mine]).sum())
 
 
 @contextmanager

@@ -64,7 +64,7 @@ FREE = (
 # memory can go on with smaller micro-batches, and on another machine. Not `training.precision`: the run keeps its own.
 ROUNDING = (
     "training.micro_batch_tokens", "training.activation_checkpointing", "training.compile", "training.num_threads",
-    "training.deterministic", "model.attention_backend",
+    "training.deterministic", "training.context_parallel", "model.attention_backend",
 )  # fmt: skip
 
 

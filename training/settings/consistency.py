@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import reduce
+from math import gcd
 from typing import Any
 
 from data.settings import DataSettings, SourceSettings
@@ -145,9 +146,15 @@ def _mixture(d: DataSettings) -> Iterator[Check]:
 
 def _steps(s: Settings) -> Iterator[Check]:
     t, seq_len = s.training, s.data.seq_len
-    for name, tokens in (("tokens_per_step", t.tokens_per_step), ("micro_batch_tokens", t.micro_batch_tokens or 0)):
-        near = max(1, round(tokens / seq_len)) * seq_len
-        yield (f"training.{name}", tokens % seq_len, f"not a multiple of data.seq_len = {seq_len}",
+    parts = t.context_parallel
+    least, shared = seq_len // gcd(seq_len, parts), f" / training.context_parallel = {parts}" * (parts > 1)
+    yield ("training.context_parallel", parts > seq_len, f"a row has data.seq_len = {seq_len} tokens", "lower it")
+    for name, tokens, unit, of in (
+        ("tokens_per_step", t.tokens_per_step, seq_len, ""),
+        ("micro_batch_tokens", t.micro_batch_tokens or 0, least, shared),
+    ):
+        near = max(1, round(tokens / unit)) * unit
+        yield (f"training.{name}", tokens % unit, f"not a multiple of data.seq_len = {seq_len}{of}",
                f"use {near} for example")  # fmt: skip
     steps, late = f"the run has training.max_steps = {t.max_steps}", t.profile and t.profile.start_step >= t.max_steps
     yield ("training.schedule.warmup_steps", t.schedule.warmup_steps >= t.max_steps,

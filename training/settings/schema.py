@@ -271,6 +271,9 @@ class TrainingSettings(Strict):
     """Weight of the text update over the run: points [share of all steps, weight], linear in between."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens that a process handles at a time. Default: all of its share at once. Set it when memory runs out."""
+    context_parallel: PositiveInt = 1
+    """Processes that share each row: it is cut into so many parts, one for each of them. Raise it for rows that are too
+    long for the memory of one device, see docs/long.md."""
     activation_checkpointing: bool = False
     """Whether activations inside a layer are computed again in the backward pass: less memory, a third more work."""
     z_loss_weight: NonNegative = 0.0
@@ -311,6 +314,11 @@ class TrainingSettings(Strict):
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep. At least 2 are kept."""
+
+    @property
+    def tokens_at_a_time(self) -> int | None:
+        """Tokens that the processes which share rows handle together at a time."""
+        return self.micro_batch_tokens and self.micro_batch_tokens * self.context_parallel
 
 
 class TrackingSettings(Strict):

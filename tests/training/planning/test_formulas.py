@@ -4,14 +4,18 @@ import pytest
 
 from model.attention import Device
 from model.config import WindreachConfig
+from model.errors import UserError
 from model.flops import count_parameters, flops_per_token
 from model.windows import LayerSpec
+from training.planning.dry_run import cluster_plan
 from training.planning.formulas import (
     GPU,
     Setup,
     exchange_bytes,
+    halo_bytes,
     largest_rows,
     layer_bytes,
+    longest_row,
     memory,
     recompute_factor,
     work,
@@ -142,3 +146,26 @@ def test_a_gpu_keeps_what_the_backend_keeps_that_auto_chooses() -> None:
     assert kept("blocked", LayerSpec("sliding", 200), 256) == kept("reference", LayerSpec("full"), 256)
     old = Device("cuda", (7, 5))  # for which there is no fused kernel without triton
     assert kept("auto", LayerSpec("sliding", 512), 2048, old) == fused + 2 * heads * 512 - unrotated
+
+
+def test_a_window_sends_the_same_whatever_the_length_and_a_full_layer_sends_all_that_is_earlier() -> None:
+    """2 (W - 1) x 2 heads x 64 numbers of 2 bytes; a full layer of the last of four processes: 3/4 of the row."""
+    _, config = loaded("quickstart")
+    setup, number = Setup("bf16", 4, parts=4), 2 * config.num_key_value_heads * config.head_dim * 2
+    sliding = LayerSpec("sliding", 64)
+    assert [halo_bytes(config, setup, sliding, 1, tokens) for tokens in (4096, 1 << 20)] == [63 * number] * 2
+    assert halo_bytes(config, setup, LayerSpec("full"), 2, 4096) == 2 * 3072 * number
+
+
+def test_the_longest_row_grows_with_the_processes_that_share_it() -> None:
+    settings, config = loaded("mistral-7b")
+    rows = [longest_row(settings, config, Setup("bf16", n, "fsdp2"), 80e9) for n in (8, 64)]
+    assert rows[0] > 0
+    assert rows[1] > 8 * rows[0]  # weights and moments are shared too
+    assert longest_row(settings, config, Setup("bf16", 64, "ddp"), 80e9) == 0
+
+
+def test_gpus_that_are_no_multiple_of_the_processes_that_share_rows_are_refused() -> None:
+    settings, _ = loaded("quickstart", "training.context_parallel=4")
+    with pytest.raises(UserError, match=r"context_parallel is 4, but --gpus is 6; give a multiple of 4"):
+        cluster_plan(settings, "h100", 6, 0.4)
