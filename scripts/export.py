@@ -72,8 +72,10 @@ def export_adapter(examined: Examined, out: Path) -> str:
         raise UserError(f"--adapter: {examined.run_dir} has no checkpoints/, which hold the adapters")
     config, tensors = peft_config(lora), peft_tensors(load_state(checkpoint)[1])
     named = settings.model.init.from_pretrained
-    converted = named is not None and (named == SMOLLM2 or named.endswith(".gguf"))
-    config.base_model_name_or_path = str(checkpoint_folder(named)) if converted else named
+    if named is not None and (named == SMOLLM2 or named.endswith(".gguf")):  # PEFT knows the converted folder
+        config.base_model_name_or_path = str(checkpoint_folder(named))
+    else:
+        config.base_model_name_or_path = named
 
     def write(folder: Path) -> None:
         config.save_pretrained(str(folder))
