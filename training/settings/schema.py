@@ -273,8 +273,8 @@ class TrainingSettings(Strict):
     schedule: ScheduleSettings = ScheduleSettings()
     distillation: DistillationSettings | None = None
     stages: list[StageSettings] = Field(default_factory=list)
-    """Later stretches of steps with other settings: longer rows, other windows, another rotary base. See docs/train.md
-    for an example."""
+    """Later stretches of steps with other settings: longer rows, other windows, another rotary base. See
+    docs/finetune.md for an example."""
     profile: ProfileSettings | None = None
     log_every_steps: PositiveInt = 10
     """Steps between two log lines."""
