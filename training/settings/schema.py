@@ -293,8 +293,8 @@ class TrainingSettings(Strict):
     schedule: ScheduleSettings = ScheduleSettings()
     distillation: DistillationSettings | None = None
     stages: list[StageSettings] = Field(default_factory=list)
-    """Later stretches of steps with other settings: longer rows, other windows, another rotary base. See docs/train.md
-    for an example."""
+    """Later stretches of steps with other settings: longer rows, other windows, another rotary base. See
+    docs/finetune.md for an example."""
     train_only: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Patterns of parameter names, such as `model.layers.*.self_attn.*` and `*norm*`. All other parameters are frozen.
     Names are those in model.safetensors. Default: all are trained, or with `lora` the adapters alone."""
