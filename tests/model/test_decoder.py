@@ -325,7 +325,8 @@ def test_layers_can_start_as_copies_of_the_first() -> None:
         ({"attention_dropout": 0.1}, "model.attention_dropout is 0.1; the decoder knows only 0.0"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "model.rope_parameters.rope_type is 'dynamic'; the decoder knows only 'default', 'linear', 'llama3', ",
+            "model.rope_parameters.rope_type is 'dynamic'; "
+            "the decoder knows only 'default', 'linear', 'llama3', 'yarn'",
         ),
     ],
 )
