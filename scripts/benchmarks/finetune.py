@@ -36,9 +36,8 @@ def bench_finetune(setup: Setup, rows: int | None = None, seq_len: int | None = 
     t = seq_len or setup.settings.data.seq_len
     rows = rows or max(1, training.tokens_per_step // t)
     ways = {"all weights": None, "adapters": training.lora or LORA}
-    return [
-        row for what, lora in ways.items() for row in _compared(setup, f"{named}: {what}, {rows} x {t}", lora, rows, t)
-    ]
+    case = f"{named}: %s, {rows} x {t}"
+    return [row for what, lora in ways.items() for row in _compared(setup, case % what, lora, rows, t)]
 
 
 def _compared(setup: Setup, case: str, lora: LoraSettings | None, rows: int, t: int) -> list[Row]:

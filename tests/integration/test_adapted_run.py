@@ -14,6 +14,7 @@ from eval.models import load_model
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError, cli
 from model.hub import SavedWeights, save_hf
+from model.windows import LayerSpec
 from scripts import export
 from tests.integration.test_sharding import figures, train
 from tests.integration.tiny_run import losses, metrics, run, settings, write_config, write_text
@@ -123,10 +124,12 @@ def test_adapters_on_a_pretrained_model_are_those_of_shards_and_of_transformers(
     run(tuned(model, alone))
     train(tuned(model, shards), sharded=True)
     assert figures(metrics(shards)) == pytest.approx(figures(metrics(alone)), rel=1e-3)
-    said = export.export_adapter(load_model(str(alone / "run")), alone / "adapter")
-    assert said == str(model)
+    examined = load_model(str(alone / "run"))
+    assert export.export_adapter(examined, alone / "adapter") == str(model)
+    examined.specs = (LayerSpec("full"),) * 3
+    assert "gave that model other windows" in export.export_adapter(examined, alone / "again")
     theirs = AutoPeftModelForCausalLM.from_pretrained(alone / "adapter")
-    expected = logits(load_model(str(alone / "run")).model)
+    expected = logits(examined.model)
     torch.testing.assert_close(logits(theirs), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(load_model(str(model)).model), expected, atol=1e-2)
 
