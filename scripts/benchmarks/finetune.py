@@ -33,18 +33,26 @@ def bench_finetune(setup: Setup, rows: int | None = None, seq_len: int | None = 
     named, training = setup.settings.model.init.from_pretrained, setup.settings.training
     if named is None:
         raise UserError("this config starts from no pretrained model; give --config configs/retrofit-smollm2.yaml")
-    folder, t = checkpoint_folder(named), seq_len or setup.settings.data.seq_len
-    rows, results = rows or max(1, training.tokens_per_step // t), []
-    for lora in (None, training.lora or LORA):
-        ours = WindreachForCausalLM.from_pretrained(folder).to(setup.device)
-        ids = torch.randint(ours.config.vocab_size, (rows, t), generator=torch.Generator().manual_seed(0))
-        works = {OURS: our_step(ours, ids.to(setup.device), lora, setup.precision, bool(training.compile))}
-        for name, compiled in PEERS.items():
-            works[name] = their_step(folder, ids.to(setup.device), lora, setup.precision, compiled)
-        what = "all weights" if lora is None else f"{'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank}"
-        limits = dict.fromkeys(PEERS, LIMIT)
-        results += compare("finetune", f"{named}: {what}, {rows} x {t}", works, setup.rounds, setup.precision, limits)
-    return results
+    t = seq_len or setup.settings.data.seq_len
+    rows = rows or max(1, training.tokens_per_step // t)
+    ways = {"all weights": None, "adapters": training.lora or LORA}
+    case = f"{named}: %s, {rows} x {t}"
+    return [row for what, lora in ways.items() for row in _compared(setup, case % what, lora, rows, t)]
+
+
+def _compared(setup: Setup, case: str, lora: LoraSettings | None, rows: int, t: int) -> list[Row]:
+    """One way to train beside its peers. The compiled peer is left out where our own step isn't compiled."""
+    named, compiled = setup.settings.model.init.from_pretrained, bool(setup.settings.training.compile)
+    assert named is not None
+    folder = checkpoint_folder(named)
+    ours = WindreachForCausalLM.from_pretrained(folder).to(setup.device)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(ours.config.vocab_size, (rows, t), generator=draw).to(setup.device)
+    works = {OURS: our_step(ours, ids, lora, setup.precision, compiled)}
+    for name, theirs in PEERS.items():
+        if compiled or not theirs:
+            works[name] = their_step(folder, ids, lora, setup.precision, theirs)
+    return compare("finetune", case, works, setup.rounds, setup.precision, dict.fromkeys(PEERS, LIMIT))
 
 
 def our_step(

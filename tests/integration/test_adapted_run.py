@@ -1,11 +1,12 @@
 """Runs with adapters, from the first step to what other programs load."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import MistralForCausalLM
 
@@ -13,9 +14,10 @@ from eval.models import load_model
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError, cli
 from model.hub import SavedWeights, save_hf
+from model.windows import LayerSpec
 from scripts import export
 from tests.integration.test_sharding import figures, train
-from tests.integration.tiny_run import losses, metrics, run, write_config
+from tests.integration.tiny_run import losses, metrics, run, settings, write_config, write_text
 from training.adaptation import FROZEN
 from training.processes.parallel import load_weights
 
@@ -102,6 +104,34 @@ def test_the_exports_of_a_run_are_the_model_and_its_adapters(
     wrapped = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
     assert wrapped.peft_config["default"].target_modules >= {"q_proj", "down_proj"}
     torch.testing.assert_close(logits(wrapped), expected, atol=1e-4, rtol=1e-4)
+
+
+def tuned(model: Path, folder: Path) -> Path:
+    """The settings of a run that puts adapters on the checkpoint `model`."""
+    write_text(folder)
+    described = settings(folder, **OPTIONS | {"max_steps": 2})
+    described["model"] = {"init": {"from_pretrained": str(model)}}
+    del described["data"]["tokenizer"]
+    (folder / "tuned.yaml").write_text(json.dumps(described))
+    return folder / "tuned.yaml"
+
+
+@of_peft
+def test_adapters_on_a_pretrained_model_are_those_of_shards_and_of_transformers(
+    adapted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model, (alone, shards) = adapted / "run/hf", (tmp_path_factory.mktemp(name) for name in ("alone", "shards"))
+    run(tuned(model, alone))
+    train(tuned(model, shards), sharded=True)
+    assert figures(metrics(shards)) == pytest.approx(figures(metrics(alone)), rel=1e-3)
+    examined = load_model(str(alone / "run"))
+    assert export.export_adapter(examined, alone / "adapter") == str(model)
+    examined.specs = (LayerSpec("full"),) * 3
+    assert "gave that model other windows" in export.export_adapter(examined, alone / "again")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(alone / "adapter")
+    expected = logits(examined.model)
+    torch.testing.assert_close(logits(theirs), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(load_model(str(model)).model), expected, atol=1e-2)
 
 
 def test_an_adapter_is_refused_where_there_is_none_or_more_than_one_holds(
