@@ -97,9 +97,9 @@ def relative(x: Tensor, expected: Tensor) -> float:
 
 def equal_to_one_process(groups: dict[int, Any]) -> None:
     for parts, group in groups.items():
-        for name, layers in STACKS.items():
+        for name in STACKS if parts == WORLD else ("sliding", "global tokens", "hybrid"):
             for number, row in enumerate(rows(parts)):
-                difference = greatest_difference(layers, row, parts, group, torch.float64)
+                difference = greatest_difference(STACKS[name], row, parts, group, torch.float64)
                 assert difference < 1e-12, (parts, name, number, difference)
         difference = greatest_difference(STACKS["hybrid"], rows(parts)[2], parts, group, torch.float32, "auto")
         assert difference < 2e-6, (parts, "float32", difference)
