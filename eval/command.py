@@ -69,9 +69,19 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def prepare(args: Namespace, max_tokens: int | None = None) -> tuple[Examined, Path, Haystack]:
-    """The model, the folder for results and the held-out text, of which at most `max_tokens` are read."""
+    """The model, the folder for results and the held-out text, of which at most `max_tokens` are read.
+
+    Raises UserError if the model's logits on the first tokens of the text are not finite: nothing can be measured then.
+    """
+    import torch
+
+    from eval.forward import last_logits
+
     examined = load_model(args.model, args.device)
-    return examined, examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
+    out, haystack = examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
+    if not bool(last_logits(examined, torch.from_numpy(haystack.documents[0].tokens[None, :64])).isfinite().all()):
+        raise UserError(f"MODEL {args.model!r}: the logits are not finite; its weights are too large or damaged")
+    return examined, out, haystack
 
 
 @contextmanager
@@ -101,7 +111,7 @@ def read_result(file: Path) -> dict[str, Any]:
         result = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such result; run the evaluation on that run first") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
     if not isinstance(result, dict):
         raise UserError(f"{file} is not a result; run the evaluation again")

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data.tokenizer import train_tokenizer
+from eval import loss
 from eval.models import Examined, load_model
 from eval.report.runs import read_run
 from model.decoder import WindreachForCausalLM
-from model.errors import UserError, printable, read_small_file
+from model.errors import UserError, cli, printable, read_small_file
 from model.hub import load_config, save_hf, weight_files
 from tests.bounded import bounded
 from tests.model.tiny import tiny_model
@@ -107,6 +108,18 @@ def test_weights_that_are_not_finite_are_refused(copied: Callable[[str], Path], 
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight holds a number that is not finite"):
         load_model(str(folder), "cpu")
+
+
+def test_weights_that_overflow_are_refused_by_evaluations(
+    untrained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(untrained_run, tmp_path / "run"))
+    weights = load_file(run / "hf/model.safetensors")
+    weights["lm_head.weight"].fill_(3e38)
+    save_file(weights, run / "hf/model.safetensors")
+    monkeypatch.setattr("sys.argv", ["eval.loss", str(run)])
+    assert cli(loss.main) == 2
+    assert "the logits are not finite; its weights are too large or damaged" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- names and devices

@@ -18,7 +18,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,10 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rich.progress import track
-
 from model.errors import cli
-from tests.integration.kill_test import ROOT, Process, Start, newest, start_python
+from tests.integration.kill_test import Process, Start, commit, newest, start_python
 from training.processes.signals import STOPPED
 from training.run.checkpoint import checkpoints, problem_with, write_json
 from training.settings.config_file import load_settings
@@ -62,10 +59,11 @@ class LongRun:
 
     def __init__(self, config: Path, overrides: Sequence[str], run: Path, start: Start, steps: int, starts: int):
         self.run, self.start, self.steps, self.starts = run, start, steps, starts
-        every = {"log": max(1, steps // 1000), "save": max(1, steps // 100), "validate": max(1, steps // 20)}
+        times = {"log": 1000, "save": 100, "validate": 20}
+        every = [f"training.{what}_every_steps={max(1, steps // number)}" for what, number in times.items()]
         self.arguments = [
-            str(config), *FAST, f"training.max_steps={steps}", *(f"training.{k}_every_steps={n}" for k, n in every.items()),
-            *overrides, f"run_dir={run}", f"data.cache_dir={run.parent / 'cache'}",
+            str(config), *FAST, f"training.max_steps={steps}", *every, *overrides,
+            f"run_dir={run}", f"data.cache_dir={run.parent / 'cache'}",
         ]  # fmt: skip
         self.settings = load_settings(config, self.arguments[1:]).training
         self.samples: list[Sample] = []
@@ -79,10 +77,11 @@ class LongRun:
             if code != expected:
                 said = self.log(number).read_text()[-2000:]
                 raise RuntimeError(f"start {number} ended with exit code {code}, not {expected}:\n{said}")
+            if number == self.starts:
+                self.check_samples()
+                self.check_metrics()
+                self.check_checkpoints()
             yield newest(self.run)
-        self.check_samples()
-        self.check_metrics()
-        self.check_checkpoints()
 
     def log(self, number: int) -> Path:
         return self.run.with_name(f"start-{number}.log")
@@ -112,14 +111,17 @@ class LongRun:
 
     def thirds(self) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
         """Medians over the second and the last third of each start."""
-        for number in range(1, self.starts + 1):
+        for number in sorted({sample.start for sample in self.samples}):
             of_start = [asdict(sample) for sample in self.samples if sample.start == number]
             third = len(of_start) // 3
             yield medians(of_start[third : 2 * third]), medians(of_start[2 * third :])
 
     def check_metrics(self) -> None:
         rows = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
-        for kind, every in (("train", self.settings.log_every_steps), ("validation", self.settings.validate_every_steps)):
+        for kind, every in (
+            ("train", self.settings.log_every_steps),
+            ("validation", self.settings.validate_every_steps),
+        ):
             of_kind = [row for row in rows if row["kind"] == kind]
             there = [row["step"] for row in of_kind]
             if there != sorted(set(there)):
@@ -141,7 +143,13 @@ class LongRun:
         """Figures of each start, and of all."""
         columns = ("memory_kib", "files", "threads")
         starts = [{k: (before[k], after[k]) for k in columns} for before, after in self.thirds()]
-        return {"steps": self.steps, "samples": len(self.samples), "starts": starts, "problems": self.problems}
+        return {
+            "steps": newest(self.run),
+            "commit": commit(),
+            "samples": len(self.samples),
+            "starts": starts,
+            "problems": self.problems,
+        }
 
 
 def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -179,19 +187,15 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_intermixed_args()
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="long-") as folder:
-        start = partial(start_python, launch=None)
-        run = Path(folder) / "run"
+        start, run, began = partial(start_python, launch=None), Path(folder) / "run", time.monotonic()
         long = LongRun(arguments.config, arguments.overrides, run, start, arguments.steps, arguments.starts)
-        for step in track(long.train(), "starts", total=arguments.starts):
-            print(f"a start ended at step {step}", flush=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-        summary = long.summary() | {"commit": commit.stdout.strip(), "seconds": round(time.monotonic() - began)}
-    print(json.dumps(summary, indent=1))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, summary)
+        for step in long.train():
+            print(f"a start ended at step {step} after {time.monotonic() - began:.0f} s", flush=True)
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                write_json(arguments.json, long.summary() | {"seconds": round(time.monotonic() - began)})
+    print(json.dumps(long.summary(), indent=1))
     return 1 if long.problems else 0
 
 

@@ -4,12 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from tests.integration.kill_test import start_fork
 from tests.integration.long_run import LongRun
-from tests.integration.template import ROOT, Forked
-
-
-def start_fork(arguments: list[str], log: Path) -> Forked:
-    return Forked(["train.py", *arguments], log)
+from tests.integration.template import ROOT
 
 
 def test_a_run_of_several_starts_stays_flat_and_complete_and_the_checks_notice_what_is_not(tmp_path: Path) -> None:
