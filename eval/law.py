@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 
 from model.errors import UserError, cli
-from training.run.checkpoint import write_text
+from training.run.checkpoint import write_json
 
 Run = dict[str, Any]
 Summary = dict[str, Any]
@@ -116,7 +116,8 @@ def main() -> None:
     laws = {f"{title}, {name}": summary(group, h) for name, group in groups.items() for h, title in HORIZONS.items()}
     out = arguments.out or arguments.sweep.parent
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "law.json", json.dumps({"laws": laws}, indent=1, default=asdict))
+    written = {title: law | {"fit": asdict(law["fit"])} for title, law in laws.items()}
+    write_json(out / "law.json", {"laws": written})
     from eval.plots.canvas import save
     from eval.plots.law import figure
 

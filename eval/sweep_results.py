@@ -1,6 +1,5 @@
 """Shows the runs of a sweep side by side: as JSON, as a table in Markdown and on the terminal, and as a picture."""
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from eval.plots.canvas import COLORS, GRID, save, styled
+from eval.report.runs import read_metrics
 from training.run.checkpoint import write_json, write_text
 from training.run.folder import read_facts
 
@@ -47,9 +47,7 @@ def row(labels: dict[str, Any], folder: Path, state: str) -> Row:
     """Labels, state and results of a run; None for what it has not got. `further` are tasks beside the first one."""
     recall, loss = read_facts(folder, "recall.json"), read_facts(folder, "loss.json")
     task, *further = recall["tasks"].values() if recall else [{}]
-    log = folder / "metrics.jsonl"
-    events = map(json.loads, log.read_text().splitlines() if log.exists() else [])
-    logged = [event for event in events if event.get("kind") == "train"]
+    logged = [event for event in read_metrics(folder / "metrics.jsonl") if event.get("kind") == "train"]
     last = logged[-1] if logged else {}
     rates = [event["tokens_per_second"] for event in logged[1:] or logged]  # the first one includes compilation
     return {

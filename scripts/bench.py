@@ -35,6 +35,7 @@ from eval.command import at_least, numbers
 from model.errors import UserError, cli
 from scripts.benchmarks import TRAINING_PEERS
 from training.processes.signals import end_process
+from training.run.checkpoint import finite
 from training.settings.config_file import load_settings
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def main() -> None:
         console.print(table_of(more))
         rows += map(asdict, more)
     if arguments.json and first:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(finite(rows), indent=1) + "\n")
 
 
 def benchmarks(arguments: argparse.Namespace, setup: "Setup", machine: "Machine") -> "Iterator[list[Row]]":

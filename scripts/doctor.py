@@ -26,6 +26,7 @@ from rich.table import Table
 from model.errors import cli
 from scripts.bench import check_writable
 from scripts.checks import Section
+from training.run.checkpoint import finite
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def main() -> int:
         numbered.add_row(f"{number}.", escape(f"{problem['what']}\nRemedy: {problem['remedy']}"))
     console.print(numbered)
     if arguments.json:
-        arguments.json.write_text(json.dumps(list(map(asdict, sections)), indent=1) + "\n")
+        arguments.json.write_text(json.dumps(finite(list(map(asdict, sections))), indent=1) + "\n")
     return int(any(section.wrong for section in sections))
 
 

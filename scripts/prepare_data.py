@@ -16,7 +16,6 @@ and writes statistics.json and statistics.png.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -39,6 +38,7 @@ from data.token_writer import read_index
 from data.tokenizer import prepare_tokenizer
 from model.errors import UserError, cli
 from model.windows import LayerSpec, reach
+from training.run.checkpoint import write_json
 from training.settings.build import layer_dicts
 from training.settings.config_file import load_settings
 from training.settings.schema import Settings
@@ -141,7 +141,7 @@ def write_statistics(
     result = {"name": settings.name, "limits": limits, "sources": sources}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "statistics.json").write_text(json.dumps(result, indent=1))
+        write_json(folder / "statistics.json", result)
         save(lengths_figure(trained, limits), folder / "statistics.png")
     except OSError as error:
         raise UserError(f"--out {folder}: can't be written: {error.strerror}; name another folder") from error

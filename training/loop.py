@@ -52,7 +52,7 @@ from training.processes.signals import STOPPED, StopRequest
 from training.reporting.metrics import Metrics, TrainingProgress
 from training.reporting.nonfinite import keep_batch, stop_after
 from training.reporting.profiling import profiled
-from training.run.checkpoint import load_state, prune, replace_folder, save_checkpoint
+from training.run.checkpoint import load_state, prune, save_checkpoint, save_export
 from training.run.folder import (
     FACTS_SAVED,
     check_same_batches,
@@ -433,7 +433,7 @@ class Trainer:
         """Write the last weights to runs/NAME/hf and print where everything is."""
         weights = whole_weights(self.decoder, keep=self.ranks.is_main_process)
         ask_main(self._check_folder)
-        ask_main(lambda: replace_folder(self.dir / "hf", partial(self._write_hf, weights)))
+        ask_main(lambda: save_export(self.dir / "hf", partial(self._write_hf, weights)))
         s, farthest = self.state, reach(self.stage.config.specs) or "unbounded"
         recall = f"recall horizon {s.horizon} tokens of R = {farthest}\n" if self.settings.recall.enabled else ""
         self.ranks.print(

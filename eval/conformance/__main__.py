@@ -8,7 +8,6 @@ random weights instead, from a folder with config.json or from the name of a mod
 writes conformance.json. The exit code is 1 if there is a fault.
 """
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from itertools import groupby
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from eval.command import at_least, names
 from model.errors import UserError, cli
+from training.run.checkpoint import write_json
 
 MODES = ("train", "eval", "packed", "left-padded", "cached", "chunked", "generate")
 ATTENTION = ("eager", "sdpa", "flex_attention")
@@ -103,7 +103,7 @@ def main() -> int:
     attention = args.attention or (() if isinstance(model, WindreachForCausalLM) else ATTENTION)
     report = check(model, attention, args.modes, seed=args.seed)
     print_report(report, Console(width=None if sys.stdout.isatty() else 120))
-    (out / "conformance.json").write_text(json.dumps(report, indent=1))
+    write_json(out / "conformance.json", report)
     print(f"Written: {out / 'conformance.json'}")
     return int(any(row["faults"] for row in report["rows"]))
 

@@ -6,7 +6,6 @@ Without NAME it checks all that are listed here. Writes architectures.json and a
 of docs/instruments.md.
 """
 
-import json
 import sys
 import time
 from argparse import ArgumentParser
@@ -15,6 +14,7 @@ from typing import Any
 from eval.conformance.__main__ import ATTENTION, runs_of_windows
 from eval.models import out_folder
 from model.errors import UserError, cli
+from training.run.checkpoint import write_json
 
 WINDOWED = {"sliding_window": 8}
 QWEN = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
@@ -95,7 +95,7 @@ def main() -> None:
         print(
             f"{name}: {results[name].get('not_examined') or table({name: results[name]}).splitlines()[-1]}", flush=True
         )
-        (out / "architectures.json").write_text(json.dumps(results, indent=1))
+        write_json(out / "architectures.json", results)
         (out / "architectures.md").write_text(table(results))
 
 

@@ -33,6 +33,7 @@ from rich.table import Table
 
 from eval.command import at_least
 from model.errors import UserError, cli
+from training.run.checkpoint import finite
 
 Symbols = NDArray[np.int64]  # (T,) for each token of a prompt, which of the ids or words below it is
 TOKEN_IDS = range(1000, 2000)  # ordinary tokens in the vocabularies that are common: special ones come before or after
@@ -459,7 +460,7 @@ def main() -> int:
     with console.status(f"Asking {endpoint.url}"):
         result = examine_endpoint(endpoint, args.window, args.layers, args.reach, args.length, args.texts, args.seed)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        args.json.write_text(json.dumps(finite(result), indent=1))
     print_result(result, console)
     return int(bool(result["faults"]))
 

@@ -136,7 +136,7 @@ def loss_figure(losses: list[Result], narrow: bool = False) -> Figure:
         for color, loss in zip(cycle(COLORS), losses, strict=False):
             keys = (x_key, "bits_per_token", "standard_error")
             rows = [[row[key] for key in keys] for row in loss[f"by_{word}"]]
-            x, y, error = np.array(rows).reshape(-1, 3).T
+            x, y, error = np.array(rows, dtype=float).reshape(-1, 3).T
             style = {"color": color, "label": loss["model"]}
             _draw_interval(ax, np.maximum(1.0, x), y, y - 1.96 * error, y + 1.96 * error, style)
             for tokens, line in ((loss["window"], "-"), (loss["reach"], "--")):

@@ -8,7 +8,6 @@ model is the decoder that is trained, with its attention, cache and export. `pro
 """
 
 import argparse
-import json
 import platform
 import resource
 import sys
@@ -21,6 +20,7 @@ from eval.command import at_least, names
 from eval.models import out_folder
 from model import windows
 from model.errors import UserError, cli
+from training.run.checkpoint import write_json
 
 if TYPE_CHECKING:
     from model.config import WindreachConfig
@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = new_parser().parse_args()
     out, result, console = out_folder(args.out), measure(args), Console(width=None if sys.stdout.isatty() else 120)
-    (out / "proof.json").write_text(json.dumps(result, indent=1))
+    write_json(out / "proof.json", result)
     print_result(result, console)
     console.print(f"Peak memory {result['peak_memory_mib']:,} MiB. Written: {out / 'proof.json'}", highlight=False)
     if not result["holds"]:

@@ -10,7 +10,6 @@
 `--plot` adds pictures: `mask.png`, `layers.png`, `cone.png` (`eval.reach.masks`) and `reach.png`, the gradient field.
 """
 
-import json
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +22,7 @@ from eval.report.tables import reach_tables
 from model import windows
 from model.errors import cli
 from training.processes.signals import end_process
-from training.run.checkpoint import write_text
+from training.run.checkpoint import write_json
 
 
 def field_length(examined: Examined, max_tokens: int) -> int:
@@ -83,7 +82,7 @@ def main() -> None:
     console = Console()
     examined, out, haystack = prepare(args)
     result = measure(examined, haystack, args.seed, args.texts, args.max_tokens)
-    write_text(out / "reach.json", json.dumps(result, indent=1))
+    write_json(out / "reach.json", result)
     print_result(result, console)
     if args.plot:
         from eval import plots

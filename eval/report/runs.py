@@ -58,12 +58,12 @@ def read_run(name: str) -> Run:
 
 def read_metrics(file: Path) -> list[Result]:
     """The lines of metrics.jsonl. A last line that a killed run left incomplete is skipped."""
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    lines = file.read_bytes().splitlines() if file.exists() else []
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            metrics.append(dict(json.loads(line.decode())))
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{file}, line {number}: not JSON ({error}); correct or remove that line") from error
     return metrics

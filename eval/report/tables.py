@@ -122,7 +122,7 @@ def tables_of(run: Run) -> dict[str, Table]:
     if "reach" in results:
         tables |= reach_tables(results["reach"])
     for name in ("by_context", "by_position") if "loss" in results else ():
-        rows = [row | {"margin": 1.96 * row["standard_error"]} for row in results["loss"][name]]
+        rows = [row | {"margin": (e := row["standard_error"]) and 1.96 * e} for row in results["loss"][name]]
         tables[f"loss_{name}"] = table(f"loss_{name}", rows)
     if "needs" in results:
         tables |= needs_tables(results["needs"])

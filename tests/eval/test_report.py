@@ -167,9 +167,10 @@ def test_a_name_with_markup_or_commands_is_printed_as_it_is(capsys):
 
 
 def test_a_broken_line_in_the_middle_of_metrics_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match="line 2"):
-        read_metrics(tmp_path / "metrics.jsonl")
+    for line in (b'{"st', b'{"kind": "\xff"}', b"[" * 100_000):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
+            read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_the_recall_curve_marks_h90_and_only_where_there_is_one(run):

@@ -1,15 +1,19 @@
-"""Faults by injection: the n-th call of one kind in a run folder fails, writes half, or is the last of the process.
+"""Faults by injection: the n-th call of one kind in a folder fails, writes half, or is the last of the process.
 
     python tests/integration/faults.py --every 1 --json results/faults/faults.json
+    python tests/integration/faults.py report export prepare --every 1
 
-It tries commands that write a run folder: a fresh training, one that goes on, an evaluation. After each fault
+It tries commands that write: trainings, one of them with two processes, evaluations, the report, an export, the
+preparation of text, and the tables of a finished sweep. After each fault
 
 - the command has ended with a sentence and exit code 2, by its kill, or as if nothing had happened;
 - every checkpoint that is there is valid, and every JSON or YAML file is whole;
-- the same command, started again, ends with code 0, and the run's figures and weights are those of an undisturbed run.
+- the same command, started again, ends with code 0, and all is there as after an undisturbed command: figures of
+  training, weights, encoded text, and the names of all other files.
 
-Faults are counted per kind of call until the command makes no further one. That takes long, so test_faults.py tries a
-few. `faults.c` is the library that is preloaded; it needs a C compiler and Linux.
+Of two processes one meets the fault; the other ends too. Faults are counted per kind of call until the command makes
+no further one. That takes long, so test_injected_faults.py tries a few. `faults.c` is the library that is preloaded; it
+needs a C compiler and Linux.
 """
 
 import argparse
@@ -31,7 +35,7 @@ import yaml
 
 from model.errors import cli
 from tests.integration.template import ROOT, Forked
-from tests.integration.tiny_run import losses, write_config
+from tests.integration.tiny_run import losses, rank_environments, write_config
 from training.run.checkpoint import checkpoints, file_sha256, problem_with, write_json
 
 KILL, SHORT = 0, -1
@@ -44,7 +48,27 @@ FAULTS = {
     "mkdir": (errno.ENOSPC, KILL),
     "unlink": (errno.EACCES, KILL),
 }
-COMMANDS = ("fresh", "resumed", "loss")
+TRAIN, RUN = ("train.py", "{0}/tiny.yaml"), "{0}/run"
+COMMANDS = {  # what is started; {0} is the folder of the trials
+    "fresh": TRAIN,
+    "resumed": TRAIN,
+    "rank-0": TRAIN,  # of two, which meets the fault
+    "rank-1": TRAIN,
+    "loss": ("eval.loss", RUN, "--max-tokens", "200", "--rows", "2"),
+    "recall": ("eval.recall", RUN, "--n", "2", "--distances", "W"),
+    "reach": ("eval.reach", RUN, "--texts", "1", "--max-tokens", "48"),
+    "relay": ("eval.relay", RUN, "--n", "4", "--max-offset", "16"),
+    "heat": ("eval.heat", RUN, "--n", "1", "--depths", "2", "--lengths", "32"),
+    "report": ("eval.report", RUN),
+    "export": ("scripts.export.py", RUN, "--out", "{0}/export"),
+    "prepare": ("scripts.prepare_data.py", "{0}/tiny.yaml", "data.cache_dir={0}/prepare"),
+    "sweep": ("scripts.sweep.py", "{0}/grid.yaml", "--out", "{0}/sweep"),
+}
+NEW = ("fresh", "rank-0", "rank-1")  # in an empty folder
+TRAININGS = (*NEW, "resumed")
+ELSEWHERE = ("export", "prepare", "sweep")  # write a folder with the name of the command, not the run folder
+GRID = "name: faults\nconfig: tiny.yaml\ngrid: [{axis: window, key: model.sliding_window, values: [8]}]\n"
+State = tuple[object, dict[str, str]]
 CAN_COMPILE = sys.platform == "linux" and shutil.which("cc") is not None
 
 
@@ -62,53 +86,91 @@ class Fault:
 
 
 class Trials:
-    """An undisturbed run in `folder`, and runs that meet faults."""
+    """An undisturbed run in `folder`, and commands that meet faults."""
 
     def __init__(self, folder: Path):
         self.folder, self.run = folder, folder / "run"
         self.library = str(folder / "faults.so")
         source = Path(__file__).with_name("faults.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", self.library, str(source), "-ldl"], check=True)
-        self.config = write_config(folder, max_steps=2, save_every_steps=1, validate_every_steps=2)
-        code, said = self.start("fresh")
-        assert code == 0, said
-        self.expected = self.state()
-        shutil.copytree(self.run, folder / "loss")
-        shutil.copytree(self.run, folder / "resumed")
-        for path in ("checkpoints/step-000002", "hf"):
-            shutil.rmtree(folder / "resumed" / path)
+        write_config(folder, max_steps=2, save_every_steps=1, validate_every_steps=2)
+        (folder / "grid.yaml").write_text(GRID)
+        self.expected: dict[str, State] = {}
+        self.undisturbed("fresh")
+        shutil.copytree(self.run, folder / "before/finished")
 
-    def start(self, command: str, **environment: str) -> tuple[int, str]:
-        """The exit code and both streams of a command."""
-        arguments = ["train.py", str(self.config)]
-        if command == "loss":
-            arguments = ["eval.loss", str(self.run), "--max-tokens", "200", "--rows", "2"]
-        process = Forked(arguments, environment=environment, preload=self.library)
-        said = "".join(process.communicate(timeout=300))
-        assert process.returncode is not None
-        return process.returncode, said
+    def undisturbed(self, command: str) -> State:
+        """What the command leaves if nothing goes wrong. The first call runs it, and keeps what was there before."""
+        if command not in self.expected:
+            self.restore(command)
+            if command == "report":
+                self.start("loss")
+            if command == "resumed":
+                for path in ("checkpoints/step-000002", "hf"):
+                    shutil.rmtree(self.run / path)
+            if command == "sweep":
+                self.start(command)  # with its training; then only tables are left to write
+            if (written := self.written(command)).exists():
+                shutil.copytree(written, self.folder / "before" / command)
+            codes, said = self.start(command)
+            assert set(codes) == {0}, said
+            self.expected[command] = self.state(command)
+        return self.expected[command]
 
-    def state(self) -> tuple[object, str]:
-        return losses(self.folder), file_sha256(self.run / "hf/model.safetensors")
+    def written(self, command: str) -> Path:
+        """The folder that a command writes."""
+        return self.folder / command if command in ELSEWHERE else self.run
+
+    def restore(self, command: str) -> None:
+        """Leave what is there before the command: nothing for a new run, else a finished run and what it has kept."""
+        kept, written = self.folder / "before" / command, self.written(command)
+        for folder in {self.run, written}:
+            shutil.rmtree(folder, ignore_errors=True)
+        if command not in NEW and (written != self.run or not kept.exists()):
+            shutil.copytree(self.folder / "before/finished", self.run)
+        if kept.exists():
+            shutil.copytree(kept, written)
+
+    def start(self, command: str, **environment: str) -> tuple[list[int], str]:
+        """The exit codes of a command's processes, first of the one that meets the fault, and all that they said."""
+        arguments = [part.format(self.folder) for part in COMMANDS[command]]
+        others: list[dict[str, str]] = []
+        if command.startswith("rank"):
+            others = rank_environments(2)
+            environment |= others.pop(int(command[-1]))
+        processes = [Forked(arguments, environment=own, preload=self.library) for own in (environment, *others)]
+        said = "".join(text for process in processes for text in process.communicate(timeout=300))
+        return [process.returncode or 0 for process in processes], said
+
+    def state(self, command: str) -> State:
+        """The figures of a training, and by name the hashes of weights and encoded text; other files just are there."""
+        folder = self.written(command)
+        if command in TRAININGS:
+            return losses(self.folder), {"weights": file_sha256(self.run / "hf/model.safetensors")}
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        hashed = (".safetensors", ".bin")
+        return None, {str(p.relative_to(folder)): file_sha256(p) if p.suffix in hashed else "" for p in files}
 
     def meet(self, command: str, fault: Fault) -> list[str] | None:
         """What went wrong beyond the fault; None if the command makes no such call."""
-        shutil.rmtree(self.run, ignore_errors=True)
-        if command != "fresh":
-            shutil.copytree(self.folder / command, self.run)
+        figures, files = self.undisturbed(command)
+        self.restore(command)
         done = self.folder / "done"
         done.unlink(missing_ok=True)
-        described = f"{fault.call} {fault.nth} {fault.what} {self.run}"
-        code, said = self.start(command, FAULT=described, FAULT_DONE=str(done))
+        described = f"{fault.call} {fault.nth} {fault.what} {self.written(command)}"
+        (code, *others), said = self.start(command, FAULT=described, FAULT_DONE=str(done))
         if not done.exists():
             return None
-        problems = [f"exit code {code}: {said[-1500:]}"] if code not in (0, 2, -9) or "Traceback" in said else []
+        allowed = code in (0, 2, -9) and {*others} <= {0, 1, 2} and "Traceback" not in said
+        problems = [] if allowed else [f"exit codes {[code, *others]}: {said[-1500:]}"]
         problems += [f"{path.name}: {text}" for path in checkpoints(self.run) if (text := problem_with(path))]
-        problems += [f"{path.name} is cut short" for path in self.run.glob("[!.]*") if not whole(path)]
-        code, said = self.start(command)
-        if code != 0:
-            problems.append(f"started again: exit code {code}: {said[-1500:]}")
-        elif self.state() != self.expected:
+        problems += [f"{path.name} is cut short" for path in self.written(command).glob("[!.]*") if not whole(path)]
+        if code or command != "export":  # which refuses a folder that is full
+            codes, said = self.start(command)
+            if any(codes):
+                return [*problems, f"started again: exit codes {codes}: {said[-1500:]}"]
+        now = self.state(command)
+        if now[0] != figures or not files.items() <= now[1].items():
             problems.append("started again: other figures or weights")
         return problems
 
@@ -136,7 +198,7 @@ def every_fault(trials: Trials, commands: Sequence[str], every: int) -> Iterator
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", nargs="*", default=COMMANDS, metavar="COMMAND", help=f"of {', '.join(COMMANDS)}")
+    parser.add_argument("commands", nargs="*", default=[*COMMANDS], metavar="COMMAND", help=f"of {', '.join(COMMANDS)}")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="try each N-th call only")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()

@@ -3,14 +3,10 @@
 import shutil
 from pathlib import Path
 
-from tests.integration.kill_test import KINDS, Kill, Victims, newest
-from tests.integration.template import ROOT, Forked
+from tests.integration.kill_test import KINDS, Kill, Victims, newest, start_fork
+from tests.integration.template import ROOT
 
 CONFIG = ROOT / "configs/tiny.yaml"
-
-
-def start_fork(arguments: list[str], log: Path) -> Forked:
-    return Forked(["train.py", *arguments], log)
 
 
 def test_ten_kills_at_random_moments_lose_nothing_but_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:

@@ -132,11 +132,17 @@ def start_ranks(
 
 def launch(argv: list[str], processes: int, environment: dict[str, str] | None = None) -> list[Forked]:
     """What a launcher does: one process a rank, with the same address in their environment."""
+    worlds = rank_environments(processes)
+    return [Forked(argv, environment=of_rank | (environment or {})) for of_rank in worlds]
+
+
+def rank_environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher tells each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | (environment or {})
-    return [Forked(argv, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def run(*arguments: Any, expect: int = 0, processes: int = 1, **options: Any) -> str:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -74,6 +75,18 @@ def end_with_parent() -> None:
     """Ask the system for a SIGTERM when the process that started this one ends, also by SIGKILL. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_launcher() -> None:
+    """`end_with_parent`, for a process that a launcher has started. Leaves at once if the launcher has ended already.
+
+    The first process of the machine has then become the parent. In a container that may be the launcher itself, which
+    runs Python.
+    """
+    end_with_parent()
+    if sys.platform == "linux" and os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+        print("stopped: the launcher of this process has ended; run the same command again", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 def end_process(code: int) -> NoReturn:

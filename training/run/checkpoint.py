@@ -9,6 +9,7 @@ checkpoints/step-000200/manifest.json        {"step": 200, "files": {"state.json
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ OURS = re.compile(PREFIX + "([0-9]+)")  # a user's own copy, step-000010-good, i
 LEFTOVER = re.compile(rf"\.(writing|deleting|shards)-{PREFIX}[0-9]+")
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
+Expected = Mapping[str, tuple[int, str]]  # by file name: bytes and sha256
 Write = Callable[[Path], None]  # writes files into an existing folder
 
 
@@ -55,9 +57,7 @@ def save_checkpoint(
             copies = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             save_file(copies, folder / "trainer.safetensors")
         write_json(folder / "state.json", state)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        facts = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
-        write_json(folder / MANIFEST, {"step": step, "files": facts})
+        _write_manifest(folder, step=step)
 
     try:
         replace_folder(path, write)  # an invalid one that the last resume passed over may be there
@@ -65,6 +65,23 @@ def save_checkpoint(
         clear_leftovers(run_dir)
         what = f"the checkpoint of step {step} could not be written"
         raise UserError(f"{path}: {what}: {problem.strerror}\n{MAKE_ROOM}") from problem
+
+
+def save_export(path: Path, write_hf: Write) -> None:
+    """Write the `hf` folder of a run with a manifest, which replaces the one that is there. Raises OSError."""
+
+    def write(folder: Path) -> None:
+        write_hf(folder)
+        _write_manifest(folder)
+
+    replace_folder(path, write)
+
+
+def _write_manifest(folder: Path, **facts: Any) -> None:
+    """List all files of `folder` with their sizes and hashes."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    listed = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+    write_json(folder / MANIFEST, facts | {"files": listed})
 
 
 def replace_folder(path: Path, write: Write) -> None:
@@ -103,21 +120,37 @@ def problem_with(path: Path, below: str = "") -> str | None:
     A file of weights or settings that is not in the manifest is a problem too: a loader could take it for one of ours.
     Only files whose names begin with `below` are read.
     """
+    return _problem(path, lambda expected: _difference(path, expected, below))
+
+
+def problem_with_export(path: Path) -> str | None:
+    """Why the weights of an `hf` folder can't be trusted; None if they are those of its manifest.
+
+    Its other files are the user's to change.
+    """
+
+    def changed(expected: Expected) -> str | None:
+        return _changed(path, {name: facts for name, facts in expected.items() if name.endswith(".safetensors")})
+
+    return _problem(path, changed)
+
+
+def _problem(path: Path, compare: Callable[[Expected], str | None]) -> str | None:
+    """What `compare` finds about the files of a manifest, or why it can't."""
     try:
         if not (path / MANIFEST).is_file():
             return f"{MANIFEST} can't be read (no such file)"
         files = json.loads((path / MANIFEST).read_text())["files"]
-        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
-        there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-        return _difference(path, expected, there, below)
+        return compare({name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()})
     except OSError as problem:
         return f"{Path(problem.filename or path).name} can't be read ({problem.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} can't be read ({problem.__class__.__name__})"
 
 
-def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[str], below: str) -> str | None:
+def _difference(path: Path, expected: Expected, below: str) -> str | None:
     """What tells the files of a checkpoint from those of its manifest."""
+    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     tensors = {str(Path(name).parent) for name in expected if name.endswith(".safetensors")}
     if {"state.json", "hf/config.json"} - expected.keys() or {".", "hf"} - tensors:
         return f"{MANIFEST} lists no complete checkpoint"
@@ -126,14 +159,21 @@ def _difference(path: Path, expected: Mapping[str, tuple[int, str]], there: set[
     unlisted = [name for name in sorted(there - expected.keys()) if name.startswith("hf/") or name.endswith("tensors")]
     if unlisted:
         return f"{unlisted[0]} is not in {MANIFEST}; move it elsewhere"
+    return _changed(path, {name: facts for name, facts in expected.items() if name.startswith(below)})
+
+
+def _changed(path: Path, expected: Expected) -> str | None:
+    """The first file that is not as it was written."""
     for name, size_and_hash in expected.items():
-        if name.startswith(below) and ((path / name).stat().st_size, file_sha256(path / name)) != size_and_hash:
+        if ((path / name).stat().st_size, file_sha256(path / name)) != size_and_hash:
             return f"{name} has another size or sha256 than when it was written"
     return None
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raises UserError if `folder` is a checkpoint, or the `hf` of one, whose `hf` is not that of its manifest."""
+    """Raises UserError if `folder` is a checkpoint, or the `hf` of one or of a run, with other weights than written."""
+    if (folder / MANIFEST).exists() and not (folder / "hf").exists() and (problem := problem_with_export(folder)):
+        raise UserError(f"{folder}: {problem}\n  give a checkpoint of the run, or restore it from a backup")
     for path in (folder, folder.parent):
         if (path / MANIFEST).exists() and (path / "hf").is_dir() and (problem := problem_with(path, "hf/")):
             raise UserError(f"{path}: {problem}\n  take another checkpoint, or restore this one from a backup")
@@ -203,7 +243,21 @@ def clear_leftovers(run_dir: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True))
+    """Write JSON atomically. Numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False))
+
+
+def finite(tree: Any) -> Any:
+    """The same tree with None for NaN and infinity, which JSON does not have.
+
+    >>> finite({"bits": [1.5, float("nan")], "n": 2})
+    {'bits': [1.5, None], 'n': 2}
+    """
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.integration.template import ROOT
 from training.processes.signals import ECHO_SECONDS
 
 DEADLINE = 120  # seconds; on a busy machine a process may take long to end
@@ -78,6 +80,22 @@ run.join()
     out, errors = process.communicate(timeout=DEADLINE)  # until the child, which has the same streams, has ended
     assert out == "stopping\n"
     assert "SIGTERM: finishing this step" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_rank_whose_launcher_has_ended_before_it_asked_for_a_signal_ends_at_once(tmp_path: Path) -> None:
+    if b"python" in Path("/proc/1/cmdline").read_bytes():
+        pytest.skip("the first process of this machine runs Python, so it could be the launcher")
+    launcher = f"""
+import os, time
+if os.fork() == 0:
+    while os.getppid() != 1:
+        time.sleep(0.01)
+    rank = [{sys.executable!r}, {str(ROOT / "train.py")!r}, {str(tmp_path / "absent.yaml")!r}]
+    os.execve(rank[0], rank, os.environ | {{"TORCHELASTIC_RUN_ID": "some"}})
+"""
+    done = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "stopped: the launcher of this process has ended; run the same command again\n"
 
 
 def test_a_run_whose_terminal_closes_can_still_print_and_stop() -> None:

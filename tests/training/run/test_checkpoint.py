@@ -21,6 +21,8 @@ from training.run.checkpoint import (
     prune,
     refuse_damaged,
     save_checkpoint,
+    save_export,
+    write_json,
 )  # fmt: skip
 
 
@@ -235,6 +237,20 @@ def test_a_damaged_checkpoint_is_refused_by_all_who_load_from_it(tmp_path: Path)
             refuse_damaged(folder)
 
 
+def test_an_export_with_other_weights_is_refused_and_its_other_files_are_the_user_s(tmp_path: Path) -> None:
+    save_export(tmp_path / "hf", write_hf)
+    (tmp_path / "hf/config.json").write_text('{"architectures": []}')
+    refuse_damaged(tmp_path / "hf")
+    weights = bytearray((tmp_path / "hf/model.safetensors").read_bytes())
+    weights[100] ^= 1
+    (tmp_path / "hf/model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"hf: model\.safetensors has another size or sha256 than when it was written"):
+        refuse_damaged(tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"hf: model\.safetensors can't be read \(No such file or directory\)"):
+        refuse_damaged(tmp_path / "hf")
+
+
 def test_checkpoints_that_are_deleted_meanwhile_lead_to_the_next_one(tmp_path: Path) -> None:
     """The training prunes while an evaluation looks for the newest."""
     (save(tmp_path, 1) / "state.json").write_text("")
@@ -254,3 +270,8 @@ def test_manifest_lists_every_file(tmp_path: Path) -> None:
     listed = set(json.loads((path / "manifest.json").read_text())["files"])
     there = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
     assert listed == there
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"bits": float("nan"), "rows": [{"low": float("-inf"), "n": 3}]})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"bits": None, "rows": [{"low": None, "n": 3}]}
