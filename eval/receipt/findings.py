@@ -58,7 +58,7 @@ def tables(receipt: Receipt) -> Iterator[tuple[str, Table]]:
         columns = {"distance, tokens": ",d"} | dict.fromkeys(names, "") | {f"{n} − {ORIGINAL}": "" for n in others}
         rows = [
             [row["distance"], *(_share(row["states"][name]) for name in names)]
-            + [_signed(row["states"][name]["difference"], "+.2f") for name in others]
+            + [_signed(row["states"][name]["difference"], "+z.2f") for name in others]
             for row in entry["rows"]
         ]
         caption = (
@@ -69,7 +69,7 @@ def tables(receipt: Receipt) -> Iterator[tuple[str, Table]]:
     columns = {"context, tokens": ",d"} | dict.fromkeys(names, "") | {f"{n} − {ORIGINAL}": "" for n in others}
     rows = [
         [context, *(_signed(text["states"][name]["bits_per_byte"][i], ".3f") for name in names)]
-        + [_signed(text["states"][name]["difference"][i], "+.3f") for name in others]
+        + [_signed(text["states"][name]["difference"][i], "+z.3f") for name in others]
         for i, context in enumerate(text["contexts"])
     ]
     caption = f"Bits per byte of the same {text['tokens']:,} tokens by available context. In brackets 95 % intervals "
