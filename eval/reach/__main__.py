@@ -10,7 +10,6 @@
 `--plot` adds pictures: `mask.png`, `layers.png`, `cone.png` (`eval.reach.masks`) and `reach.png`, the gradient field.
 """
 
-
 import numpy as np
 from rich.console import Console
 
