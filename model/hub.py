@@ -93,6 +93,7 @@ def save_hf(
     if tokenizer is not None:
         _save_tokenizer(tokenizer, path, config, model.generation_config)
     config.save_pretrained(path)
+    _add_rope_scaling(path / "config.json")
     state_dict = model.state_dict() if state_dict is None else state_dict
     weights = {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in state_dict.items()}
     if model.config.tie_word_embeddings:
@@ -104,6 +105,14 @@ def save_hf(
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path / _WEIGHTS)) from error
     (path / _WEIGHTS).chmod((path / "config.json").stat().st_mode)  # safetensors lets nobody else read it
+
+
+def _add_rope_scaling(file: Path) -> None:
+    """Say scaled rotary positions also as transformers 4 and other readers look for them. They would go unscaled."""
+    fields = json.loads(file.read_text())
+    scaling = {name: value for name, value in fields["rope_parameters"].items() if name != "rope_theta"}
+    if scaling["rope_type"] != "default":
+        file.write_text(json.dumps(fields | {"rope_scaling": scaling}, indent=2, sort_keys=True) + "\n")
 
 
 def _exported(config: WindreachConfig) -> PreTrainedConfig:

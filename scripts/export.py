@@ -79,18 +79,22 @@ def export_adapter(examined: Examined, out: Path) -> str:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     replace_folder(out, write)
-    return f"{named or 'the model that this run began with'}{_changed_layers(examined, named)}"
+    return f"{named or 'the model that this run began with'}{_changes(examined, named)}"
 
 
-def _changed_layers(examined: Examined, named: str | None) -> str:
-    """A warning if the run put other layers on the model `named`; empty if it did not, or if that model is gone."""
+def _changes(examined: Examined, named: str | None) -> str:
+    """A warning if the run changed windows or positions of the model `named`; empty if not, or if that is gone."""
     from training.settings.pretrained import pretrained_settings
 
-    before = copy.copy(examined.model.config)
+    before, now = copy.copy(examined.model.config), examined.model.config
     with suppress(UserError):
-        before.layers = pretrained_settings(named)["layers"] if named else before.layers
-    changed = before.specs != examined.specs
-    return "\n  The run gave that model other windows; under its own the adapter computes something else." * changed
+        if named:
+            theirs = pretrained_settings(named)
+            scaling = theirs["rope_scaling"] or {"rope_type": "default"}
+            before.layers, before.rope_parameters = theirs["layers"], scaling | {"rope_theta": theirs["rope_theta"]}
+    changed = {"windows": before.specs != now.specs, "positions": before.rope_parameters != now.rope_parameters}
+    what = " and ".join(name for name, differs in changed.items() if differs)
+    return f"\n  The run gave that model other {what}; under its own the adapter computes something else." * bool(what)
 
 
 def main() -> None:

@@ -92,13 +92,13 @@ class _Chunks(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, rows: int, dtype: torch.dtype,
         lesson: Lesson | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        n, d_hidden = len(hidden), torch.empty_like(hidden)
+        n, d_hidden = len(hidden), torch.empty_like(hidden)  # n is 0 where part of a conversation holds no answer
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen matrix needs none
-        figures, differentiate, rows = [], _differentiate_on(hidden.device.type), _equal_rows(len(hidden), rows)
+        figures, differentiate, rows = [], _differentiate_on(hidden.device.type), _equal_rows(max(1, n), rows)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             taught = None if lesson is None else lesson._replace(weight_vf=lesson.weight_vf.to(dtype))
-            for i in range(0, n, rows):
+            for i in range(0, max(1, n), rows):
                 h, wanted = _padded(hidden[i : i + rows].to(dtype), rows), _padded(labels[i : i + rows], rows, -1)
                 hint = None
                 if taught is not None:

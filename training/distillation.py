@@ -23,6 +23,7 @@ from model.errors import UserError
 from model.packing import Packing
 from training.cross_entropy import Lesson
 from training.settings.schema import DistillationSettings, Settings
+from training.settings.stages import stretches_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def teacher_config(settings: Settings) -> WindreachConfig | None:
     if (name := teacher_name(settings)) is None:
         return None
     with _named(name):
-        return hub.decoder_config(checkpoint_config(name), "config.json")
+        config = hub.decoder_config(checkpoint_config(name), "config.json")
+        _check_rows(config, settings)
+        return config
 
 
 def teacher_hash(settings: Settings) -> str | None:
@@ -77,6 +80,7 @@ def load_teacher(settings: Settings, tokenizer: Tokenizer, vocab_size: int, devi
     with _named(name):
         folder = checkpoint_folder(name)
         _check_vocabulary(folder, tokenizer, vocab_size)
+        _check_rows(hub.load_config(folder), settings)
         decoder = WindreachForCausalLM.from_pretrained(folder)
     decoder.requires_grad_(False).to(device)
     return Teacher(decoder, chosen)
@@ -89,6 +93,14 @@ def _named(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"training.distillation: the teacher {name!r}: {error}") from error
+
+
+def _check_rows(teacher: WindreachConfig, settings: Settings) -> None:
+    """Farther back than it was trained a teacher says nonsense, which the model would learn."""
+    longest, most = max(s.settings.data.seq_len for s in stretches_of(settings)), teacher.max_position_embeddings
+    if longest > most:
+        what = f"its context is {most:,} tokens, and rows have data.seq_len = {longest:,}"
+        raise UserError(f"{what}\n  give a teacher with a longer context, or shorter rows in every stage")
 
 
 def _check_vocabulary(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

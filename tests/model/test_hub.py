@@ -231,6 +231,24 @@ def test_other_architectures_are_refused(tmp_path: Path, kind: str | None) -> No
         WindreachForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("error")
+@torch.no_grad()
+def test_scaled_positions_are_written_for_old_readers_and_for_new_ones(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    rope = {"rope_parameters": scaling | {"rope_theta": 50.0}, "max_position_embeddings": 64}
+    ours, ids = tiny_model(MIXED, **rope), token_ids(2, T)
+    save_hf(ours, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["rope_scaling"], fields["rope_theta"]) == (scaling, 50.0)
+    theirs = MinistralForCausalLM.from_pretrained(tmp_path).eval()
+    expected = ours(ids).logits
+    for read in (WindreachForCausalLM.from_pretrained(tmp_path), theirs):
+        torch.testing.assert_close(read(ids).logits, expected, atol=1e-4, rtol=0)
+    fields.pop("rope_parameters")  # as transformers 4 sees it
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert torch.equal(WindreachForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+
+
 def test_rope_that_depends_on_the_length_is_refused_and_not_ignored(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "rope_parameters": rope}))

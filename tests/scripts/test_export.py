@@ -126,6 +126,18 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert cli(export.main) == 0
 
 
+def test_an_adapter_says_where_windows_or_positions_are_not_those_of_its_model(
+    tiny_config: WindreachConfig, tmp_path: Path
+) -> None:
+    tiny_config.vocab_size = 330
+    examined = trained(tiny_config)
+    export.export(examined, tmp_path / "model", "float32")
+    assert export._changes(examined, str(tmp_path / "model")) == ""
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": tiny_config.rope_base}
+    examined.model.reconfigure(WindreachConfig(**tiny_config.to_diff_dict() | {"rope_parameters": scaling}))
+    assert "gave that model other positions;" in export._changes(examined, str(tmp_path / "model"))
+
+
 def test_nothing_is_overwritten(examined: Examined, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("")
     with pytest.raises(UserError, match="is not empty; name a new folder, nothing is overwritten"):

@@ -164,6 +164,13 @@ def test_the_gradient_of_distillation_is_that_of_a_plain_computation(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_without_any_position_there_is_no_loss_and_no_gradient() -> None:
+    hidden, weight, labels = case()
+    score, taught_score = distillation(hidden[:0], weight, labels[:0], lesson(0))
+    assert (score.loss, taught_score.loss) == (0.0, 0.0)
+    assert not any(x.any() for x in torch.autograd.grad(score.loss, (hidden, weight)))
+
+
 def test_a_teacher_that_says_the_same_has_no_divergence_and_no_gradient() -> None:
     hidden, weight, labels = case()
     same = Lesson(hidden.detach(), weight.detach(), 3.0, 1.5)

@@ -133,6 +133,19 @@ def test_a_teacher_whose_tokens_have_other_numbers_is_refused(prepared: Prepared
         load(with_teacher(prepared, folder), prepared)
 
 
+def test_a_teacher_whose_context_is_shorter_than_a_row_is_refused_also_in_a_later_stage(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    save_hf(build_model(other_config(prepared, max_position_embeddings=64)), tmp_path, tokenizer=prepared.tokenizer)
+    described = with_teacher(prepared, tmp_path).model_dump()
+    assert described["data"]["seq_len"] == 64
+    teacher_config(Settings.model_validate(described))
+    described["training"]["stages"] = [{"start": 0.5, "set": {"data.seq_len": 128}}]
+    for refuse in (teacher_config, lambda settings: load(settings, prepared)):
+        with pytest.raises(UserError, match=r"its context is 64 tokens, and rows have data.seq_len = 128\n  give a te"):
+            refuse(Settings.model_validate(described))
+
+
 def test_a_missing_teacher_is_named_by_its_setting(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^training.distillation: the teacher .*/none.: there is no such folder"):
         teacher_config(with_teacher(prepared, tmp_path / "none"))

@@ -192,12 +192,13 @@ def decide_once(
         "teacher_sha256": teacher_hash(settings),
         "settings_sha256": settings_hash(settings),
         "wandb_id": uuid4().hex[:8],
-    } | dict(origin or {})
+    }
     decided = settings.training.precision != "auto"
     if checkpoint is not None:
         saved = read_facts(checkpoint, "state.json").get("precision")
         now["precision"], decided = saved or now["precision"], decided or saved is not None
-    facts: dict[str, Any] = now | _noted(folder)
+    # A start that ended before its first checkpoint may have begun with other weights.
+    facts: dict[str, Any] = now | _noted(folder) | dict(origin or {})
     if decided and facts["precision"] != now["precision"]:
         where = checkpoint or "training.precision"
         remedy = f"put the old {folder / 'run.json'} back, or start another run with run_dir=PATH"

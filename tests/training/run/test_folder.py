@@ -371,6 +371,16 @@ def decide(
     return decide_once(settings, prepared.tokenizer, sources, CPU, checkpoint)
 
 
+def test_a_start_anew_notes_the_weights_that_it_begins_with(settings: Settings, prepared: Prepared) -> None:
+    opened(settings, "auto")
+    for sha256 in ("first", "other"):  # no checkpoint between them
+        origin = {"pretrained_sha256": sha256}
+        decide_once(settings, prepared.tokenizer, prepared.sources, CPU, origin=origin)
+        assert read_facts(run_dir(settings))["pretrained_sha256"] == sha256
+    decide(settings, prepared)
+    assert read_facts(run_dir(settings))["pretrained_sha256"] == "other"
+
+
 def test_a_second_start_finds_what_the_first_decided(settings: Settings, prepared: Prepared) -> None:
     opened(settings, "auto")
     first, second = (decide(settings, prepared) for _ in range(2))
