@@ -2,8 +2,12 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # else an example fails where the machine is busy
+hypothesis.settings.load_profile("any machine")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that they start
     os.environ["OMP_NUM_THREADS"] = "1"
