@@ -95,7 +95,7 @@ def test_weights_that_change_hold_from_their_step_on():
     np.testing.assert_array_equal(drawn(Shares(backwards, 10, STEPS, seed=0)), [sources, numbers])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0.01, 10), min_size=2, max_size=6), st.integers(1, 9), st.integers(1, 60), st.integers(0, 99))
 def test_any_weights_give_each_source_all_its_rows_without_gaps(weights, rows_per_step, steps, seed):
     sources, numbers = drawn(Shares(weights, rows_per_step, steps, seed), steps)

@@ -135,7 +135,7 @@ def in_shards(lengths, cuts, folder):
     return TokenStore(shards, sizes, np.full(1 << 16, 2)), tokens
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.sets(st.integers(1, 11)), st.data())
 def test_reading_across_shards_is_reading_their_concatenation(tmp_path_factory, lengths, cuts, data):
     store, tokens = in_shards(lengths, [cut for cut in cuts if cut < len(lengths)], tmp_path_factory.mktemp("store"))

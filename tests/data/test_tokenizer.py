@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
@@ -42,13 +42,11 @@ def hugging_face(tokenizer, tmp_path_factory):
 
 
 @given(TEXTS)
-@settings(deadline=None)
 def test_decoding_gives_the_text_back_byte_for_byte(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(TEXTS)
-@settings(deadline=None)
 def test_hugging_face_gives_the_same_ids_and_text(tokenizer, hugging_face, text):
     ids = tokenizer.encode(text)
     assert hugging_face.encode(text) == [tokenizer.bos_id, *ids]  # a text begins with <s>, as in training
@@ -56,7 +54,6 @@ def test_hugging_face_gives_the_same_ids_and_text(tokenizer, hugging_face, text)
 
 
 @given(TEXTS)
-@settings(deadline=None)
 def test_bytes_of_tokens_add_up_to_the_bytes_of_the_text(tokenizer, text):
     for symbol in RESERVED:
         text = text.replace(symbol, "")

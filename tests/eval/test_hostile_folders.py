@@ -171,7 +171,7 @@ FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_c
 
 
 @settings(
-    max_examples=int(os.environ.get("MUTATED_FOLDERS", 40)), deadline=None,
+    max_examples=int(os.environ.get("MUTATED_FOLDERS", 40)),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
@@ -200,7 +200,7 @@ STATE = ("run.json", "settings.yaml", "recall.json", "metrics.jsonl")
 
 
 @settings(
-    max_examples=int(os.environ.get("MUTATED_FOLDERS", 40)), deadline=None,
+    max_examples=int(os.environ.get("MUTATED_FOLDERS", 40)),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())

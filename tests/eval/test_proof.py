@@ -59,7 +59,7 @@ def test_a_value_reaches_what_the_masks_allow_on_every_path(stack: str, qk_norm:
     assert all(result["identical"] == result["unreachable"] for result in results)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(layers(bounded=True), min_size=1, max_size=5))
 def test_the_reach_that_is_shown_is_the_reach_that_is_computed(specs: list[LayerSpec]) -> None:
     (result,) = prove(relay(specs), specs, ["forward"])
@@ -67,7 +67,7 @@ def test_the_reach_that_is_shown_is_the_reach_that_is_computed(specs: list[Layer
     assert holds([result], specs)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(layers(), min_size=1, max_size=5), st.integers(1, 40))
 def test_the_last_token_recalls_from_the_distances_that_can_reach_it_and_from_no_other(
     specs: list[LayerSpec], length: int

@@ -432,7 +432,7 @@ def test_cliff_token_beyond_reach_leaves_the_logits_through_the_ring_as_they_are
     assert same == [True, True, False]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(sorted(STACKS)))
 def test_any_chunking_of_any_packed_and_padded_rows_equals_the_oracle(data: st.DataObject, stack: str) -> None:
     oracle, model = (with_sinks(tiny_model(STACKS[stack], attention_backend=b)) for b in ("reference", "blocked"))

@@ -54,7 +54,7 @@ def test_logits_depend_on_exactly_the_reachable_distances(stack: str, backend: s
     assert moved == reachable(model.config.specs, 61).tolist()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(STACKS)), st.integers(45, 70), st.integers(1, 44))
 @torch.no_grad()
 def test_no_logit_depends_on_a_later_token(stack: str, total: int, index: int) -> None:
@@ -62,7 +62,7 @@ def test_no_logit_depends_on_a_later_token(stack: str, total: int, index: int) -
     assert torch.equal(model(ids).logits[:, :index], model(changed(ids, index)).logits[:, :index])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.sampled_from(sorted(STACKS)), st.lists(st.integers(1, 50), min_size=2, max_size=5), st.integers(0, 9))
 def test_packed_documents_are_what_they_are_alone_forward_and_backward(
     stack: str, lengths: list[int], padding: int
@@ -108,7 +108,7 @@ def test_padding_changes_no_real_row_and_gives_no_nan(side: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.sampled_from(sorted(STACKS)), st.integers(1, 60))
 @torch.no_grad()
 def test_backends_agree_through_the_stack(stack: str, total: int) -> None:

@@ -87,13 +87,11 @@ def reachable_by_matrices(specs: list[LayerSpec], length: int) -> torch.Tensor:
     return paths.bool()
 
 
-@settings(deadline=None)
 @given(st.lists(layers(max_window=4), min_size=2, max_size=4), st.integers(2, 50))
 def test_reachable_is_the_product_of_the_masks(specs: list[LayerSpec], length: int) -> None:
     assert torch.equal(reachable(specs, length), reachable_by_matrices(specs, length)[-1].flip(0))
 
 
-@settings(deadline=None)
 @given(st.lists(layers(max_window=4, bounded=True), min_size=2, max_size=4))
 def test_closed_form_of_reach_is_the_farthest_boolean_path_of_any_query(specs: list[LayerSpec]) -> None:
     border = math.lcm(*(s.window or 1 for s in specs if s.kind == "chunked"))
@@ -103,7 +101,6 @@ def test_closed_form_of_reach_is_the_farthest_boolean_path_of_any_query(specs: l
     assert reach(specs) == int(distances[paths].max())
 
 
-@settings(deadline=None)
 @given(layers(max_window=5), st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 9))
 def test_one_layer_back_is_the_union_of_the_rows_of_the_mask(spec: LayerSpec, chosen: list[bool], rows: int) -> None:
     reached, positions = torch.tensor(chosen), torch.arange(len(chosen))
@@ -111,7 +108,6 @@ def test_one_layer_back_is_the_union_of_the_rows_of_the_mask(spec: LayerSpec, ch
     assert torch.equal(one_layer_back(spec, reached, rows), seen[reached].any(0))
 
 
-@settings(deadline=None)
 @given(st.lists(layers(max_window=4), min_size=2, max_size=5), st.integers(2, 40))
 def test_cone_grows_and_ends_in_what_is_reachable(specs: list[LayerSpec], length: int) -> None:
     rows = cone(specs, length)
@@ -128,7 +124,7 @@ def lengths_of_a_period(specs: list[LayerSpec]) -> range:
     return range(least, least + period)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(layers(max_window=5), min_size=2, max_size=4))
 def test_reach_is_the_farthest_reachable_distance_for_stacks_of_all_kinds_in_any_order(specs: list[LayerSpec]) -> None:
     first = max(spec.global_tokens for spec in specs)
@@ -149,7 +145,6 @@ def test_reach_is_the_farthest_reachable_distance_for_stacks_of_all_kinds_in_any
         assert reach_of_other_tokens(specs) == farthest
 
 
-@settings(deadline=None)
 @given(st.lists(layers(max_window=6, bounded=True), min_size=2, max_size=5), st.integers(0, 60))
 def test_the_farthest_source_of_a_query_is_its_farthest_boolean_path(specs: list[LayerSpec], query: int) -> None:
     far = query + sum(spec.ring_slots or 0 for spec in specs)
@@ -166,7 +161,6 @@ def reach_by_trying_every_place(specs: list[LayerSpec]) -> int:
 chunks = st.builds(LayerSpec, st.just("chunked"), st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]))
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(chunks, chunks, layers(max_window=9, bounded=True)), min_size=1, max_size=9))
 def test_reach_of_chunked_layers_is_the_largest_of_all_places_of_the_query(specs: list[LayerSpec]) -> None:
     assert reach(specs) == reach_by_trying_every_place(specs)

@@ -31,7 +31,7 @@ def outcome(score: Score, hidden: Tensor, weight: Tensor, scale: float = 0.25) -
     return (loss.detach(), right, losses, *torch.autograd.grad(scale * loss, (hidden, weight)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 50), st.integers(2, 40), st.integers(1, 60), st.sampled_from([0.0, 0.01]), st.integers(0, 99))
 def test_chunks_of_any_size_equal_the_loss_at_once(n: int, v: int, rows: int, z_weight: float, seed: int) -> None:
     hidden, weight, labels = case(n, v, seed)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.tasks.draws import Draws
@@ -103,7 +103,6 @@ def rows(vocab, length, max_distance, seed=0, n=8, **rules):
     share=st.floats(0, 1),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_between_a_needle_and_its_query_stands_nothing_but_filler(vocab, seed, length, share, data):
     longest = data.draw(st.integers(len(vocab.query), max_row_distance(vocab, length)))
     filler, made = rows(vocab, length, longest, seed, single_share=share)
@@ -124,7 +123,6 @@ def test_between_a_needle_and_its_query_stands_nothing_but_filler(vocab, seed, l
 
 
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.0, 1.0]))
-@settings(deadline=None)
 def test_relays_name_the_value_between_it_and_its_query_and_none_before_the_first(seed, share):
     _, made = rows(LONG, 90, 30, seed, single_share=share, relay_share=1.0, layers=7)
     expected = np.full_like(made.tokens, UNSCORED)

@@ -4,7 +4,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.batches import recall_batch
@@ -88,7 +88,6 @@ def items(draw, tasks=tuple(TASKS), distractors=NONE):
 
 
 @given(items())
-@settings(deadline=None)
 def test_the_answer_of_both_members_of_a_pair_can_be_read_from_the_context(drawn):
     task, vocab, options, _, _, made = drawn
     end = made.query_position + 1
@@ -99,7 +98,6 @@ def test_the_answer_of_both_members_of_a_pair_can_be_read_from_the_context(drawn
 
 
 @given(items(distractors=st.integers(1, 3), tasks=[name for name, task in TASKS.items() if not task.alone]))
-@settings(deadline=None)
 def test_older_needles_do_not_change_the_answer_and_stand_before_the_needle(drawn):
     task, vocab, options, _, _, made = drawn
     assert solve(task, made.tokens, vocab, options) == made.answer
@@ -120,7 +118,6 @@ def test_an_older_needle_may_stand_immediately_before_the_needle():
 
 
 @given(items())
-@settings(deadline=None)
 def test_members_of_a_pair_differ_in_the_deciding_token_alone_and_that_stands_at_the_distance(drawn):
     _, _, _, _, distance, made = drawn
     different = [i for i, (a, b) in enumerate(zip(made.tokens, made.counterfactual_tokens)) if a != b]
@@ -129,7 +126,6 @@ def test_members_of_a_pair_differ_in_the_deciding_token_alone_and_that_stands_at
 
 
 @given(items())
-@settings(deadline=None)
 def test_nothing_but_haystack_stands_outside_needle_and_query(drawn):
     task, vocab, _, filler, _, made = drawn
     written = np.flatnonzero(np.isin(made.tokens, vocab.reserved))
@@ -142,7 +138,6 @@ def test_nothing_but_haystack_stands_outside_needle_and_query(drawn):
 
 
 @given(items(tasks=["keys"]))
-@settings(deadline=None)
 def test_a_row_of_keys_holds_as_many_pairs_as_asked_with_keys_and_values_of_their_own(drawn):
     _, vocab, options, _, _, made = drawn
     tokens, n = made.tokens, len(vocab.needle)
@@ -153,7 +148,6 @@ def test_a_row_of_keys_holds_as_many_pairs_as_asked_with_keys_and_values_of_thei
 
 
 @given(items())
-@settings(deadline=None)
 def test_without_the_needle_the_haystack_is_back_and_the_answer_is_gone(drawn):
     task, _, _, filler, _, made = drawn
     kept = np.array(made.blind_tokens) == np.array(made.tokens)
@@ -176,7 +170,6 @@ def test_an_instruction_opens_its_row_at_every_distance():
     name=st.sampled_from(list(TASKS)), vocab=vocabularies(), options=OPTIONS, seed=st.integers(0, 999),
     further=st.integers(0, 50), room=st.integers(0, 60), share=st.sampled_from([0.0, 0.5, 1.0]),
 )  # fmt: skip
-@settings(deadline=None)
 def test_every_answer_of_a_training_row_can_be_read_from_what_stands_before_it(
     name, vocab, options, seed, further, room, share
 ):

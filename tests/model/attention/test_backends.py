@@ -42,7 +42,7 @@ def on_h100(spec: LayerSpec, packing: Packing, backend: str, batch: int = 2) -> 
 # -- flex --------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data(), layers(), st.integers(1, 100), st.sampled_from([1, 2, 4]), st.integers(1, 2))
 def test_flex_equals_reference_whatever_the_layer(
     data: st.DataObject, spec: LayerSpec, total: int, groups: int, batch: int
@@ -80,7 +80,7 @@ def test_training_with_flex_on_a_cpu_is_refused() -> None:
         tiny_model(attention_backend="flex", head_dim=16)(token_ids(1, 12))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), layers(sinks=False), st.integers(1, 90), st.sampled_from([1, 4, 16]))
 def test_blocks_that_somebody_sees_are_scored_and_only_those_that_all_see_are_not_masked(
     data: st.DataObject, spec: LayerSpec, total: int, side: int
@@ -158,7 +158,7 @@ def with_facts(packing: Packing) -> Packing:
 
 
 @pytest.mark.usefixtures("kernels")
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.data(), st.sampled_from(["flash", "cudnn"]), layers(sinks=False, global_tokens=False), st.integers(1, 100),
     st.sampled_from([1, 2, 4]), st.booleans(),
@@ -172,7 +172,7 @@ def test_segments_are_what_a_layer_sees_forward_and_backward(
     close(on_h100(spec, packing, backend)(q, k, v, None), oracle(q, k, v, spec, packing, None), [q, k, v])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), layers(sinks=False, global_tokens=False), st.integers(1, 100))
 def test_segments_are_the_same_whether_counted_on_the_host_or_not(
     data: st.DataObject, spec: LayerSpec, total: int

@@ -25,7 +25,7 @@ def bounded_layers(draw: st.DrawFn) -> LayerSpec:
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data(), bounded_layers(), st.integers(1, 130), st.sampled_from([1, 2, 4]), st.integers(1, 2))
 def test_blocked_equals_reference_forward_and_backward(
     data: st.DataObject, spec: LayerSpec, total: int, groups: int, batch: int
@@ -51,7 +51,7 @@ def softmax_by_hand(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Ten
     return (weights[:, None] * v).sum(0) / total
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(bounded_layers(), st.sampled_from([1, 2, 4]))
 def test_reference_is_softmax_over_the_visible_keys(spec: LayerSpec, groups: int) -> None:
     total = 2 * (spec.ring_slots or 0) + 5

@@ -40,7 +40,7 @@ def tiles_for_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_plans()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(["sliding", "chunked"]), st.integers(1, 40), st.integers(1, 130), st.sampled_from([1, 2, 4]),
     st.integers(1, 2), st.booleans(), st.integers(0, 9), st.sampled_from([2, 8, 128]),
@@ -58,7 +58,7 @@ def test_tiles_equal_reference(
     close(actual, expected, [q, k, v, *([sinks] if sink else [])])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(1, 300), st.integers(1, 100), st.booleans(), st.integers(0, 5), st.sampled_from([1, 4, 16]))
 def test_parts_cover_each_wanted_pair_once_and_no_other(
     total: int, window: int, overlap: bool, global_tokens: int, leaf: int
@@ -96,7 +96,7 @@ def squares_of(squares: Squares) -> Iterator[tuple[int, int, Tensor]]:
 
 
 @pytest.mark.usefixtures("tiles_for_all")
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from(["sliding", "full", "dilated"]), st.integers(1, 130), st.sampled_from([1, 2, 4]))
 def test_packed_and_padded_rows_equal_reference_in_tiles(
     data: st.DataObject, kind: str, total: int, groups: int
@@ -109,7 +109,7 @@ def test_packed_and_padded_rows_equal_reference_in_tiles(
     close(attend(q, k, v, spec, packing, "blocked", None), expected, [q, k, v])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.data(), st.sampled_from(["sliding", "chunked", "dilated"]), st.integers(1, 130), st.sampled_from([1, 2, 4]),
     st.booleans(),

@@ -81,7 +81,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     assert problem_with(path) == "hf/model.safetensors has another size or sha256 than when it was written"
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_or_changes_nothing(checkpoint: Path, data: st.DataObject) -> None:
     """Nothing: white space of the manifest, its step, which the folder's name has too, or a name nobody reads."""

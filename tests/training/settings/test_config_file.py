@@ -398,7 +398,7 @@ PATHS = sorted(
 )
 
 
-@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(PATHS), values, min_size=1, max_size=4), as_override=st.booleans())
 def test_any_change_gives_settings_or_a_user_error(tmp_path: Path, changes: dict[str, Any], as_override: bool) -> None:
     tree, overrides = copy.deepcopy(GOOD), []
@@ -410,7 +410,7 @@ def test_any_change_gives_settings_or_a_user_error(tmp_path: Path, changes: dict
     give_settings_or_user_error(write(tmp_path, tree), overrides)
 
 
-@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_text_gives_settings_or_a_user_error(tmp_path: Path, data: st.DataObject) -> None:
     text = bytearray(yaml.safe_dump(GOOD, sort_keys=False).encode())
