@@ -10,6 +10,7 @@ import yaml
 from data.pretrained import checkpoint_folder
 from eval.models import Examined, load_model
 from model.errors import UserError, printable
+from training.settings.pretrained import KEPT_BY_LAYERS
 
 ORIGINAL, WINDOWED, ADAPTED = "original", "windowed", "adapted"
 
@@ -35,7 +36,9 @@ def open_states(
         states |= {WINDOWED: with_config(original, adapted.model.config), ADAPTED: adapted}
     for text in patterns:
         name, _, pattern = text.rpartition("=")
-        config = original.model.config.to_dict() | {"layers": layers_of(pattern, original.layers)}
+        given = zip(original.specs, layers_of(pattern, original.layers), strict=True)
+        layers = [{field: getattr(spec, field) for field in KEPT_BY_LAYERS} | layer for spec, layer in given]
+        config = original.model.config.to_dict() | {"layers": layers}
         states[name or pattern] = with_config(original, type(original.model.config)(**config))
     return states
 

@@ -24,7 +24,7 @@ _OF_THE_WEIGHTS = (
     "vocab_size", "rms_norm_eps", "qk_norm", "qkv_bias", "tie_word_embeddings",
 )  # fmt: skip
 _FILLED = (*_OF_THE_WEIGHTS, "sliding_window", "layers", "rope_theta", "max_position_embeddings")
-_KEPT_BY_LAYERS = ("rope", "rope_theta", "sink")  # what a layer of the YAML leaves out stays as the model has it
+KEPT_BY_LAYERS = ("rope", "rope_theta", "sink")  # what a layer of the YAML leaves out stays as the model has it
 NO_WINDOW = 64  # tokens: `sliding_window` where no layer has one
 
 
@@ -117,7 +117,7 @@ def _fill_layers(model: Fields, theirs: Fields) -> list[Problem]:
             problems = [Problem(("model", "sliding_window"), model["sliding_window"], what, remedy)]
     else:
         pairs = zip(own, islice(cycle(given), max(len(given), len(own))), strict=False)
-        layers = [{k: theirs[k] for k in _KEPT_BY_LAYERS if k in theirs} | ours for theirs, ours in pairs]
+        layers = [{k: theirs[k] for k in KEPT_BY_LAYERS if k in theirs} | ours for theirs, ours in pairs]
         layers += given[len(own) :]
     model["layers"] = _pattern(layers)
     if window is None and not any(map(_takes_the_window, layers)):

@@ -140,6 +140,19 @@ def test_patterns_without_an_adapted_model_are_windowed_states(run, before, tmp_
     assert "hybrid costs" in out
 
 
+def test_a_pattern_keeps_what_the_weights_of_a_layer_need(before, tmp_path):
+    model = WindreachForCausalLM.from_pretrained(before)
+    layers = [{"kind": "full"}, {"kind": "full", "rope": False}, {"kind": "full", "sink": True}]
+    tokenizer = load_model(str(before), "cpu").tokenizer
+    hub.save_hf(
+        build_model(type(model.config)(**model.config.to_dict() | {"layers": layers})), tmp_path, None, tokenizer
+    )
+    windowed = open_states(str(tmp_path), None, ["wide=[{window: 8}]"])["wide"]
+    assert [(spec.window, spec.rope, spec.sink) for spec in windowed.specs] == [
+        (8, True, False), (8, False, False), (8, True, True),
+    ]  # fmt: skip
+
+
 def test_windowed_weights_share_the_memory_of_the_original_and_a_sink_starts_at_logit_0(before):
     original = load_model(str(before), "cpu")
     config = type(original.model.config)(
