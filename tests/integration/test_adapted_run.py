@@ -165,4 +165,4 @@ def test_the_dry_run_counts_what_is_trained(adapted: Path) -> None:
     trained = sum(m.numel() for name, m in moments.items() if "text/exp_avg/decoder." in name)
     every = trained + sum(weight.numel() for weight in frozen.values())
     output = run(adapted / "tiny.yaml", "--dry-run")
-    assert f"  trained     {trained:,} of {every:,} parameters with the adapters ({trained / every:.2%})\n" in output
+    assert f"  trained     {trained:,} of {every:,} parameters, adapters included ({trained / every:.2%})\n" in output

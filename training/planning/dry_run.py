@@ -159,7 +159,8 @@ def _work_lines(settings: Settings, stages: list[StageWork]) -> Lines:
     yield "parameters", f"{sum(parts.values()):,} ({', '.join(f'{name} {n:,}' for name, n in parts.items())})"
     every, trained, _ = parameter_counts(settings.training, config)
     if trained < every:
-        yield "trained", f"{trained:,} of {every:,} parameters with the adapters ({trained / every:.2%})"
+        adapters = ", adapters included" * (settings.training.lora is not None)
+        yield "trained", f"{trained:,} of {every:,} parameters{adapters} ({trained / every:.2%})"
     each = ", ".join(f"{name} {n:,.0f}" for name, n in flops.items())
     yield "FLOPs", f"{sum(flops.values()):,.0f} per token in rows of {seq_len:,}, visible keys only ({each})"
     if (teacher := teacher_config(settings)) is not None:
