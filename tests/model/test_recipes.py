@@ -85,7 +85,7 @@ def test_without_qk_norm_nothing_is_qwen3_and_with_it_nothing_is_mistral() -> No
 
 def test_qwen3_with_biases_is_refused(tmp_path: Path) -> None:
     Qwen3Config(vocab_size=VOCAB, num_hidden_layers=2, attention_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="attention_bias is true; the decoder has no biases"):
+    with pytest.raises(UserError, match="attention_bias is true; the decoder has biases of q, k and v alone"):
         load_config(tmp_path)
 
 
