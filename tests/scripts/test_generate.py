@@ -188,7 +188,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # there are no weights
     assert main_with(tmp_path, monkeypatch, "--prompt", "ship") == 2
     assert (
-        "model_type is 'gpt2'; this loader knows llama, ministral, mistral, qwen3 and windreach"
+        "model_type is 'gpt2'; this loader knows granite_swa, llama, ministral,"
         in capfd.readouterr().err
     )
 
