@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eval.forward import body
 from eval.models import Examined
+from eval.receipt.states import load_before, with_config
 from model.decoder import WindreachForCausalLM, build_model
 
 QUANTILES = (0.5, 0.9, 0.99)
@@ -57,7 +58,9 @@ def energy_quantiles(energy: np.ndarray, window: int | None, reach: int | None) 
 
 
 def untrained(examined: Examined) -> nn.Module:
-    """The same architecture before training: drawn by our seeded initialisation, or by the library's default."""
+    """The model before training: the pretrained weights under the windows of the run, else the same architecture drawn
+    by our seeded initialisation or by the library's default. Raises UserError for a pretrained model that is gone.
+    """
     if not examined.ours:
         from transformers import AutoModelForCausalLM
 
@@ -66,7 +69,11 @@ def untrained(examined: Examined) -> nn.Module:
         return drawn.eval().to(examined.device)
     from training.settings.build import init_options
 
-    init = init_options(examined.trained_with()) if examined.settings else None
+    settings = examined.trained_with() if examined.settings else None
+    if settings and (named := settings.model.init.from_pretrained):
+        original = load_before("model.init.from_pretrained", named, str(examined.device))
+        return with_config(original, examined.model.config).model
+    init = init_options(settings) if settings else None
     seed = int(examined.settings.get("seed", 0))
     return build_model(examined.model.config, init, seed).eval().to(examined.device)
 

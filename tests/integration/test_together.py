@@ -91,3 +91,15 @@ def test_stopped_before_at_and_after_the_border_it_goes_on_bit_by_bit(tmp_path: 
     run(config, "--resume", str(tmp_path / f"run/checkpoints/step-00000{step}"))
     assert figures(tmp_path) == figures(alone)
     assert all(torch.equal(weight, weights(alone)[name]) for name, weight in weights(tmp_path).items())
+
+
+def test_adapters_and_a_tied_matrix_go_on_without_the_pretrained_model(tmp_path: Path, pretrained: Path) -> None:
+    model = shutil.copytree(pretrained, tmp_path / "model")
+    config = write_everything(tmp_path, model, distillation=None, train_only=["lm_head.weight"])
+    run(config)
+    whole, before = weights(tmp_path), load_file(model / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], whole[name])}
+    assert changed == {name for name in before if "_proj." in name or "embed_tokens" in name}
+    shutil.rmtree(model)
+    run(config, "--resume", str(tmp_path / "run/checkpoints/step-000001"))
+    assert all(torch.equal(weight, whole[name]) for name, weight in weights(tmp_path).items())

@@ -1,5 +1,6 @@
 """The gradient field: cases whose energy and quantiles are known beforehand."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from eval.models import load_model
 from eval.reach import gradient
+from model.errors import UserError
 
 MIX = (4.0, 0.0, 2.0, 1.0)
 
@@ -59,6 +62,20 @@ def test_the_field_before_training_is_that_of_the_runs_own_start(untrained_run: 
     assert field["before"]["energy"] != field["after"]["energy"]
     same = gradient.gradient_field(replace(examined, settings={**examined.settings, "seed": 3}), texts)
     assert same["before"] == same["after"] == field["after"]
+
+
+def test_the_field_before_training_is_that_of_the_pretrained_model(untrained_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(untrained_run, tmp_path / "run")
+    model = shutil.copytree(untrained_run / "hf", tmp_path / "model")
+    described = yaml.safe_load((untrained_run / "settings.yaml").read_text())
+    described["model"]["init"] = {"from_pretrained": str(model)}
+    (tmp_path / "run/settings.yaml").write_text(yaml.safe_dump(described))
+    examined = load_model(str(tmp_path / "run"), "cpu")
+    field = gradient.gradient_field(examined, torch.arange(60).reshape(2, 30))
+    assert field["before"] == field["after"]  # nothing was trained
+    shutil.rmtree(model)
+    with pytest.raises(UserError, match=r"model.init.from_pretrained"):
+        gradient.untrained(examined)
 
 
 def test_quantiles_are_the_first_distance_within_which_so_much_lies() -> None:
