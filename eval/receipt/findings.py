@@ -22,27 +22,27 @@ def kept_up_to(receipt: Receipt, state: str) -> int:
     return min(ends)
 
 
-def loss(receipt: Receipt, state: str) -> str:
-    """Bits per byte more than the original needs with the longest context, such as `0.231 bits per byte (24.3 %)`."""
-    text = receipt["text"]["states"][state]
-    return f"{text['difference'][-1][0]:.3f} bits per byte ({100 * (text['ratio'][-1][0] - 1):.1f} %)"
-
-
 def finding(receipt: Receipt) -> str:
     """What the windows cost, and for an adapted model what came back, in one sentence."""
-    states = receipt["states"]
-    if ADAPTED in states:
+    if ADAPTED in receipt["states"]:
         return (
-            f"The windows alone cost {loss(receipt, WINDOWED)} and kept recall {_up_to(receipt, WINDOWED)}; after "
-            f"training {loss(receipt, ADAPTED)} remain, and recall is kept {_up_to(receipt, ADAPTED)}."
+            f"With the windows alone the model {outcome(receipt, WINDOWED)}; after training it "
+            f"{outcome(receipt, ADAPTED)}."
         )
-    costs = (f"{name} costs {loss(receipt, name)} and keeps recall {_up_to(receipt, name)}" for name in states)
-    return f"Nothing was trained: {'; '.join(list(costs)[1:])}."
+    others = (f"{name} {outcome(receipt, name)}" for name in receipt["states"] if name != ORIGINAL)
+    return f"Nothing was trained: {'; '.join(others)}."
 
 
-def _up_to(receipt: Receipt, state: str) -> str:
-    distance, longest = kept_up_to(receipt, state), receipt["distances"][-1]
-    return f"up to {distance:,} tokens" + (", the farthest measured" if distance == longest else "")
+def outcome(receipt: Receipt, state: str) -> str:
+    """Bits per byte with the longest context, and recall, compared with the original."""
+    text, longest = receipt["text"]["states"][state], receipt["distances"][-1]
+    bits, ratio = text["difference"][-1][0], text["ratio"][-1][0] - 1
+    more, kept = "less" if bits < 0 else "more", kept_up_to(receipt, state)
+    where = f"up to {kept:,} tokens" if kept else "at no distance"
+    return (
+        f"needs {abs(bits):.3f} bits per byte {more} ({abs(100 * ratio):.1f} %) and keeps recall {where}"
+        f"{', the farthest measured' if kept == longest else ''}"
+    )
 
 
 def tables(receipt: Receipt) -> Iterator[tuple[str, Table]]:
@@ -66,12 +66,17 @@ def tables(receipt: Receipt) -> Iterator[tuple[str, Table]]:
         )
         yield f"recall_{task}", Table(caption + " In brackets 95 % intervals; n is the number of items.", columns, rows)
     text = receipt["text"]
-    columns = {"context, tokens": ",d"} | dict.fromkeys(names, "") | {f"{n} − {ORIGINAL}": "" for n in others}
+    columns = {"context, tokens": ""} | dict.fromkeys(names, "") | {f"{n} − {ORIGINAL}": "" for n in others}
     rows = [
-        [context, *(_signed(text["states"][name]["bits_per_byte"][i], ".3f") for name in names)]
+        [f"{context:,}", *(_signed(text["states"][name]["bits_per_byte"][i], ".3f") for name in names)]
         + [_signed(text["states"][name]["difference"][i], "+z.3f") for name in others]
         for i, context in enumerate(text["contexts"])
     ]
+    rows.append(
+        [f"gain, {text['contexts'][0]:,} to {text['contexts'][-1]:,}"]
+        + [_signed(text["states"][name]["gain"], ".3f") for name in names]
+        + [_signed(text["states"][name]["gain_difference"], "+z.3f") for name in others]
+    )
     caption = f"Bits per byte of the same {text['tokens']:,} tokens by available context. In brackets 95 % intervals "
     yield "text", Table(caption + f"over {text['units']:,} {text['unit']}.", columns, rows)
 

@@ -60,7 +60,11 @@ def test_three_states_answer_the_same_items_and_read_the_same_text(receipt):
     bits = {name: of["bits_per_byte"] for name, of in result["text"]["states"].items()}
     assert bits["windowed"] == bits["adapted"]
     assert bits["original"][-1] != bits["windowed"][-1]
-    assert result["text"]["states"]["original"]["difference"][-1] == [0, 0, 0]
+    original, windowed = (result["text"]["states"][name] for name in ("original", "windowed"))
+    assert original["difference"][-1] == [0, 0, 0]
+    saved = [of["bits_per_byte"][0][0] - of["bits_per_byte"][-1][0] for of in (original, windowed)]
+    assert [original["gain"][0], windowed["gain"][0]] == pytest.approx(saved, abs=1e-4)
+    assert windowed["gain_difference"][0] == pytest.approx(saved[1] - saved[0], abs=1e-4)
     assert result["text"]["tokens"] >= 320
 
 
@@ -100,13 +104,17 @@ def test_the_finding_is_computed_from_the_figures(receipt):
         for task in result["recall"].values():
             for row, share in zip(task["rows"], of, strict=True):
                 row["states"][name]["accuracy"] = share
-    for name, bits, ratio in ("windowed", 0.25, 1.25), ("adapted", 0.011, 1.011):
+    for name, bits, ratio in ("windowed", 0.25, 1.25), ("adapted", -0.011, 0.989):
         text = result["text"]["states"][name]
         text["difference"][-1], text["ratio"][-1] = [bits, 0, 0], [ratio, 0, 0]
     assert finding(result) == (
-        "The windows alone cost 0.250 bits per byte (25.0 %) and kept recall up to 36 tokens; after training 0.011 "
-        "bits per byte (1.1 %) remain, and recall is kept up to 48 tokens, the farthest measured."
+        "With the windows alone the model needs 0.250 bits per byte more (25.0 %) and keeps recall up to 36 tokens; "
+        "after training it needs 0.011 bits per byte less (1.1 %) and keeps recall up to 48 tokens, the farthest "
+        "measured."
     )
+    for task in result["recall"].values():
+        task["rows"][0]["states"]["windowed"]["accuracy"] = 0.7
+    assert "25.0 %) and keeps recall at no distance;" in finding(result)
 
 
 def test_bits_per_byte_are_nats_over_bytes(receipt, before, untrained_run):
@@ -137,7 +145,7 @@ def test_patterns_without_an_adapted_model_are_windowed_states(run, before, tmp_
     result = json.loads((tmp_path / "receipt.json").read_text())
     assert list(result["states"]) == ["original", "hybrid", "[{window: 8, sink: true}]"]
     assert result["states"]["hybrid"]["kinds"] == "2 sliding W = 8, 1 full"
-    assert "hybrid costs" in out
+    assert "Nothing was trained: hybrid needs 0." in out
 
 
 def test_a_pattern_keeps_what_the_weights_of_a_layer_need(before, tmp_path):
