@@ -111,8 +111,9 @@ def test_cache_and_export_give_the_logits_of_the_forward_pass() -> None:
     exported = export(model)
     assert type(exported).__name__ == "MistralForCausalLM"
     assert type(export(relay([SLIDING, LayerSpec("full")]))).__name__ == "MinistralForCausalLM"
-    assert type(export(relay(STACKS["hybrid"]))).__name__ == "WindreachForCausalLM"
+    assert type(export(relay(STACKS["hybrid"]))).__name__ == "SmolLM3ForCausalLM"
     assert type(export(relay(STACKS["sliding"], qk_norm=True))).__name__ == "Qwen3ForCausalLM"
+    assert type(export(relay([LayerSpec("sliding", 4, sink=True)]))).__name__ == "WindreachForCausalLM"
     ids = torch.full((1, 40), FILLER).index_fill(1, torch.tensor(3), VALUE)
     expected = logits_of(model, ids)
     assert expected.abs().max() > 1

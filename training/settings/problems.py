@@ -101,13 +101,15 @@ def _keys(loc: Keys, tree: Any) -> Keys:
 
 
 def _nearest_key(keys: Keys, parent: str, fields: dict[str, FieldInfo]) -> str:
-    """The nearest spelling in the section `parent`, else the same name in another section."""
+    """The same name in another section, else the nearest spelling in the section `parent`."""
     name = str(keys[-1])
-    beside = [path.rpartition(".")[2] for path in fields if path.rpartition(".")[0] == parent]
-    if near := get_close_matches(name, beside, n=1, cutoff=0.7):
-        return f"did you mean {'.'.join(map(str, (*keys[:-1], near[0])))}?"
     elsewhere = [path for path in fields if path.rpartition(".")[2] == name and not section_of(fields[path].annotation)]
-    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(beside)}"
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    beside = [path.rpartition(".")[2] for path in fields if path.rpartition(".")[0] == parent]
+    if near := get_close_matches(name, beside, n=1):
+        return f"did you mean {'.'.join(map(str, (*keys[:-1], near[0])))}?"
+    return f"known here: {', '.join(beside)}"
 
 
 def described(info: FieldInfo) -> str:
