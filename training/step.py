@@ -4,6 +4,7 @@ The host prepares and launches a step while the device still computes the one be
 the outcome of the last but one, which is over by then or nearly so. So the device always has work.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,7 +122,6 @@ class Outcome:
     @staticmethod
     def load(saved: Mapping[str, Any]) -> "Outcome":
         names = {objective: [(what, name) for what, name in each] for objective, each in saved["names"]}
-        figures = torch.tensor(
-            [0.0, *saved["values"][1:]], dtype=torch.float64
-        )  # the run that asked to stop has stopped
-        return Outcome(saved["step"], saved["distances"], names, figures)
+        known = [math.nan if value is None else value for value in saved["values"]]  # JSON has no NaN
+        known[0] = 0.0  # the run that asked to stop has stopped
+        return Outcome(saved["step"], saved["distances"], names, torch.tensor(known, dtype=torch.float64))

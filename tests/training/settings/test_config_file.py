@@ -104,7 +104,12 @@ def test_saved_settings_load_as_the_same_settings(good: Path, tmp_path: Path) ->
 
 def test_the_home_folder_of_data_is_where_the_shell_would_look(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    given = {"train_files": "[~/a.txt, b.txt]", "cache_dir": "~/cache", "tokenizer.model_file": "~/t.model"}
+    given = {
+        "source": "files",
+        "train_files": "[~/a.txt, b.txt]",
+        "cache_dir": "~/cache",
+        "tokenizer.model_file": "~/t.model",
+    }
     data = load_settings(good, [f"data.{name}={value}" for name, value in given.items()]).data
     assert data.train_files == ["/home/me/a.txt", "b.txt"]
     assert (data.cache_dir, data.tokenizer.model_file) == ("/home/me/cache", "/home/me/t.model")
