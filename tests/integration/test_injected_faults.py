@@ -29,10 +29,10 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
         ("resumed", Fault("rename", 3, errno.EACCES)),
         ("loss", Fault("write", 1, errno.EIO)),
         ("report", Fault("rename", 1, KILL)),
-        ("export", Fault("write", 2, errno.ENOSPC)),
+        ("export", Fault("rename", 1, KILL)),
         ("prepare", Fault("write", 3, KILL)),
         ("rank-0", Fault("write", 9, errno.ENOSPC)),
-        ("rank-1", Fault("read", 1, errno.EIO)),
+        ("rank-0", Fault("read", 1, errno.EIO)),
     ],
     ids=str,
 )
