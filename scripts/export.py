@@ -3,9 +3,9 @@
     python scripts/export.py runs/quickstart --format hf --out exported
     python scripts/export.py runs/adapted --adapter --out adapter
 
-Writes config.json, generation_config.json, model.safetensors and the tokenizer's files. `transformers` reads them where
-the type is mistral, ministral or qwen3, the first of which that can express the layers; only this repository reads the
-type windreach.
+Writes config.json, generation_config.json, model.safetensors and the tokenizer's files. The model type is mistral,
+ministral or qwen3: the first of these that can express the layers. `transformers` reads these types. If none can, the
+type is windreach, which only this repository reads.
 
 The model of a run with `training.lora` holds the sums of matrices and adapters. `--adapter` writes the adapters alone,
 as PEFT does: adapter_config.json and adapter_model.safetensors.

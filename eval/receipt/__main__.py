@@ -27,11 +27,11 @@ def arguments() -> Namespace:
     add = parser.add_argument
     add("before", metavar="BEFORE", help="the pretrained model: folder, hub name, GGUF file or smollm2")
     add("after", metavar="AFTER", nargs="?", help="run folder of the adapted model")
-    add("--layers", nargs="+", default=[], metavar="PATTERN", help="[NAME=] and model.layers in YAML, over the depth")
+    add("--layers", nargs="+", default=[], metavar="PATTERN", help="[NAME=] and a model.layers list; it is repeated")
     add(
         "--distances", type=numbers, default=DISTANCES, help="comma-separated, in tokens; default: 16 to 1024, doubling"
     )
-    add("--n", type=at_least(1), default=40, help="most items per distance; default %(default)s")
+    add("--n", type=at_least(1), default=40, help="largest number of items per distance; default %(default)s")
     add("--tokens", type=at_least(320), default=1280, help="tokens of text to score; default %(default)s")
     add("--out", metavar="DIR", help="folder for the receipt; default: AFTER, else this one")
     add("--text", type=existing_file, metavar="FILE", help="use this UTF-8 file as held-out text")

@@ -79,9 +79,9 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m eval.receipt.retrieval", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("model", metavar="MODEL", help="the pretrained model: folder, hub name, GGUF file or smollm2")
-    add("--keep", type=at_least(1), default=4, help="layers that stay full; default %(default)s")
-    add("--window", type=at_least(1), default=64, help="window of the others in tokens; default %(default)s")
-    add("--global-tokens", type=at_least(0), default=4, help="first tokens that they always see; default %(default)s")
+    add("--keep", type=at_least(1), default=4, help="number of layers that stay full; default %(default)s")
+    add("--window", type=at_least(1), default=64, help="window of the other layers in tokens; default %(default)s")
+    add("--global-tokens", type=at_least(0), default=4, help="first tokens that those always see; default %(default)s")
     add("--distance", type=at_least(16), default=384, help="from value to query, in tokens; default %(default)s")
     add("--n", type=at_least(1), default=8, help="items of each task; default %(default)s")
     add("--text", type=existing_file, metavar="FILE", help="use this UTF-8 file as held-out text")
