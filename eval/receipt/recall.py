@@ -166,7 +166,7 @@ def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> list[float]:
     The interval is that of Agresti and Min (2005): Wald's, with half an item more in each cell of the 2 x 2 table.
 
     >>> [round(x, 3) for x in paired(np.ones(50, dtype=bool), np.zeros(50, dtype=bool))]
-    [-1.0, -1.0, -0.896]
+    [-1.0, -1.0, -0.897]
     """
     n = min(len(before), len(after))
     lost, gained = int((before[:n] & ~after[:n]).sum()), int((~before[:n] & after[:n]).sum())

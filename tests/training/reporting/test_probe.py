@@ -12,6 +12,7 @@ from model.decoder import InitOptions, WindreachForCausalLM, build_model
 from model.windows import reach
 from tests.training.conftest import Prepared
 from training.curriculum import Curriculum
+from training.processes.context import Layout
 from training.reporting.probe import Probe, horizon
 from training.settings.build import model_config
 from training.settings.schema import Settings
@@ -124,7 +125,7 @@ def test_ranks_share_the_questions(
     answering(decoder, first.tokens[first.query_position], first.value)
     whole, shares = probe.recall(decoder)["needle"], []
     for rank in (0, 1):
-        probe.rank, probe.ranks = rank, 2
+        probe.layout = Layout(rank, ranks=2)
         shares.append(probe.recall(decoder)["needle"])
     assert {d: shares[0][d] + shares[1][d] for d in whole} == pytest.approx(whole)
 
