@@ -11,9 +11,9 @@ preparation of text, and the tables of a finished sweep. After each fault
 - the same command, started again, ends with code 0, and all is there as after an undisturbed command: figures of
   training, weights, encoded text, and the names of all other files.
 
-Of two processes one meets the fault; the other ends too. Faults are counted per kind of call until the command makes
-no further one. That takes long, so test_injected_faults.py tries a few. `faults.c` is the library that is preloaded; it
-needs a C compiler and Linux.
+Of two processes the one that writes meets the fault; the other ends too. Faults are counted per kind of call until the
+command makes no further one. That takes long, so test_injected_faults.py tries a few. `faults.c` is the library that is
+preloaded; it needs a C compiler and Linux.
 """
 
 import argparse
@@ -52,8 +52,7 @@ TRAIN, RUN = ("train.py", "{0}/tiny.yaml"), "{0}/run"
 COMMANDS = {  # what is started; {0} is the folder of the trials
     "fresh": TRAIN,
     "resumed": TRAIN,
-    "rank-0": TRAIN,  # of two, which meets the fault
-    "rank-1": TRAIN,
+    "rank-0": TRAIN,  # of two, which meets the fault; the other one writes nothing
     "loss": ("eval.loss", RUN, "--max-tokens", "200", "--rows", "2"),
     "recall": ("eval.recall.__main__", RUN, "--n", "2", "--distances", "W"),
     "reach": ("eval.reach.__main__", RUN, "--texts", "1", "--max-tokens", "48"),
@@ -64,7 +63,7 @@ COMMANDS = {  # what is started; {0} is the folder of the trials
     "prepare": ("scripts.prepare_data.py", "{0}/tiny.yaml", "data.cache_dir={0}/prepare"),
     "sweep": ("scripts.sweep.py", "{0}/grid.yaml", "--out", "{0}/sweep"),
 }
-NEW = ("fresh", "rank-0", "rank-1")  # in an empty folder
+NEW = ("fresh", "rank-0")  # in an empty folder
 TRAININGS = (*NEW, "resumed")
 ELSEWHERE = ("export", "prepare", "sweep")  # write a folder with the name of the command, not the run folder
 GRID = "name: faults\nconfig: tiny.yaml\ngrid: [{axis: window, key: model.sliding_window, values: [8]}]\n"
@@ -135,9 +134,9 @@ class Trials:
         """The exit codes of a command's processes, first of the one that meets the fault, and all that they said."""
         arguments = [part.format(self.folder) for part in COMMANDS[command]]
         others: list[dict[str, str]] = []
-        if command.startswith("rank"):
-            others = rank_environments(2)
-            environment |= others.pop(int(command[-1]))
+        if command == "rank-0":
+            first, *others = rank_environments(2)
+            environment |= first
         processes = [Forked(arguments, environment=own, preload=self.library) for own in (environment, *others)]
         said = "".join(text for process in processes for text in process.communicate(timeout=300))
         return [process.returncode or 0 for process in processes], said
