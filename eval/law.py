@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich
 from numpy.typing import ArrayLike
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from model.errors import UserError, cli
@@ -127,7 +127,7 @@ def main() -> None:
     for name, one in laws.items():
         law, off = one["fit"], (f"x{factor:.2f}" for factor in (one["fit"].scatter, *one["scatter"].values()))
         table.add_row(name, str(law.n), str(law.window), str(law.depth), *off)
-    rich.print(table)
+    Console().print(table)
     print(f"Written: {out}/law.json, law.png")
 
 

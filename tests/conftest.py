@@ -1,6 +1,7 @@
 """Tests marked `cuda` run where there is an NVIDIA GPU: bash scripts/test.sh -m cuda"""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -12,6 +13,13 @@ hypothesis.settings.load_profile("any machine")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that they start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def without_determinism() -> Iterator[None]:
+    """A training in this process asks for deterministic kernels, which changes what `auto` may choose."""
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_xdist_auto_num_workers() -> int:

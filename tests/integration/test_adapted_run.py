@@ -14,7 +14,6 @@ from eval.models import load_model
 from model.decoder import WindreachForCausalLM
 from model.errors import UserError, cli
 from model.hub import SavedWeights, save_hf
-from model.windows import LayerSpec
 from scripts import export
 from tests.integration.test_sharding import figures, train
 from tests.integration.tiny_run import losses, metrics, run, settings, write_config, write_text
@@ -126,8 +125,9 @@ def test_adapters_on_a_pretrained_model_are_those_of_shards_and_of_transformers(
     assert figures(metrics(shards)) == pytest.approx(figures(metrics(alone)), rel=1e-3)
     examined = load_model(str(alone / "run"))
     assert export.export_adapter(examined, alone / "adapter") == str(model)
-    examined.specs = (LayerSpec("full"),) * 3
-    assert "gave that model other windows" in export.export_adapter(examined, alone / "again")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(examined.model.config, "layers", [{"kind": "full"}] * 3)
+        assert "gave that model other windows" in export.export_adapter(examined, alone / "again")
     theirs = AutoPeftModelForCausalLM.from_pretrained(alone / "adapter")
     expected = logits(examined.model)
     torch.testing.assert_close(logits(theirs), expected, atol=1e-4, rtol=1e-4)
